@@ -1,0 +1,139 @@
+//! The block device seen by its users: what an NBD export, a benchmark or a test needs of a chain.
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// How a range reads, as far as the allocation bitmaps and the host file system tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Length in bytes, never zero.
+    pub length: u64,
+    /// Whether the range is known to cost no space and to read as zeros.
+    pub hole: bool,
+}
+
+/// How much an [`Device::extents`] call may spend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detail {
+    /// Only what the bitmaps say; as cheap as a read's own lookup.
+    Bitmaps,
+    /// Also ask the host file system for holes in owned blocks (`SEEK_HOLE`).
+    Files,
+}
+
+/// What a [`Device::zero`] call asks for beyond zeros.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ZeroMode {
+    /// Keep space allocated for the range, so that writing it later cannot run out of space.
+    pub allocate: bool,
+    /// Fail with [`ErrorKind::Unsupported`] and change nothing where it would be no faster than
+    /// writing zeros.
+    pub fast_only: bool,
+}
+
+/// A block device with byte addresses. Any alignment is served.
+///
+/// Ranges must lie inside the device ([`check_range`] is the one test for that); a range beyond it
+/// fails with [`ErrorKind::OutOfRange`] and changes nothing. Concurrent calls that overlap have no
+/// order among themselves. The `try_` forms do what their namesakes do if that needs no wait for a
+/// disk or for a commit, and otherwise change nothing and answer `Ok(false)`.
+pub trait Device: Send + Sync {
+    /// Virtual size in bytes.
+    fn size(&self) -> u64;
+
+    /// Whether every write, zero and trim fails with [`ErrorKind::ReadOnly`].
+    fn read_only(&self) -> bool;
+
+    /// Fills `buf` from `offset`.
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
+
+    /// [`Device::read`] if the page cache holds everything. `buf` is undefined after `Ok(false)`.
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool>;
+
+    /// Writes `data` at `offset`; durable after the next [`Device::flush`].
+    fn write(&self, offset: u64, data: &[u8]) -> Result<()>;
+
+    /// [`Device::write`] if it needs no wait.
+    fn try_write(&self, offset: u64, data: &[u8]) -> Result<bool>;
+
+    /// Makes a range read as zeros.
+    fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<()>;
+
+    /// Gives the whole blocks inside a range back to the host; they read as zeros afterwards. The
+    /// bytes of a partial block at either end stay as they are.
+    fn trim(&self, offset: u64, length: u64) -> Result<()>;
+
+    /// Returns once every call that completed before this one began survives a power loss.
+    fn flush(&self) -> Result<()>;
+
+    /// Appends to `out` how the range reads, in order, at most `limit` extents; neighbours differ.
+    /// Covers the whole range unless the limit cuts it short.
+    fn extents(
+        &self,
+        offset: u64,
+        length: u64,
+        detail: Detail,
+        limit: usize,
+        out: &mut Vec<Extent>,
+    ) -> Result<()>;
+
+    /// Starts to bring a range into the page cache.
+    fn prefetch(&self, offset: u64, length: u64) -> Result<()>;
+}
+
+/// Fails with [`ErrorKind::OutOfRange`] unless `offset..offset + length` lies within `size`.
+pub fn check_range(size: u64, offset: u64, length: u64) -> Result<()> {
+    if offset > size || length > size - offset {
+        return Err(Error::new(
+            ErrorKind::OutOfRange,
+            format!("{length} bytes at {offset} reach beyond the device's {size} bytes"),
+        ));
+    }
+    Ok(())
+}
+
+/// Appends an extent to `out`, joining it with its neighbour where they say the same. Answers
+/// whether there is room for it under `limit`.
+pub fn push_extent(out: &mut Vec<Extent>, limit: usize, extent: Extent) -> bool {
+    if extent.length == 0 {
+        return true;
+    }
+    if let Some(last) = out.last_mut()
+        && last.hole == extent.hole
+    {
+        last.length += extent.length;
+        return true;
+    }
+    let room = out.len() < limit;
+    if room {
+        out.push(extent);
+    }
+    room
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_checked_without_overflow() {
+        assert!(check_range(4096, 0, 4096).is_ok());
+        assert!(check_range(4096, 4096, 0).is_ok());
+        for (offset, length) in [(0, 4097), (4096, 1), (4097, 0), (u64::MAX, 2), (1, u64::MAX)] {
+            let error = check_range(4096, offset, length).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::OutOfRange);
+        }
+    }
+
+    #[test]
+    fn extents_join_and_stop_at_the_limit() {
+        let mut out = Vec::new();
+        let data = Extent { length: 512, hole: false };
+        let hole = Extent { length: 512, hole: true };
+        assert!(push_extent(&mut out, 2, data));
+        assert!(push_extent(&mut out, 2, data));
+        assert!(push_extent(&mut out, 2, hole));
+        assert!(push_extent(&mut out, 2, hole));
+        assert!(!push_extent(&mut out, 2, data));
+        assert_eq!(out, [Extent { length: 1024, ..data }, Extent { length: 1024, ..hole }]);
+    }
+}

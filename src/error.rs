@@ -1,0 +1,170 @@
+//! The one error type: a stable [`ErrorKind`] that callers match on, and the file, offset and
+//! expectation that people read.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// What went wrong, as far as a caller can act on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The host reported an error that has no kind of its own (`EIO` and the like).
+    Io,
+    /// The host file system is full, or a quota or file size limit is reached.
+    NoSpace,
+    /// A file, or the parent that a link names, is not there.
+    NotFound,
+    /// A file that should be created exists.
+    Exists,
+    /// The host refused access.
+    PermissionDenied,
+    /// Another process holds the file.
+    InUse,
+    /// A write to something that may not be written: a frozen layer, a read-only export.
+    ReadOnly,
+    /// An offset or length beyond the end of the device.
+    OutOfRange,
+    /// An argument that no state of the file could make right.
+    InvalidInput,
+    /// The file is not a thinply layer at all.
+    NotAnImage,
+    /// The file is a thinply layer with bytes that contradict `format-spec.md`.
+    Corrupt,
+    /// A feature, version or operation that this build or this file system does not have.
+    Unsupported,
+    /// A parent was found whose identity is not the one that the child names.
+    ParentMismatch,
+    /// Durable records are missing: writing could make the loss worse, so `repair` is needed.
+    Loss,
+    /// A sync failed earlier; nothing is known about the file until it is opened again.
+    Poisoned,
+    /// A limit of this implementation (chain depth, say) is exceeded.
+    Limit,
+}
+
+/// Result of everything in this crate that can fail.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An error with its context. Cheap to clone, since one failed commit answers many callers.
+#[derive(Clone)]
+pub struct Error(Box<Inner>);
+
+#[derive(Clone)]
+struct Inner {
+    kind: ErrorKind,
+    path: Option<PathBuf>,
+    offset: Option<u64>,
+    detail: String,
+    source: Option<Arc<io::Error>>,
+}
+
+impl Error {
+    /// An error of `kind`; `detail` says what was found and what was expected.
+    pub fn new(kind: ErrorKind, detail: impl Into<String>) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            path: None,
+            offset: None,
+            detail: detail.into(),
+            source: None,
+        }))
+    }
+
+    /// The host's error `source`, met while doing `operation` ("reading the header").
+    pub fn io(source: io::Error, operation: impl Into<String>) -> Self {
+        let mut error = Self::new(kind_of(&source), operation);
+        error.0.source = Some(Arc::new(source));
+        error
+    }
+
+    /// Adds the byte offset in the file, unless a deeper level has already named one.
+    #[must_use]
+    pub fn at(mut self, offset: u64) -> Self {
+        self.0.offset.get_or_insert(offset);
+        self
+    }
+
+    /// Adds the file, unless a deeper level has already named one.
+    #[must_use]
+    pub fn in_file(mut self, path: impl AsRef<Path>) -> Self {
+        if self.0.path.is_none() {
+            self.0.path = Some(path.as_ref().to_owned());
+        }
+        self
+    }
+
+    /// The stable kind.
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// The file concerned, if one is known.
+    pub fn path(&self) -> Option<&Path> {
+        self.0.path.as_deref()
+    }
+
+    /// The byte offset in that file, if one is known.
+    pub fn offset(&self) -> Option<u64> {
+        self.0.offset
+    }
+}
+
+fn kind_of(error: &io::Error) -> ErrorKind {
+    use io::ErrorKind as Host;
+    match error.kind() {
+        Host::StorageFull | Host::QuotaExceeded | Host::FileTooLarge => ErrorKind::NoSpace,
+        Host::NotFound => ErrorKind::NotFound,
+        Host::AlreadyExists => ErrorKind::Exists,
+        Host::PermissionDenied => ErrorKind::PermissionDenied,
+        Host::ReadOnlyFilesystem => ErrorKind::ReadOnly,
+        Host::Unsupported => ErrorKind::Unsupported,
+        _ => ErrorKind::Io,
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inner = &self.0;
+        if let Some(path) = &inner.path {
+            write!(f, "{}: ", path.display())?;
+        }
+        f.write_str(&inner.detail)?;
+        if let Some(offset) = inner.offset {
+            write!(f, " (at byte {offset})")?;
+        }
+        if let Some(source) = &inner.source {
+            write!(f, ": {source}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {self}", self.0.kind)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source.as_deref().map(|source| source as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_deepest_context_wins_and_all_of_it_is_shown() {
+        let host = io::Error::from_raw_os_error(28);
+        let error = Error::io(host, "writing a block").at(4096).in_file("a.tply");
+        let error = error.at(1).in_file("b.tply");
+        assert_eq!(error.kind(), ErrorKind::NoSpace);
+        assert_eq!(error.offset(), Some(4096));
+        let text = error.to_string();
+        assert!(text.starts_with("a.tply: writing a block (at byte 4096): "), "{text}");
+    }
+}

@@ -1,0 +1,8 @@
+//! thinply: a kernel-free, userspace, block-level copy-on-write image format.
+//!
+//! An image is a chain of layers. Each layer is a file that holds an allocation bitmap over 4 KiB
+//! blocks and the blocks themselves; a reader asks the newest layer first, a writer only ever
+//! touches the top. `format-spec.md` is normative for the bytes and for the durability protocol.
+
+pub mod device;
+pub mod error;

@@ -1,0 +1,2 @@
+//! The `thinply` command.
+fn main() {}
