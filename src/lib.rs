@@ -6,3 +6,5 @@
 
 pub mod device;
 pub mod error;
+pub mod format;
+pub mod types;
