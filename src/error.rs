@@ -86,6 +86,13 @@ impl Error {
         self
     }
 
+    /// Moves the offset, which counted from `base`, to count from the start of the file.
+    #[must_use]
+    pub fn relative_to(mut self, base: u64) -> Self {
+        self.0.offset = Some(base + self.0.offset.unwrap_or(0));
+        self
+    }
+
     /// Adds the file, unless a deeper level has already named one.
     #[must_use]
     pub fn in_file(mut self, path: impl AsRef<Path>) -> Self {

@@ -4,7 +4,11 @@
 //! blocks and the blocks themselves; a reader asks the newest layer first, a writer only ever
 //! touches the top. `format-spec.md` is normative for the bytes and for the durability protocol.
 
+pub mod chain;
 pub mod device;
 pub mod error;
 pub mod format;
+pub mod live;
+pub mod storage;
+mod sync;
 pub mod types;

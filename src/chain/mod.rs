@@ -1,0 +1,179 @@
+//! The stack of layers as one block device: newest-first reads, copy-up, snapshots.
+//!
+//! A [`Chain`] is a top layer, writable or not, over a [`Stack`] of sealed ones. Invariants:
+//! - only the top is ever written, and only by this object, under its exclusive lock;
+//! - what a layer shows of those below it ends at its visible parent size, to the byte.
+
+mod device;
+mod layers;
+mod map;
+mod owners;
+mod setup;
+mod snapshot;
+mod stack;
+
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::header::{Header, State};
+use crate::live::{Sealed, Writable, newest_header};
+use crate::storage::{Access, Folder};
+use layers::{Found, check_visible};
+use stack::View;
+
+pub use layers::{Layers, MAX_DEPTH};
+pub use map::{Kind, MapExtent};
+pub use setup::{Parent, create, seal};
+pub use stack::Stack;
+
+/// An open chain: a [`crate::device::Device`].
+#[derive(Debug)]
+pub struct Chain {
+    folder: Arc<dyn Folder>,
+    name: String,
+    layers: Arc<Layers>,
+    read_only: bool,
+    /// Taken for writing only where the layers themselves change: snapshot and resize.
+    state: RwLock<Levels>,
+}
+
+/// The layers, and how much of the stack shows.
+#[derive(Debug)]
+struct Levels {
+    /// The layer that takes writes; without one the chain is read-only.
+    top: Option<Writable>,
+    stack: Option<Arc<Stack>>,
+    clip: u64,
+    size: u64,
+}
+
+impl Levels {
+    fn view(&self) -> View<'_> {
+        View { stack: self.stack.as_deref(), clip: self.clip }
+    }
+
+    fn top(&self) -> Result<&Writable> {
+        self.top.as_ref().ok_or_else(|| Error::new(ErrorKind::ReadOnly, "opened for reading only"))
+    }
+
+    fn writable(top: Writable, stack: Option<Arc<Stack>>) -> Self {
+        let header = top.header();
+        Self { top: Some(top), stack, clip: header.visible_parent_size, size: header.virtual_size }
+    }
+}
+
+impl Chain {
+    /// Opens the layer `name` in `folder` with all its ancestors. For [`Access::Write`] the layer
+    /// is locked and recovered; for [`Access::Read`] nothing is changed.
+    ///
+    /// A frozen layer with the new top of an interrupted snapshot beside it is opened for writing
+    /// by finishing that snapshot.
+    ///
+    /// # Errors
+    /// Those of [`Layers::stack`], [`Writable::open`] and [`Sealed::open`].
+    pub fn open(
+        folder: Arc<dyn Folder>,
+        name: &str,
+        access: Access,
+        layers: Arc<Layers>,
+    ) -> Result<Self> {
+        let levels = match access {
+            Access::Read => open_sealed(&folder, name, &layers)?,
+            Access::Write => open_writable(&folder, name, &layers)?,
+        };
+        let read_only = levels.top.is_none();
+        Ok(Self { folder, name: name.to_owned(), layers, read_only, state: RwLock::new(levels) })
+    }
+
+    fn levels(&self) -> RwLockReadGuard<'_, Levels> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The headers of all layers, newest first, each with its file's path.
+    pub fn headers(&self) -> Vec<(std::path::PathBuf, Header)> {
+        let levels = self.levels();
+        let top = levels.top.iter().map(|top| (top.file().path().to_owned(), top.header()));
+        let sealed = levels.stack.iter().flat_map(|stack| stack.layers());
+        top.chain(sealed.map(|layer| (layer.file().path().to_owned(), layer.header().clone())))
+            .collect()
+    }
+
+    /// Changes the virtual size of the top.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a smaller size without `shrink`; those of
+    /// [`Writable::resize`].
+    pub fn resize(&self, size: u64, shrink: bool) -> Result<()> {
+        let mut levels = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        levels.top()?;
+        if size < levels.size && !shrink {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "{size} bytes would cut off data of {}; shrinking must be asked for",
+                    levels.size
+                ),
+            ));
+        }
+        let Some(top) = levels.top.as_mut() else { return Ok(()) };
+        top.resize(size)?;
+        let header = top.header();
+        levels.clip = header.visible_parent_size;
+        levels.size = header.virtual_size;
+        Ok(())
+    }
+
+    /// Makes everything durable and the layer cleanly closed.
+    pub fn close(self) -> Result<()> {
+        let levels = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+        levels.top.map_or(Ok(()), Writable::close)
+    }
+}
+
+/// The stack below a layer with this header; checks what it shows of it.
+fn stack_below(
+    header: &Header,
+    folder: &Arc<dyn Folder>,
+    layers: &Layers,
+) -> Result<Option<Arc<Stack>>> {
+    let Some(link) = &header.parent else { return Ok(None) };
+    let stack = layers.stack(link, folder)?;
+    check_visible(header, stack.virtual_size())?;
+    if stack.layers().len() == MAX_DEPTH {
+        return Err(Error::new(
+            ErrorKind::Limit,
+            format!("a chain of more than {MAX_DEPTH} layers"),
+        ));
+    }
+    Ok(Some(stack))
+}
+
+fn open_sealed(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Result<Levels> {
+    let path = folder.path().join(name);
+    let sealed = Sealed::open(setup::open_file(&**folder, name, Access::Read)?)?;
+    let below =
+        stack_below(sealed.header(), folder, layers).map_err(|error| error.in_file(path))?;
+    let size = sealed.header().virtual_size;
+    let mut found = vec![Arc::new(Found { sealed, folder: folder.clone() })];
+    found.extend(below.iter().flat_map(|stack| stack.found().iter().cloned()));
+    Ok(Levels { top: None, stack: Some(Arc::new(Stack::new(found))), clip: size, size })
+}
+
+fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Result<Levels> {
+    let path = folder.path().join(name);
+    let mut file = setup::open_file(&**folder, name, Access::Write)?;
+    let mut header = newest_header(&*file)?;
+    if matches!(header.state, State::Frozen(_)) && snapshot::finish(&**folder, name, &header)? {
+        file = setup::open_file(&**folder, name, Access::Write)?;
+        header = newest_header(&*file)?;
+    }
+    // The parents come first: a layer that can't be read shall not be marked as in use.
+    let stack = stack_below(&header, folder, layers).map_err(|error| error.in_file(&path))?;
+    let top = Writable::open(file)?;
+    if top.header().parent != header.parent {
+        let error =
+            Error::new(ErrorKind::InUse, "the layer was replaced while it was being opened");
+        return Err(error.in_file(path));
+    }
+    Ok(Levels::writable(top, stack))
+}

@@ -1,0 +1,83 @@
+//! Making new layers, with or without a parent.
+
+use std::sync::Arc;
+
+use super::Layers;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::header::{ParentLink, State};
+use crate::live::{self, NewLayer, Sealed, Writable, newest_header};
+use crate::storage::{Access, Folder, Storage};
+
+/// A layer that children may stand on.
+#[derive(Clone, Debug)]
+pub struct Parent {
+    /// How children name it.
+    pub link: ParentLink,
+    /// Its virtual size in bytes.
+    pub virtual_size: u64,
+    /// It was frozen just now.
+    pub newly_frozen: bool,
+}
+
+pub(super) fn open_file(
+    folder: &dyn Folder,
+    name: &str,
+    access: Access,
+) -> Result<Arc<dyn Storage>> {
+    folder
+        .open(name, access)
+        .map_err(|error| Error::io(error, "opening the file").in_file(folder.path().join(name)))
+}
+
+/// Makes sure that the layer `name` is sealed: a writable one is frozen for ever.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] where somebody writes it; those of [`Writable::open`] and
+/// [`Writable::freeze`].
+pub fn seal(folder: &dyn Folder, name: &str) -> Result<Parent> {
+    let file = open_file(folder, name, Access::Read)?;
+    let newly_frozen = !matches!(newest_header(&*file)?.state, State::Frozen(_));
+    let sealed = if newly_frozen {
+        let mut layer = Writable::open(open_file(folder, name, Access::Write)?)?;
+        let (id, _) = layer.plan_freeze()?;
+        layer.freeze(id)?
+    } else {
+        Sealed::open(file)?
+    };
+    let header = sealed.header();
+    let identity = header.identity().ok_or_else(|| {
+        let error =
+            Error::new(ErrorKind::InUse, "the layer was replaced while it was being frozen");
+        error.in_file(sealed.file().path())
+    })?;
+    Ok(Parent {
+        link: ParentLink { identity, hint: name.to_owned() },
+        virtual_size: header.virtual_size,
+        newly_frozen,
+    })
+}
+
+/// Creates the layer `name` in `folder`, cleanly closed and durable, name included. The size may be
+/// left out where there is a parent.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] for a size that cannot be or none at all; [`ErrorKind::Exists`];
+/// where the parent can't be found from `folder`, what [`Layers::stack`] says: then nothing is
+/// created.
+pub fn create(
+    folder: &Arc<dyn Folder>,
+    name: &str,
+    virtual_size: Option<u64>,
+    parent: Option<&Parent>,
+    layers: &Layers,
+) -> Result<()> {
+    let Some(virtual_size) = virtual_size.or(parent.map(|parent| parent.virtual_size)) else {
+        return Err(Error::new(ErrorKind::InvalidInput, "a layer without a parent needs a size"));
+    };
+    if let Some(parent) = parent {
+        layers.stack(&parent.link, folder)?;
+    }
+    let parent = parent.map(|parent| (parent.link.clone(), parent.virtual_size));
+    live::create(&**folder, name, &NewLayer { virtual_size, parent })?;
+    folder.sync().map_err(|error| Error::io(error, "syncing the folder").in_file(folder.path()))
+}

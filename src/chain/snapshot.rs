@@ -1,0 +1,103 @@
+//! Snapshots: the writable path stays, what it held gets a name of its own
+//! (`format-spec.md`, "Snapshot").
+
+use std::sync::{Arc, PoisonError};
+
+use super::layers::Found;
+use super::setup::open_file;
+use super::{Chain, Levels, MAX_DEPTH, Stack};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::header::{Header, ParentLink};
+use crate::live::{self, NewLayer, Writable, newest_header};
+use crate::storage::{Access, Folder};
+
+/// The new top's name until it takes the old one's.
+fn new_top_name(name: &str) -> String {
+    format!(".{name}.top")
+}
+
+fn failed(folder: &dyn Folder, operation: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+    move |error| Error::io(error, operation).in_file(folder.path())
+}
+
+/// Finishes a snapshot that was cut off after `name` had been frozen: its new top takes the name.
+/// False where there is none.
+pub(super) fn finish(folder: &dyn Folder, name: &str, frozen: &Header) -> Result<bool> {
+    let new_top = new_top_name(name);
+    let file = match open_file(folder, &new_top, Access::Read) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+        other => other?,
+    };
+    let parent = newest_header(&*file)?.parent;
+    if parent.map(|link| link.identity) != frozen.identity() {
+        return Ok(false);
+    }
+    folder.rename(&new_top, name).map_err(failed(folder, "renaming the new top"))?;
+    folder.sync().map_err(failed(folder, "syncing the folder"))?;
+    Ok(true)
+}
+
+impl Chain {
+    /// Gives the present content the name `snapshot` in the chain's folder, frozen; this chain and
+    /// its name go on over it. Waits for operations under way, and holds up those that come.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReadOnly`]; [`ErrorKind::Exists`] for a name that is taken;
+    /// [`ErrorKind::Limit`]; host errors. A snapshot that fails half-way is finished by the next
+    /// [`Chain::open`] for writing; until then this chain may refuse writes.
+    pub fn snapshot(&self, snapshot: &str) -> Result<()> {
+        let mut levels = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        let below = levels.stack.as_ref().map_or(0, |stack| stack.layers().len());
+        if below + 2 > MAX_DEPTH {
+            let detail = format!("a chain of more than {MAX_DEPTH} layers");
+            return Err(Error::new(ErrorKind::Limit, detail));
+        }
+        let (id, identity) = levels.top()?.plan_freeze()?;
+        let link = ParentLink { identity, hint: snapshot.to_owned() };
+        let new_top = self.build_top(link, levels.size)?;
+        self.link_snapshot(snapshot)?;
+
+        let Some(top) = levels.top.as_mut() else { return Ok(()) };
+        let sealed = top.freeze(id)?;
+        let name = new_top_name(&self.name);
+        self.folder
+            .rename(&name, &self.name)
+            .map_err(failed(&*self.folder, "renaming the new top"))?;
+        self.folder.sync().map_err(failed(&*self.folder, "syncing the folder"))?;
+
+        let found = Arc::new(Found { sealed, folder: self.folder.clone() });
+        let older = levels.stack.iter().flat_map(|stack| stack.found().iter().cloned());
+        let stack = Arc::new(Stack::new(std::iter::once(found.clone()).chain(older).collect()));
+        self.layers.adopt(identity, &found, &stack);
+        *levels = Levels::writable(new_top, Some(stack));
+        Ok(())
+    }
+
+    /// Builds the new top under its temporary name, replacing one that a crash left before it meant
+    /// anything.
+    fn build_top(&self, link: ParentLink, virtual_size: u64) -> Result<Writable> {
+        let (folder, name) = (&*self.folder, new_top_name(&self.name));
+        match folder.remove(&name) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(failed(folder, "removing a new top that was left over")(error));
+            }
+            _ => {}
+        }
+        let parent = Some((link, virtual_size));
+        Writable::open(live::create(folder, &name, &NewLayer { virtual_size, parent })?)
+    }
+
+    /// Links the snapshot's name to the layer. A link that a crash left is as good as a new one.
+    fn link_snapshot(&self, snapshot: &str) -> Result<()> {
+        let folder = &*self.folder;
+        if folder.same_file(&self.name, snapshot).map_err(failed(folder, "looking at names"))?
+            && self.name != snapshot
+        {
+            return Ok(());
+        }
+        folder.link(&self.name, snapshot).map_err(|error| {
+            Error::io(error, "linking the snapshot").in_file(folder.path().join(snapshot))
+        })?;
+        folder.sync().map_err(failed(folder, "syncing the folder"))
+    }
+}

@@ -1,0 +1,111 @@
+//! Bitmap pages in memory, loaded on first touch. An empty page costs a few bytes.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::error::Result;
+use crate::format::bitmap::{Bits, PageBytes, decode, encode};
+use crate::format::geometry::bitmap_offset;
+use crate::storage::{Storage, failed, read_exact_at, write_all_at};
+use crate::sync::LazyTable;
+use crate::types::{BLOCK_SIZE, GROUP_WORDS, Group, Uuid, Word};
+
+/// The bits of a group as the file has them; `None` for an empty page.
+pub(super) fn read_page(file: &dyn Storage, uuid: Uuid, group: Group) -> Result<Option<Box<Bits>>> {
+    let offset = bitmap_offset(group).0;
+    let mut bytes: PageBytes = [0; BLOCK_SIZE as usize];
+    read_exact_at(file, &mut bytes, offset).map_err(failed(
+        file,
+        "reading a bitmap page",
+        offset,
+    ))?;
+    decode(uuid, group, &bytes).map_err(|error| error.relative_to(offset).in_file(file.path()))
+}
+
+/// Writes a group's bits; not synced.
+pub(super) fn write_page(file: &dyn Storage, uuid: Uuid, group: Group, bits: &Bits) -> Result<()> {
+    let offset = bitmap_offset(group).0;
+    write_all_at(file, &encode(uuid, group, bits), offset).map_err(failed(
+        file,
+        "writing a bitmap page",
+        offset,
+    ))
+}
+
+type AtomicBits = [AtomicU64; GROUP_WORDS as usize];
+
+/// One group's bits. They only ever turn on.
+#[derive(Debug, Default)]
+pub(super) struct Page {
+    bits: OnceLock<Box<AtomicBits>>,
+    /// Space for the page on disk is allocated.
+    allocated: AtomicBool,
+}
+
+impl Page {
+    /// The owned blocks of a word. A bit that is seen here was set after its block's data.
+    pub fn word(&self, word: Word) -> u64 {
+        self.bits.get().map_or(0, |bits| bits[word.index()].load(Ordering::Acquire))
+    }
+
+    /// Turns bits on.
+    pub fn set(&self, word: Word, mask: u64) {
+        let bits = self.bits.get_or_init(|| Box::new(std::array::from_fn(|_| AtomicU64::new(0))));
+        bits[word.index()].fetch_or(mask, Ordering::Release);
+    }
+
+    /// A copy of all bits.
+    pub fn copy(&self) -> Box<Bits> {
+        let mut copy = Box::new([0; GROUP_WORDS as usize]);
+        if let Some(bits) = self.bits.get() {
+            copy.iter_mut()
+                .zip(bits.iter())
+                .for_each(|(to, from)| *to = from.load(Ordering::Acquire));
+        }
+        copy
+    }
+
+    /// Allocates the page on disk, so that a later checkpoint can't run out of space.
+    pub fn allocate(&self, file: &dyn Storage, group: Group) -> Result<()> {
+        if !self.allocated.load(Ordering::Acquire) {
+            let offset = bitmap_offset(group).0;
+            file.allocate(offset, BLOCK_SIZE).map_err(failed(
+                file,
+                "allocating a bitmap page",
+                offset,
+            ))?;
+            self.allocated.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+}
+
+/// All pages of a layer.
+#[derive(Debug)]
+pub(super) struct Pages {
+    table: LazyTable<Page>,
+    uuid: Uuid,
+}
+
+impl Pages {
+    pub fn new(uuid: Uuid, groups: u64) -> Self {
+        Self { table: LazyTable::new(groups), uuid }
+    }
+
+    pub fn resize(&mut self, groups: u64) {
+        self.table.resize(groups);
+    }
+
+    /// A group's page, read from the file on first touch.
+    pub fn get(&self, file: &dyn Storage, group: Group) -> Result<&Page> {
+        self.table.get_or_try_make(group.0, || {
+            let page = Page::default();
+            if let Some(bits) = read_page(file, self.uuid, group)? {
+                let atomic = Box::new(bits.map(AtomicU64::new));
+                page.bits.get_or_init(|| atomic);
+                page.allocated.store(true, Ordering::Release);
+            }
+            Ok(page)
+        })
+    }
+}

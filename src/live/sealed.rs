@@ -1,0 +1,72 @@
+//! A layer that is only read: a frozen one, or one that nobody writes while it is open.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::pages::read_page;
+use super::recover::recover;
+use super::{Wait, read_owned, take_lock};
+use crate::error::Result;
+use crate::format::bitmap::Bits;
+use crate::format::geometry::word_offset;
+use crate::format::header::{Header, State};
+use crate::live::slots::newest_header;
+use crate::storage::{Lock, Storage, failed};
+use crate::types::{FileOffset, Group, Word};
+
+/// A layer open for reading, under a shared lock. The file is not changed, not even where it was
+/// not closed cleanly: then the journal is replayed in memory.
+#[derive(Debug)]
+pub struct Sealed {
+    file: Arc<dyn Storage>,
+    header: Header,
+    /// Whole bitmaps of the groups that the journal speaks of.
+    replayed: BTreeMap<Group, Box<Bits>>,
+}
+
+impl Sealed {
+    /// Opens a layer.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::InUse`] where somebody writes it; `NotAnImage`, `Corrupt`,
+    /// `Unsupported`, `Loss`; host errors.
+    pub fn open(file: Arc<dyn Storage>) -> Result<Self> {
+        take_lock(&*file, Lock::Shared)?;
+        let header = newest_header(&*file)?;
+        if header.state == State::InUse {
+            // What a killed writer left in the page cache counts only once it is on the disk.
+            file.sync_data().map_err(failed(&*file, "syncing a layer that was not closed", 0))?;
+            file.drop_cache().map_err(failed(&*file, "dropping cached pages", 0))?;
+        }
+        let replayed = recover(&*file, &header)?.bits;
+        Ok(Self { file, header, replayed })
+    }
+
+    /// The layer of a file that this process has just frozen, and holds.
+    pub(super) fn frozen(file: Arc<dyn Storage>, header: Header) -> Self {
+        Self { file, header, replayed: BTreeMap::new() }
+    }
+
+    /// The header that counts.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The file below.
+    pub fn file(&self) -> &dyn Storage {
+        &*self.file
+    }
+
+    /// The owned blocks of a group; `None` where there are none.
+    pub fn bits(&self, group: Group) -> Result<Option<Box<Bits>>> {
+        match self.replayed.get(&group) {
+            Some(bits) => Ok(Some(bits.clone())),
+            None => read_page(&*self.file, self.header.uuid, group),
+        }
+    }
+
+    /// Reads owned bytes, `from` counted from the word's start; false as in [`super::Under::read`].
+    pub fn read(&self, word: Word, from: u64, buf: &mut [u8], wait: Wait) -> Result<bool> {
+        read_owned(&*self.file, FileOffset(word_offset(word).0 + from), buf, wait)
+    }
+}

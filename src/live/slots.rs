@@ -1,0 +1,102 @@
+//! The two header slots of a file: which one counts, and replacing the older one.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::geometry::{SLOT_OFFSETS, file_length};
+use crate::format::header::{Header, SlotBytes, has_magic};
+use crate::storage::{Storage, failed, read_exact_at, write_all_at};
+use crate::types::BLOCK_SIZE;
+
+/// The header that counts, and where it stands.
+#[derive(Debug)]
+pub(super) struct Slots {
+    pub header: Header,
+    newest: usize,
+}
+
+/// Both slots as they stand; `None` for one whose checksum does not hold.
+///
+/// # Errors
+/// [`ErrorKind::NotAnImage`] where neither slot begins with the magic; what [`Header::decode`]
+/// refuses; host errors.
+pub fn read_slots(file: &dyn Storage) -> Result<[Option<Header>; 2]> {
+    let mut headers = [None, None];
+    let mut magic = false;
+    let length = file.length().map_err(failed(file, "reading the length", 0))?;
+    for (slot, offset) in SLOT_OFFSETS.into_iter().enumerate() {
+        if offset.0 + BLOCK_SIZE > length {
+            continue;
+        }
+        let mut bytes: Box<SlotBytes> = Box::new([0; BLOCK_SIZE as usize]);
+        read_exact_at(file, &mut *bytes, offset.0).map_err(failed(
+            file,
+            "reading a header slot",
+            offset.0,
+        ))?;
+        magic |= has_magic(&bytes);
+        headers[slot] = Header::decode(slot, &bytes)
+            .map_err(|error| error.at(offset.0).in_file(file.path()))?;
+    }
+    if !magic {
+        let error =
+            Error::new(ErrorKind::NotAnImage, "not a thinply layer: no magic in either slot");
+        return Err(error.in_file(file.path()));
+    }
+    Ok(headers)
+}
+
+/// The header that counts.
+///
+/// # Errors
+/// As [`read_slots`]; [`ErrorKind::Corrupt`] where no slot holds, the two contradict each other, or
+/// the file is shorter than the header says.
+pub fn newest_header(file: &dyn Storage) -> Result<Header> {
+    Ok(Slots::read(file)?.header)
+}
+
+impl Slots {
+    pub fn read(file: &dyn Storage) -> Result<Self> {
+        let corrupt = |detail: String| Error::new(ErrorKind::Corrupt, detail).in_file(file.path());
+        let slots = match read_slots(file)? {
+            [Some(a), Some(b)] => {
+                if a.uuid != b.uuid || a.generation == b.generation {
+                    return Err(corrupt(format!(
+                        "header slots contradict each other: {} generation {} and {} generation {}",
+                        a.uuid, a.generation, b.uuid, b.generation
+                    )));
+                }
+                let newest = usize::from(b.generation > a.generation);
+                Self { header: if newest == 0 { a } else { b }, newest }
+            }
+            [Some(header), None] => Self { header, newest: 0 },
+            [None, Some(header)] => Self { header, newest: 1 },
+            [None, None] => {
+                return Err(corrupt("neither header slot has the checksum it should have".into()));
+            }
+        };
+        let length = file.length().map_err(failed(file, "reading the length", 0))?;
+        let expected = file_length(slots.header.virtual_size);
+        if length < expected {
+            return Err(corrupt(format!("file of {length} bytes, expected {expected}")).at(length));
+        }
+        Ok(slots)
+    }
+
+    /// Writes `header` with the next generation over the older slot; not synced. The old header
+    /// counts until that sync returns, so `self` changes only in [`Slots::adopt`].
+    pub fn write_older(&self, file: &dyn Storage, header: &Header) -> Result<()> {
+        let slot = 1 - self.newest;
+        let next = Header { generation: self.header.generation + 1, ..header.clone() };
+        let offset = SLOT_OFFSETS[slot].0;
+        write_all_at(file, &*next.encode(slot), offset).map_err(failed(
+            file,
+            "writing a header slot",
+            offset,
+        ))
+    }
+
+    /// The header that [`Slots::write_older`] wrote is durable.
+    pub fn adopt(&mut self, header: Header) {
+        self.newest = 1 - self.newest;
+        self.header = Header { generation: self.header.generation + 1, ..header };
+    }
+}

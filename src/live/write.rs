@@ -1,0 +1,207 @@
+//! Writes, zeros and trims of the top layer, one word of blocks at a time.
+
+use std::sync::atomic::Ordering;
+
+use super::pending::Standing;
+use super::writable::Writable;
+use super::{Under, Wait};
+use crate::error::Result;
+use crate::format::geometry::word_offset;
+use crate::storage::{failed, write_all_at};
+use crate::sync::guard;
+use crate::types::{BLOCK_SIZE, WORD_BYTES, Word, covered, runs, touched};
+
+/// Writeback starts after this many bytes, so that a flush never finds much left to write.
+const WRITEBACK_EVERY: u64 = 32 << 20;
+/// Most words in the fresh set; bounds its memory to a few MiB. Beyond, a writer commits first.
+const FRESH_WORDS: usize = 1 << 18;
+
+/// How a range shall come to read as zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroKind {
+    /// Give the space back.
+    Punch,
+    /// Keep, or get, space for it.
+    Allocate,
+}
+
+impl Writable {
+    /// Writes `data` at a guest offset inside the device. False where `wait` is [`Wait::No`] and it
+    /// would have to wait; a part may be written then.
+    pub fn write(&self, offset: u64, data: &[u8], under: &dyn Under, wait: Wait) -> Result<bool> {
+        self.check_poison()?;
+        let mut rest = data;
+        for (word, from, to) in words(offset, data.len() as u64) {
+            let (part, after) = rest.split_at((to - from) as usize);
+            if !self.write_word(word, from, part, under, wait)? {
+                return Ok(false);
+            }
+            rest = after;
+        }
+        self.start_writeback(data.len() as u64)?;
+        Ok(true)
+    }
+
+    fn write_word(
+        &self,
+        word: Word,
+        from: u64,
+        data: &[u8],
+        under: &dyn Under,
+        wait: Wait,
+    ) -> Result<bool> {
+        let to = from + data.len() as u64;
+        let mask = touched(from, to);
+        let page = self.pages.get(&*self.file, word.group())?;
+        loop {
+            if page.word(word) & mask == mask
+                && guard(&self.pending).standing(word, mask) == Standing::Settled
+            {
+                self.write_data(word, from, data)?;
+                return Ok(true);
+            }
+            let stripe = guard(self.stripe(word));
+            if !self.must_wait(word, mask) {
+                let absent = mask & !page.word(word);
+                if absent != 0 {
+                    page.allocate(&*self.file, word.group())?;
+                }
+                if !self.write_absent(word, from, data, absent, under, wait)? {
+                    return Ok(false);
+                }
+                self.own(word, absent)?;
+                return Ok(true);
+            }
+            drop(stripe);
+            if wait == Wait::No {
+                return Ok(false);
+            }
+            self.confirm()?;
+        }
+    }
+
+    /// Whether a commit has to come before the blocks may be written: they are named by the last
+    /// record, or the fresh set is full.
+    fn must_wait(&self, word: Word, mask: u64) -> bool {
+        let pending = guard(&self.pending);
+        pending.standing(word, mask) == Standing::Unconfirmed
+            || pending.fresh.words() >= FRESH_WORDS
+    }
+
+    /// Writes data whose first or last block may be absent and only partly covered: such a block is
+    /// written whole, with what shows below around the data.
+    fn write_absent(
+        &self,
+        word: Word,
+        from: u64,
+        data: &[u8],
+        absent: u64,
+        under: &dyn Under,
+        wait: Wait,
+    ) -> Result<bool> {
+        let to = from + data.len() as u64;
+        let partial = absent & !covered(from, to);
+        let mut copied = 0;
+        for (bit, end) in runs(partial).flat_map(|(first, end)| (first..end).map(|b| (b, b + 1))) {
+            let (start, end) = (u64::from(bit) * BLOCK_SIZE, u64::from(end) * BLOCK_SIZE);
+            let mut block = [0; BLOCK_SIZE as usize];
+            if !under.read(word.guest_offset() + start, &mut block, wait)? {
+                return Ok(false);
+            }
+            let (a, b) = (from.max(start), to.min(end));
+            block[(a - start) as usize..(b - start) as usize]
+                .copy_from_slice(&data[(a - from) as usize..(b - from) as usize]);
+            self.write_data(word, start, &block)?;
+            copied |= touched(start, end);
+        }
+        for (first, end) in runs(touched(from, to) & !copied) {
+            let a = from.max(u64::from(first) * BLOCK_SIZE);
+            let b = to.min(u64::from(end) * BLOCK_SIZE);
+            self.write_data(word, a, &data[(a - from) as usize..(b - from) as usize])?;
+        }
+        Ok(true)
+    }
+
+    fn write_data(&self, word: Word, from: u64, data: &[u8]) -> Result<()> {
+        let offset = word_offset(word).0 + from;
+        write_all_at(&*self.file, data, offset).map_err(failed(
+            &*self.file,
+            "writing blocks",
+            offset,
+        ))
+    }
+
+    /// Makes the whole blocks inside a guest range read as zeros. Those that nobody owns already
+    /// do, and stay absent unless space is to be allocated. The range's end may lie in the last
+    /// block behind the device's end, which counts as whole.
+    pub fn zero_blocks(
+        &self,
+        offset: u64,
+        length: u64,
+        kind: ZeroKind,
+        under: &dyn Under,
+    ) -> Result<()> {
+        self.check_poison()?;
+        for (word, from, to) in words(offset, length) {
+            let mask = covered(from, to);
+            if mask != 0 {
+                self.zero_word(word, mask, kind, under)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn zero_word(&self, word: Word, mask: u64, kind: ZeroKind, under: &dyn Under) -> Result<()> {
+        let page = self.pages.get(&*self.file, word.group())?;
+        loop {
+            let stripe = guard(self.stripe(word));
+            if !self.must_wait(word, mask) {
+                let absent = mask & !page.word(word);
+                let newly = match kind {
+                    ZeroKind::Punch if absent == 0 => 0,
+                    ZeroKind::Punch => absent & under.owned(word)?,
+                    ZeroKind::Allocate => absent,
+                };
+                if newly != 0 {
+                    page.allocate(&*self.file, word.group())?;
+                }
+                for (first, end) in runs(mask & page.word(word) | newly) {
+                    let offset = word_offset(word).0 + u64::from(first) * BLOCK_SIZE;
+                    let length = u64::from(end - first) * BLOCK_SIZE;
+                    match kind {
+                        ZeroKind::Punch => self.file.punch(offset, length),
+                        ZeroKind::Allocate => self.file.zero(offset, length),
+                    }
+                    .map_err(failed(&*self.file, "zeroing blocks", offset))?;
+                }
+                return self.own(word, newly);
+            }
+            drop(stripe);
+            self.confirm()?;
+        }
+    }
+
+    fn start_writeback(&self, written: u64) -> Result<()> {
+        if self.unwritten.fetch_add(written, Ordering::Relaxed) + written >= WRITEBACK_EVERY {
+            self.unwritten.store(0, Ordering::Relaxed);
+            self.file.start_writeback().map_err(failed(&*self.file, "starting writeback", 0))?;
+        }
+        Ok(())
+    }
+}
+
+/// Cuts a guest range at words: each with the range's bytes inside it, counted from its start.
+pub fn words(offset: u64, length: u64) -> impl Iterator<Item = (Word, u64, u64)> {
+    let end = offset + length;
+    let mut at = offset;
+    std::iter::from_fn(move || {
+        if at >= end {
+            return None;
+        }
+        let word = Word(at / WORD_BYTES);
+        let from = at - word.guest_offset();
+        let to = WORD_BYTES.min(end - word.guest_offset());
+        at = word.guest_offset() + to;
+        Some((word, from, to))
+    })
+}

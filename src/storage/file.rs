@@ -1,0 +1,314 @@
+//! Files and folders of the host.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom, fadvise, fallocate, fstatfs, seek};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
+
+use super::{Access, Folder, Lock, Storage, write_zeros};
+
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+
+/// A file of the host.
+#[derive(Debug)]
+struct HostFile {
+    path: PathBuf,
+    file: File,
+    /// Whether all of it is memory, so that no read waits (and `RWF_NOWAIT` is refused).
+    in_memory: bool,
+}
+
+impl HostFile {
+    fn open(path: PathBuf, options: &mut OpenOptions) -> io::Result<Arc<dyn Storage>> {
+        let file = options.read(true).custom_flags(OFlags::NOFOLLOW.bits() as i32).open(&path)?;
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+        }
+        let in_memory = fstatfs(&file)?.f_type == TMPFS_MAGIC;
+        Ok(Arc::new(Self { path, file, in_memory }))
+    }
+
+    /// Runs `fallocate`; false where the file system does not know that mode.
+    fn fallocate(&self, mode: FallocateFlags, offset: u64, length: u64) -> io::Result<bool> {
+        match fallocate(&self.file, mode, offset, length) {
+            Ok(()) => Ok(true),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl Storage for HostFile {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn length(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn set_length(&self, length: u64) -> io::Result<()> {
+        self.file.set_len(length)
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at(buf, offset)
+    }
+
+    fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        if self.in_memory {
+            return self.file.read_at(buf, offset);
+        }
+        let mut parts = [io::IoSliceMut::new(buf)];
+        match preadv2(&self.file, &mut parts, offset, ReadWriteFlags::NOWAIT) {
+            // A file system that can't tell is asked in the way that may wait.
+            Err(Errno::OPNOTSUPP) => Err(io::ErrorKind::WouldBlock.into()),
+            other => Ok(other?),
+        }
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
+        self.file.write_at(buf, offset)
+    }
+
+    fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if self.fallocate(mode, offset, length)? {
+            return Ok(());
+        }
+        write_zeros(self, offset, length)
+    }
+
+    fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
+        let mode = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        if self.fallocate(mode, offset, length)? {
+            return Ok(());
+        }
+        write_zeros(self, offset, length)
+    }
+
+    fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.fallocate(FallocateFlags::KEEP_SIZE, offset, length)?;
+        Ok(())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        Ok(fadvise(&self.file, 0, None, Advice::DontNeed)?)
+    }
+
+    fn start_writeback(&self) -> io::Result<()> {
+        let flags = libc::SYNC_FILE_RANGE_WRITE;
+        // SAFETY: takes a descriptor that lives as long as `self` and numbers; no memory is passed.
+        let answer = unsafe { libc::sync_file_range(self.file.as_raw_fd(), 0, 0, flags) };
+        if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    fn prefetch(&self, offset: u64, length: u64) -> io::Result<()> {
+        Ok(fadvise(&self.file, offset, std::num::NonZeroU64::new(length), Advice::WillNeed)?)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        match seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(at) => Ok(Some(at)),
+            Err(Errno::NXIO) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn next_hole(&self, offset: u64) -> io::Result<u64> {
+        match seek(&self.file, SeekFrom::Hole(offset)) {
+            Err(Errno::NXIO) => self.length(),
+            other => Ok(other?),
+        }
+    }
+
+    fn lock(&self, lock: Lock) -> io::Result<()> {
+        let kind = match lock {
+            Lock::Shared => libc::F_RDLCK,
+            Lock::Exclusive => libc::F_WRLCK,
+        };
+        let whole = libc::flock {
+            l_type: kind as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        match fcntl(self.file.as_fd(), FcntlArg::F_OFD_SETLK(&whole)) {
+            Ok(_) => Ok(()),
+            Err(nix::Error::EAGAIN | nix::Error::EACCES) => Err(io::ErrorKind::WouldBlock.into()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// A folder of the host.
+#[derive(Clone, Debug)]
+pub struct FileFolder {
+    path: PathBuf,
+}
+
+impl FileFolder {
+    /// The folder at `path`; files in it are opened only when asked for.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    fn join(&self, name: &str) -> io::Result<PathBuf> {
+        // A hint has been checked long before; this keeps every other caller inside the folder too.
+        if name.is_empty() || name == "." || name == ".." || name.contains('/') {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a plain file name"));
+        }
+        Ok(self.path.join(name))
+    }
+}
+
+impl Folder for FileFolder {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn open(&self, name: &str, access: Access) -> io::Result<Arc<dyn Storage>> {
+        let write = access == Access::Write;
+        HostFile::open(self.join(name)?, OpenOptions::new().write(write))
+    }
+
+    fn create(&self, name: &str) -> io::Result<Arc<dyn Storage>> {
+        HostFile::open(self.join(name)?, OpenOptions::new().write(true).create_new(true))
+    }
+
+    fn same_file(&self, a: &str, b: &str) -> io::Result<bool> {
+        let identity = |name: &str| match fs::symlink_metadata(self.join(name)?) {
+            Ok(meta) => Ok(Some((meta.dev(), meta.ino()))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        };
+        let (a, b) = (identity(a)?, identity(b)?);
+        Ok(a.is_some() && a == b)
+    }
+
+    fn link(&self, from: &str, to: &str) -> io::Result<()> {
+        fs::hard_link(self.join(from)?, self.join(to)?)
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        fs::rename(self.join(from)?, self.join(to)?)
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        fs::remove_file(self.join(name)?)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        File::open(&self.path)?.sync_all()
+    }
+}
+
+/// The processes that have the file open, as `name (pid)`, as far as this one may look: an OFD lock
+/// doesn't tell its owner.
+pub fn holders(path: &Path) -> Vec<String> {
+    let Ok(wanted) = fs::metadata(path) else { return Vec::new() };
+    let entries = |dir: PathBuf| fs::read_dir(dir).into_iter().flatten().flatten();
+    let opens = |process: &Path| {
+        entries(process.join("fd")).any(|fd| {
+            fs::metadata(fd.path())
+                .is_ok_and(|meta| meta.ino() == wanted.ino() && meta.dev() == wanted.dev())
+        })
+    };
+    entries("/proc".into())
+        .filter_map(|entry| {
+            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+            let other = pid != std::process::id() && opens(&entry.path());
+            let name = fs::read_to_string(entry.path().join("comm")).ok()?;
+            other.then(|| format!("{} ({pid})", name.trim_end()))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{read_exact_at, read_exact_cached_at, write_all_at};
+
+    fn folder() -> (tempfile::TempDir, FileFolder) {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = FileFolder::new(dir.path());
+        (dir, folder)
+    }
+
+    #[test]
+    fn punched_and_zeroed_ranges_read_as_zeros_and_holes_are_found() {
+        let (_dir, folder) = folder();
+        let file = folder.create("a").unwrap();
+        file.set_length(1 << 20).unwrap();
+        write_all_at(&*file, &[7; 3 * 4096], 4096).unwrap();
+        file.punch(8192, 4096).unwrap();
+        file.zero(12288, 4096).unwrap();
+        let mut buf = [1; 5 * 4096];
+        read_exact_at(&*file, &mut buf, 0).unwrap();
+        assert!(buf[4096..8192].iter().all(|&b| b == 7));
+        assert!(buf[8192..].iter().all(|&b| b == 0));
+        assert_eq!(file.next_data(0).unwrap(), Some(4096));
+        assert_eq!(file.next_hole(4096).unwrap(), 8192);
+        assert_eq!(file.next_data(1 << 19).unwrap(), None);
+        assert!(read_exact_cached_at(&*file, &mut buf, 0).unwrap());
+        assert!(read_exact_at(&*file, &mut buf, (1 << 20) - 1).is_err());
+    }
+
+    #[test]
+    fn one_writer_or_many_readers() {
+        let (_dir, folder) = folder();
+        let writer = folder.create("a").unwrap();
+        let reader = folder.open("a", Access::Read).unwrap();
+        let other = folder.open("a", Access::Read).unwrap();
+        writer.lock(Lock::Exclusive).unwrap();
+        assert_eq!(reader.lock(Lock::Shared).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        writer.lock(Lock::Shared).unwrap();
+        reader.lock(Lock::Shared).unwrap();
+        other.lock(Lock::Shared).unwrap();
+        assert_eq!(writer.lock(Lock::Exclusive).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        drop((reader, other));
+        writer.lock(Lock::Exclusive).unwrap();
+    }
+
+    #[test]
+    fn names_stay_inside_the_folder_and_links_are_not_followed() {
+        let (dir, folder) = folder();
+        for name in ["", ".", "..", "../a", "/etc/passwd", "a/b"] {
+            assert!(folder.open(name, Access::Read).is_err(), "{name}");
+        }
+        folder.create("real").unwrap();
+        std::os::unix::fs::symlink(dir.path().join("real"), dir.path().join("link")).unwrap();
+        assert!(folder.open("real", Access::Read).is_ok());
+        assert!(folder.open("link", Access::Read).is_err());
+        folder.link("real", "twin").unwrap();
+        assert!(folder.same_file("real", "twin").unwrap());
+        assert!(!folder.same_file("real", "missing").unwrap());
+        assert!(folder.link("real", "twin").is_err());
+    }
+
+    #[test]
+    fn the_holder_of_a_file_is_found_by_name() {
+        let (dir, folder) = folder();
+        folder.create("held").unwrap();
+        let path = dir.path().join("held");
+        assert!(holders(&path).is_empty());
+        let stdin = File::open(&path).unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").stdin(stdin).spawn().unwrap();
+        let found = holders(&path);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(found, [format!("sleep ({})", child.id())]);
+    }
+}

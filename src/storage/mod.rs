@@ -1,0 +1,186 @@
+//! The one seam for I/O: positional files and the folders that hold them.
+//!
+//! The traits have no default methods, so that no backend inherits a durability it doesn't have.
+//! Single attempts may be short, as in the system calls; [`read_exact_at`] and [`write_all_at`]
+//! are the loops over them.
+
+mod file;
+mod memory;
+
+use std::fmt::Debug;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::Error;
+
+pub use file::{FileFolder, holders};
+pub use memory::MemoryFolder;
+
+/// A lock that one open file holds against all others, in this process and elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lock {
+    /// Many readers, no writer.
+    Shared,
+    /// One writer, nobody else.
+    Exclusive,
+}
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reading only.
+    Read,
+    /// Reading and writing.
+    Write,
+}
+
+/// An open file with byte addresses.
+pub trait Storage: Send + Sync + Debug {
+    /// The file's name for messages.
+    fn path(&self) -> &Path;
+
+    /// Length in bytes.
+    fn length(&self) -> io::Result<u64>;
+
+    /// Sets the length; new bytes read as zeros.
+    fn set_length(&self, length: u64) -> io::Result<()>;
+
+    /// Reads once; 0 only at the end of the file.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+
+    /// [`Storage::read_at`] without waiting for a disk: [`io::ErrorKind::WouldBlock`], or fewer
+    /// bytes, where the page cache lacks them.
+    fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+
+    /// Writes once.
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize>;
+
+    /// Gives the range back; it reads as zeros.
+    fn punch(&self, offset: u64, length: u64) -> io::Result<()>;
+
+    /// Makes the range read as zeros and keeps space allocated for it.
+    fn zero(&self, offset: u64, length: u64) -> io::Result<()>;
+
+    /// Allocates space for the range, where the file system can; content stays.
+    fn allocate(&self, offset: u64, length: u64) -> io::Result<()>;
+
+    /// Returns once all that completed before survives a power loss.
+    fn sync_data(&self) -> io::Result<()>;
+
+    /// Forgets cached pages that are on the disk, so that reads show what is there.
+    fn drop_cache(&self) -> io::Result<()>;
+
+    /// Starts to write dirty pages out, without waiting and without promising anything.
+    fn start_writeback(&self) -> io::Result<()>;
+
+    /// Starts to read the range into the page cache.
+    fn prefetch(&self, offset: u64, length: u64) -> io::Result<()>;
+
+    /// Start of the first data at or after `offset`; `None` where only a hole is left.
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
+
+    /// Start of the first hole at or after `offset`; the end of the file counts as one.
+    fn next_hole(&self, offset: u64) -> io::Result<u64>;
+
+    /// Takes the lock or changes the one held; [`io::ErrorKind::WouldBlock`] where another open
+    /// file stands against it. Dropping the file gives it back.
+    fn lock(&self, lock: Lock) -> io::Result<()>;
+}
+
+/// A folder of files, addressed by plain names.
+pub trait Folder: Send + Sync + Debug {
+    /// The folder's name for messages.
+    fn path(&self) -> &Path;
+
+    /// Opens a file; a symbolic link is an error.
+    fn open(&self, name: &str, access: Access) -> io::Result<Arc<dyn Storage>>;
+
+    /// Creates a file that must not exist, open for writing.
+    fn create(&self, name: &str) -> io::Result<Arc<dyn Storage>>;
+
+    /// Whether both names stand for the same file; false where one is missing.
+    fn same_file(&self, a: &str, b: &str) -> io::Result<bool>;
+
+    /// Gives the file a second name, which must not exist.
+    fn link(&self, from: &str, to: &str) -> io::Result<()>;
+
+    /// Renames, replacing what bears the new name.
+    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+
+    /// Removes a name.
+    fn remove(&self, name: &str) -> io::Result<()>;
+
+    /// Returns once all changes of names survive a power loss.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// Turns a host error into one that names the file, the offset and the operation.
+pub fn failed(
+    storage: &dyn Storage,
+    operation: &'static str,
+    offset: u64,
+) -> impl FnOnce(io::Error) -> Error {
+    move |error| Error::io(error, operation).at(offset).in_file(storage.path())
+}
+
+/// Fills `buf`, or fails with [`io::ErrorKind::UnexpectedEof`].
+pub fn read_exact_at(storage: &dyn Storage, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !buf.is_empty() {
+        match storage.read_at(buf, offset) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => {
+                buf = buf.get_mut(n..).unwrap_or_default();
+                offset += n as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Fills `buf` from the page cache; false where that lacks a byte.
+pub fn read_exact_cached_at(
+    storage: &dyn Storage,
+    buf: &mut [u8],
+    offset: u64,
+) -> io::Result<bool> {
+    match storage.read_cached_at(buf, offset) {
+        Ok(n) => Ok(n == buf.len()),
+        Err(error)
+            if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Writes all of `buf`.
+pub fn write_all_at(storage: &dyn Storage, mut buf: &[u8], mut offset: u64) -> io::Result<()> {
+    while !buf.is_empty() {
+        match storage.write_at(buf, offset) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => {
+                buf = buf.get(n..).unwrap_or_default();
+                offset += n as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Writes zeros over the range, for backends whose host can't punch.
+fn write_zeros(storage: &dyn Storage, mut offset: u64, mut length: u64) -> io::Result<()> {
+    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    while length > 0 {
+        let part = length.min(ZEROS.len() as u64);
+        write_all_at(storage, &ZEROS[..part as usize], offset)?;
+        offset += part;
+        length -= part;
+    }
+    Ok(())
+}
