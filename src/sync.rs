@@ -25,9 +25,13 @@ impl<T> LazyTable<T> {
         table
     }
 
-    /// Changes the length; entries that stay keep their values.
+    /// Changes the length. Entries below it keep their values, all others are forgotten.
     pub fn resize(&mut self, length: u64) {
-        self.leaves.resize_with((length as usize).div_ceil(LEAF), OnceLock::new);
+        let length = length as usize;
+        self.leaves.resize_with(length.div_ceil(LEAF), OnceLock::new);
+        if let Some(last) = self.leaves.get_mut(length / LEAF).and_then(OnceLock::get_mut) {
+            last[length % LEAF..].iter_mut().for_each(|entry| drop(entry.take()));
+        }
     }
 
     /// The entry at `index`, made by `make` if this is its first use. Threads that race make it
@@ -56,12 +60,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entries_are_made_once_and_survive_growth() {
+    fn entries_are_made_once_and_live_until_they_are_cut_off() {
         let mut table = LazyTable::new(3);
         assert_eq!(table.get_or_try_make(2, || Err(())), Err(()));
         assert_eq!(table.get_or_try_make(2, || Ok::<_, ()>(7)), Ok(&7));
         table.resize(5000);
         assert_eq!(table.get_or_try_make(2, || Ok::<_, ()>(8)), Ok(&7));
         assert_eq!(table.get_or_try_make(4999, || Ok::<_, ()>(9)), Ok(&9));
+        table.resize(2);
+        table.resize(3);
+        assert_eq!(table.get_or_try_make(2, || Ok::<_, ()>(8)), Ok(&8), "cut off, so forgotten");
     }
 }

@@ -163,7 +163,9 @@ fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Resul
     let path = folder.path().join(name);
     let mut file = setup::open_file(&**folder, name, Access::Write)?;
     let mut header = newest_header(&*file)?;
-    if matches!(header.state, State::Frozen(_)) && snapshot::finish(&**folder, name, &header)? {
+    if matches!(header.state, State::Frozen(_))
+        && snapshot::finish(&**folder, name, header.identity())?
+    {
         file = setup::open_file(&**folder, name, Access::Write)?;
         header = newest_header(&*file)?;
     }

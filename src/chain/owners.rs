@@ -41,6 +41,10 @@ impl GroupOwners {
         let mut mixed: Vec<MixedWord> = Vec::new();
         let mut open = Box::new([u64::MAX; GROUP_WORDS as usize]);
         for (owner, (layer, &clip)) in (0..).zip(layers.zip(clips)) {
+            // A layer that ends before the group has no page for it.
+            if clip <= group.first_word().guest_offset() {
+                break;
+            }
             let Some(bits) = layer.bits(group)? else { continue };
             for (index, &bits) in bits.iter().enumerate() {
                 let shown = shown(Word(group.first_word().0 + index as u64), clip);

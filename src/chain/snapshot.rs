@@ -7,9 +7,10 @@ use super::layers::Found;
 use super::setup::open_file;
 use super::{Chain, Levels, MAX_DEPTH, Stack};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::{Header, ParentLink};
-use crate::live::{self, NewLayer, Writable, newest_header};
-use crate::storage::{Access, Folder};
+use crate::format::header::ParentLink;
+use crate::live::{self, NewLayer, Writable, newest_header, take_lock};
+use crate::storage::{Access, Folder, Lock};
+use crate::types::Identity;
 
 /// The new top's name until it takes the old one's.
 fn new_top_name(name: &str) -> String {
@@ -20,16 +21,26 @@ fn failed(folder: &dyn Folder, operation: &'static str) -> impl FnOnce(std::io::
     move |error| Error::io(error, operation).in_file(folder.path())
 }
 
-/// Finishes a snapshot that was cut off after `name` had been frozen: its new top takes the name.
-/// False where there is none.
-pub(super) fn finish(folder: &dyn Folder, name: &str, frozen: &Header) -> Result<bool> {
+/// Finishes a snapshot that was cut off after `name` had been frozen under `identity`: its new top
+/// takes the name. False where there is none.
+///
+/// The new top's lock keeps out others who would do the same; whoever gets it second finds that the
+/// name has moved on.
+pub(super) fn finish(folder: &dyn Folder, name: &str, identity: Option<Identity>) -> Result<bool> {
     let new_top = new_top_name(name);
-    let file = match open_file(folder, &new_top, Access::Read) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+    let moved_on = || {
+        let file = open_file(folder, name, Access::Read)?;
+        Ok(newest_header(&*file)?.identity() != identity)
+    };
+    let file = match open_file(folder, &new_top, Access::Write) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return moved_on(),
         other => other?,
     };
-    let parent = newest_header(&*file)?.parent;
-    if parent.map(|link| link.identity) != frozen.identity() {
+    take_lock(&*file, Lock::Exclusive)?;
+    if moved_on()? {
+        return Ok(true);
+    }
+    if newest_header(&*file)?.parent.map(|link| link.identity) != identity {
         return Ok(false);
     }
     folder.rename(&new_top, name).map_err(failed(folder, "renaming the new top"))?;
@@ -87,17 +98,19 @@ impl Chain {
         Writable::open(live::create(folder, &name, &NewLayer { virtual_size, parent })?)
     }
 
-    /// Links the snapshot's name to the layer. A link that a crash left is as good as a new one.
+    /// Links the snapshot's name to the layer, durably. A link that a crash left is as good as a new
+    /// one, but it may not be durable yet either, and nor may the new top's name.
     fn link_snapshot(&self, snapshot: &str) -> Result<()> {
         let folder = &*self.folder;
-        if folder.same_file(&self.name, snapshot).map_err(failed(folder, "looking at names"))?
-            && self.name != snapshot
-        {
-            return Ok(());
+        let linked = self.name != snapshot
+            && folder
+                .same_file(&self.name, snapshot)
+                .map_err(failed(folder, "looking at names"))?;
+        if !linked {
+            folder.link(&self.name, snapshot).map_err(|error| {
+                Error::io(error, "linking the snapshot").in_file(folder.path().join(snapshot))
+            })?;
         }
-        folder.link(&self.name, snapshot).map_err(|error| {
-            Error::io(error, "linking the snapshot").in_file(folder.path().join(snapshot))
-        })?;
         folder.sync().map_err(failed(folder, "syncing the folder"))
     }
 }

@@ -271,7 +271,7 @@ impl Header {
         }
         // A file is opened and committed to far fewer times than this; sums can't overflow.
         if [self.generation, self.epoch, self.journal_tail].iter().any(|&n| n > u64::MAX / 2) {
-            return corrupt("generation, epoch or journal tail above 2^63".into());
+            return corrupt("generation, epoch or journal tail of 2^63 or more".into());
         }
         Ok(())
     }
@@ -422,7 +422,7 @@ impl RawHeader {
                     extension.kind
                 ));
             }
-            let padded = (extension.length.get() as usize).next_multiple_of(8);
+            let padded = u64::from(extension.length.get()).next_multiple_of(8) as usize;
             let Some((_, after)) = body.split_at_checked(padded) else {
                 return corrupt(format!("extension {:#x} reaches too far", extension.kind));
             };

@@ -1,7 +1,7 @@
 //! The journal ring of a file: reading all of it, and appending to it.
 
 use crate::error::Result;
-use crate::format::geometry::{JOURNAL_OFFSET, JOURNAL_RECORDS, block_count, record_offset};
+use crate::format::geometry::{JOURNAL_OFFSET, JOURNAL_RECORDS, record_offset};
 use crate::format::header::Header;
 use crate::format::journal::{Record, RecordBytes, Slot, decode, encode};
 use crate::storage::{Storage, failed, read_exact_at, write_all_at};
@@ -28,8 +28,8 @@ pub fn read_ring(file: &dyn Storage, header: &Header) -> Result<Vec<RingSlot>> {
         at = start + number * BLOCK_SIZE;
         let mut bytes: Box<RecordBytes> = Box::new([0; BLOCK_SIZE as usize]);
         read_exact_at(file, &mut *bytes, at).map_err(failed(file, "reading the journal", at))?;
-        let slot = decode(header.uuid, block_count(header.virtual_size), &bytes)
-            .map_err(|error| error.at(at).in_file(file.path()))?;
+        let slot =
+            decode(header.uuid, &bytes).map_err(|error| error.at(at).in_file(file.path()))?;
         if slot != Slot::Empty {
             found.push((number, slot));
         }

@@ -7,7 +7,7 @@ use super::journal::{RingSlot, read_ring};
 use super::pages::read_page;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap::Bits;
-use crate::format::geometry::{JOURNAL_RECORDS, block_offset};
+use crate::format::geometry::{JOURNAL_RECORDS, block_count, block_offset};
 use crate::format::header::{Header, State};
 use crate::format::journal::{Record, Slot};
 use crate::storage::{Storage, failed, read_exact_at};
@@ -87,6 +87,14 @@ fn live_records(ring: Vec<RingSlot>, header: &Header) -> Result<Vec<Record>> {
     }
     let mut records = Vec::new();
     while let Some(record) = valid.remove(&(header.journal_tail + records.len() as u64)) {
+        let blocks = block_count(header.virtual_size);
+        if let Some(entry) = record.entries.last().filter(|entry| entry.block.0 >= blocks) {
+            let (sequence, block) = (record.sequence, entry.block.0);
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("journal record {sequence}: block {block}, expected below {blocks}"),
+            ));
+        }
         records.push(record);
     }
     let next = header.journal_tail + records.len() as u64;
@@ -102,6 +110,7 @@ fn live_records(ring: Vec<RingSlot>, header: &Header) -> Result<Vec<Record>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::journal::Entry;
     use crate::types::Uuid;
 
     fn header(state: State) -> Header {
@@ -141,6 +150,18 @@ mod tests {
         assert_eq!(sequences(&[(5, 301), (5, 300), (5, 302)]).unwrap(), [300, 301, 302]);
         assert_eq!(sequences(&[(5, 299), (5, 298), (4, 301), (4, 900)]).unwrap(), []);
         assert_eq!(sequences(&[(4, 299), (5, 300), (4, 301)]).unwrap(), [300]);
+    }
+
+    #[test]
+    fn a_block_beyond_the_device_is_corrupt_in_a_record_that_counts() {
+        let entry = Entry { block: Block(block_count(1 << 30)), crc: 0 };
+        let at = |sequence| {
+            let record = Record { epoch: 5, sequence, entries: vec![entry] };
+            let ring = vec![(sequence % JOURNAL_RECORDS, Slot::Valid(record))];
+            live_records(ring, &header(State::InUse)).map(|records| records.len())
+        };
+        assert_eq!(at(300).unwrap_err().kind(), ErrorKind::Corrupt);
+        assert_eq!(at(299).unwrap(), 0);
     }
 
     #[test]

@@ -27,7 +27,9 @@ struct HostFile {
 
 impl HostFile {
     fn open(path: PathBuf, options: &mut OpenOptions) -> io::Result<Arc<dyn Storage>> {
-        let file = options.read(true).custom_flags(OFlags::NOFOLLOW.bits() as i32).open(&path)?;
+        // A pipe under the name of a layer must not hold the open up until somebody writes to it.
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let file = options.read(true).custom_flags(flags.bits() as i32).open(&path)?;
         if !file.metadata()?.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
