@@ -493,9 +493,11 @@ class Chains(Images):
         parent_size = 2 * BLOCK + 512
         base = {b: pattern(b) for b in range(3)}
         link = self.frozen("base", parent_size, base)
-        for visible in (parent_size, 3 * BLOCK):
-            path = self.layer("top", 8 * BLOCK, uuid=b"t", visible_parent_size=visible, **link)
-            self.assertEqual(self.content(path), image(parent_size, base).ljust(8 * BLOCK, b"\0"))
+        fields = {"uuid": b"t", "visible_parent_size": parent_size, **link}
+        path = self.layer("top", 8 * BLOCK, **fields)
+        self.assertEqual(self.content(path), image(parent_size, base).ljust(8 * BLOCK, b"\0"))
+        fields["visible_parent_size"] += 512
+        self.refused("corrupt", self.layer("top", 8 * BLOCK, **fields))
 
     def test_every_level_clips(self):
         size, rng = 24 * BLOCK, random.Random(7)

@@ -329,7 +329,8 @@ class Layer:
         self.fd = os.open(path, flags)
         try:
             if not stat.S_ISREG(os.fstat(self.fd).st_mode):
-                raise ReaderError("not an image", "not a regular file")
+                kind = "not an image" if follow else "parent mismatch"
+                raise ReaderError(kind, "not a regular file")
             self._lock()
             self.header = choose_header([os.pread(self.fd, 4096, at) for at in SLOT_OFFSETS])
         except BaseException:
@@ -449,28 +450,35 @@ def find_parent(child, folders):
     header, hint = child.header, child.header.hint_name()
     if header.parent_kind == 2:
         raise ReaderError("unsupported", f"{child.path}: the parent is a packed layer")
-    passed = []
+    refused = None
     for folder in [os.path.dirname(child.path) or ".", *folders]:
         path = os.path.join(folder, hint)
         try:
-            layer = Layer(path, follow=False)
+            with in_file(path):
+                return open_parent(path, header.parent_identity)
         except FileNotFoundError:
             continue
-        except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.ENXIO):
-                raise
-            passed.append(f"{path}: a symbolic link or no file")
-            continue
-        except ReaderError as error:
-            passed.append(f"{path}: {error}")
-            continue
-        if layer.header.identity() == header.parent_identity:
-            return layer
-        passed.append(f"{path}: another layer, or not frozen as the child names it")
+        except (ReaderError, OSError) as error:
+            refused = refused or error
+    raise refused or ReaderError("not found", f"{child.path}: no parent {hint!r} in any folder")
+
+
+def open_parent(path, identity):
+    """The layer at `path`, if it is the one with this identity and in order."""
+    try:
+        layer = Layer(path, follow=False)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise ReaderError("parent mismatch", "a symbolic link, or no regular file") from None
+    try:
+        if layer.header.identity() != identity:
+            raise ReaderError("parent mismatch", "another layer than the link names, or not frozen")
+        layer.check()
+    except BaseException:
         layer.close()
-    if passed:
-        raise ReaderError("parent mismatch", f"{child.path}: {'; '.join(passed)}")
-    raise ReaderError("not found", f"{child.path}: no parent {hint!r} in any folder")
+        raise
+    return layer
 
 
 class Chain:
@@ -478,41 +486,48 @@ class Chain:
 
     def __init__(self, path, folders=()):
         self.layers = []
+        self.members = {}
         try:
             self._open(os.fspath(path), [os.fspath(folder) for folder in folders])
+            self._index()
         except BaseException:
             self.close()
             raise
+        self._runs = functools.lru_cache(16)(self._group_runs)
+
+    def _index(self):
+        """How much of each layer shows, and which layers may own something in a group."""
         self.size = self.layers[0].header.virtual_size
         self.limits = [self.size]
-        for above, layer in zip(self.layers, self.layers[1:]):
-            visible, size = above.header.visible_parent_size, layer.header.virtual_size
-            self.limits.append(min(self.limits[-1], visible, size))
-        self.members = {}
+        for above in self.layers[:-1]:
+            self.limits.append(min(self.limits[-1], above.header.visible_parent_size))
         for number, (layer, limit) in enumerate(zip(self.layers, self.limits)):
             with in_file(layer.path):
                 for group in layer.groups(limit):
                     self.members.setdefault(group, []).append(number)
-        self._runs = functools.lru_cache(16)(self._group_runs)
 
     def _open(self, path, folders):
         with in_file(path):
             layer = Layer(path)
+            self.layers.append(layer)
+            layer.check()
         seen = set()
         while True:
-            self.layers.append(layer)
             with in_file(layer.path):
                 identity = layer.header.identity()
                 if identity in seen:
                     raise ReaderError("corrupt", "the chain has this layer twice")
                 if identity:
                     seen.add(identity)
-                layer.check()
                 if layer.header.parent_kind == 0:
                     return
                 if len(self.layers) == MAX_LAYERS:
                     raise ReaderError("limit", f"more than {MAX_LAYERS} layers")
-            layer = find_parent(layer, folders)
+            child, layer = layer, find_parent(layer, folders)
+            self.layers.append(layer)
+            if child.header.visible_parent_size > layer.header.virtual_size:
+                with in_file(child.path):
+                    raise ReaderError("corrupt", "shows more of its parent than there is")
 
     def close(self):
         for layer in self.layers:
