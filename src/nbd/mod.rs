@@ -1,0 +1,6 @@
+//! Exports block devices over the Network Block Device protocol.
+//!
+//! [`proto`] turns bytes into checked values and back, without any I/O. Section names in the docs
+//! are those of the protocol document (`doc/proto.md` of the NBD project).
+
+pub mod proto;
