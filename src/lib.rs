@@ -9,6 +9,7 @@ pub mod device;
 pub mod error;
 pub mod format;
 pub mod live;
+pub mod nbd;
 pub mod storage;
 mod sync;
 pub mod types;

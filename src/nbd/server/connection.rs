@@ -1,0 +1,348 @@
+//! The thread of one connection: receives requests, answers inline what needs no wait, hands the
+//! rest on.
+//!
+//! Invariants: replies are sent before the thread waits for anything; while nothing of the
+//! connection is running (`busy` is false) it waits in a plain blocking receive, and memory is
+//! taken for bytes that have arrived, not for those announced.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rustix::io::Errno as Host;
+use rustix::net::RecvFlags;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+
+use super::Shared;
+use super::buffer::{Received, Replies};
+use super::export::Export;
+use super::handshake;
+use super::link::{Gone, Link, Want, failure};
+use super::work::{Job, Read, Wait, device_failure};
+use crate::device::Extent;
+use crate::nbd::proto::{self, Command, Errno, Refusal, Request, Terms};
+
+/// Replies are sent once this much has come together, even if more requests wait.
+const SEND_AT: usize = 256 << 10;
+/// Payloads up to this length pass through the receive buffer; longer ones go straight into their
+/// own.
+const SMALL_PAYLOAD: usize = 32 << 10;
+/// First size of a payload buffer, which doubles as bytes arrive.
+const FIRST_PAYLOAD: usize = 256 << 10;
+/// A longer payload buffer is given back after use.
+const KEEP_PAYLOAD: usize = 4 << 20;
+/// A connection silent for so long gives its buffers back.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// Where received bytes go.
+enum Target {
+    Buffer,
+    Payload(Range<usize>),
+}
+
+struct Connection<'a> {
+    shared: &'a Shared,
+    link: &'a Arc<Link>,
+    export: Arc<Export>,
+    structured: bool,
+    allocation: bool,
+    received: Received,
+    payload: Vec<u8>,
+    replies: Replies,
+    extents: Vec<Extent>,
+    /// Requests may be running or replies queued: the socket is shared with other threads.
+    busy: bool,
+    /// The buffers were given back and there is no time limit on receiving.
+    idle: bool,
+}
+
+/// Serves one client from its handshake until it is gone and nothing of it runs any more.
+pub(super) fn serve(shared: &Shared, link: &Arc<Link>) {
+    let mut received = Received::default();
+    if let Ok(Some(session)) = handshake::negotiate(shared, link, &mut received) {
+        shared.note(&session.export);
+        let mut connection = Connection {
+            shared,
+            link,
+            export: session.export,
+            structured: session.structured,
+            allocation: session.allocation,
+            received,
+            payload: Vec::new(),
+            replies: Replies::default(),
+            extents: Vec::new(),
+            busy: false,
+            idle: true,
+        };
+        // A client that is gone is no event: it may leave at any time.
+        let _ = connection.transmission();
+        link.finish_running();
+    }
+}
+
+impl Connection<'_> {
+    fn transmission(&mut self) -> Result<(), Gone> {
+        self.wake_up()?;
+        loop {
+            let terms = Terms {
+                size: self.export.device().size(),
+                read_only: self.export.read_only(),
+                structured: self.structured,
+                allocation: self.allocation,
+            };
+            match Request::parse(self.received.bytes(), &terms) {
+                Ok(Some(request)) => {
+                    self.received.take(proto::REQUEST_LENGTH);
+                    if !self.handle(request)? {
+                        break;
+                    }
+                }
+                Ok(None) => {
+                    if self.receive(Target::Buffer)? == 0 {
+                        break;
+                    }
+                }
+                Err(violation) => {
+                    self.link.log(&format!("hanging up, not a request: {violation:?}"));
+                    break;
+                }
+            }
+        }
+        self.send()?;
+        self.wait(Want::Quiet)
+    }
+
+    /// Carries a request out or hands it on; answers whether there may be more.
+    fn handle(&mut self, request: Request) -> Result<bool, Gone> {
+        if self.busy {
+            self.wait(Want::Room)?;
+        }
+        let stopping = self.shared.stopping.load(Ordering::Relaxed);
+        match request.command {
+            Ok(Command::Disconnect) => return Ok(false),
+            Ok(_) if stopping => {
+                let message = "the server is shutting down";
+                self.refuse(&request, Refusal { errno: Errno::Shutdown, message })?;
+            }
+            Err(refusal) => self.refuse(&request, refusal)?,
+            Ok(Command::Read { offset, length, whole }) => {
+                let (cookie, structured) = (request.cookie, self.structured);
+                self.read(request, Read { cookie, structured, whole, offset, length })?;
+            }
+            Ok(Command::Write { offset }) => self.write(request, offset)?,
+            Ok(Command::Flush) => self.flush(request)?,
+            Ok(command) => self.hand_on(request, command, Vec::new(), reply_estimate(command))?,
+        }
+        if self.replies.len() >= SEND_AT {
+            self.send()?;
+        }
+        Ok(true)
+    }
+
+    fn refuse(&mut self, request: &Request, refusal: Refusal) -> Result<(), Gone> {
+        let mut left = request.payload as usize;
+        loop {
+            let taken = left.min(self.received.bytes().len());
+            self.received.take(taken);
+            left -= taken;
+            if left == 0 {
+                break;
+            }
+            if self.receive(Target::Buffer)? == 0 {
+                return Err(Gone);
+            }
+        }
+        self.fail(request.cookie, refusal.errno, refusal.message);
+        Ok(())
+    }
+
+    fn fail(&mut self, cookie: u64, errno: Errno, message: &str) {
+        self.replies.push(&failure(cookie, self.structured, errno, message));
+    }
+
+    fn read(&mut self, request: Request, read: Read) -> Result<(), Gone> {
+        let length = read.length as usize;
+        if self.replies.len() > 0 && self.replies.len() + length > SEND_AT {
+            self.send()?;
+        }
+        let (device, link) = (&**self.export.device(), self.link);
+        let done = read.reply(device, Wait::Never, &mut self.replies, &mut self.extents, |error| {
+            link.log(&format!("read failed: {error}"));
+        });
+        if done {
+            return Ok(());
+        }
+        let Read { offset, length, whole, .. } = read;
+        let command = Command::Read { offset, length, whole };
+        self.hand_on(request, command, Vec::new(), length as usize)
+    }
+
+    fn write(&mut self, request: Request, offset: u64) -> Result<(), Gone> {
+        let length = request.payload as usize;
+        while length <= SMALL_PAYLOAD && self.received.bytes().len() < length {
+            if self.receive(Target::Buffer)? == 0 {
+                return Err(Gone);
+            }
+        }
+        let buffered = self.received.bytes().len() >= length;
+        if !buffered {
+            self.receive_payload(length)?;
+        }
+        let source = if buffered { self.received.bytes() } else { &self.payload[..] };
+        let data = &source[..length];
+        let result =
+            if length == 0 { Ok(true) } else { self.export.device().try_write(offset, data) };
+        let moved = match result {
+            Ok(false) if buffered => Some(data.to_vec()),
+            Ok(false) => {
+                self.payload.truncate(length);
+                Some(std::mem::take(&mut self.payload))
+            }
+            _ => None,
+        };
+        if buffered {
+            self.received.take(length);
+        } else if self.payload.len() > KEEP_PAYLOAD {
+            self.payload = Vec::new();
+        }
+        match (result, moved) {
+            (Err(error), _) => {
+                self.link.log(&format!("write failed: {error}"));
+                let (errno, message) = device_failure(&error, Errno::NoSpace);
+                self.fail(request.cookie, errno, message);
+                Ok(())
+            }
+            (Ok(_), Some(data)) => self.hand_on(request, Command::Write { offset }, data, length),
+            (Ok(_), None) if request.fua => self.flush(request),
+            (Ok(_), None) => {
+                self.replies.push(&proto::simple_reply(request.cookie, None));
+                Ok(())
+            }
+        }
+    }
+
+    /// Receives a payload into its own buffer, which then starts with it.
+    fn receive_payload(&mut self, length: usize) -> Result<(), Gone> {
+        if self.payload.len() < length.min(FIRST_PAYLOAD) {
+            self.payload = vec![0; length.min(FIRST_PAYLOAD)];
+        }
+        let mut filled = self.received.bytes().len();
+        self.payload[..filled].copy_from_slice(self.received.bytes());
+        self.received.take(filled);
+        while filled < length {
+            if filled == self.payload.len() {
+                self.payload.resize((filled * 2).min(length), 0);
+            }
+            let end = self.payload.len().min(length);
+            match self.receive(Target::Payload(filled..end))? {
+                0 => return Err(Gone),
+                more => filled += more,
+            }
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self, request: Request) -> Result<(), Gone> {
+        self.busy = true;
+        let ticket = self.link.start(request.cookie, self.structured, 0)?;
+        self.export.flush(ticket);
+        Ok(())
+    }
+
+    fn hand_on(
+        &mut self,
+        request: Request,
+        command: Command,
+        payload: Vec<u8>,
+        bytes: usize,
+    ) -> Result<(), Gone> {
+        let changes = !matches!(
+            command,
+            Command::Read { .. } | Command::BlockStatus { .. } | Command::Cache { .. }
+        );
+        self.busy = true;
+        let ticket = self.link.start(request.cookie, self.structured, bytes)?;
+        let (export, durable) = (Arc::clone(&self.export), request.fua && changes);
+        self.shared.pool.add(Job { ticket, export, command, durable, payload });
+        Ok(())
+    }
+
+    /// Sends the replies built so far.
+    fn send(&mut self) -> Result<(), Gone> {
+        if self.replies.len() == 0 {
+            return Ok(());
+        }
+        self.busy = self.busy && !self.link.is_quiet();
+        if self.busy {
+            self.link.send_or_queue(self.replies.bytes());
+        } else {
+            self.link.send_all(self.replies.bytes())?;
+        }
+        self.replies.clear();
+        Ok(())
+    }
+
+    fn wait(&mut self, want: Want) -> Result<(), Gone> {
+        self.send()?;
+        if self.busy && self.link.wait(want)? {
+            self.busy = false;
+        }
+        Ok(())
+    }
+
+    /// Receives some bytes, 0 at the end of the stream.
+    fn receive(&mut self, target: Target) -> Result<usize, Gone> {
+        loop {
+            self.wait(Want::Bytes)?;
+            let flags = if self.busy { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
+            let space = match &target {
+                Target::Buffer => self.received.spare(),
+                Target::Payload(range) => &mut self.payload[range.clone()],
+            };
+            match self.link.receive(space, flags) {
+                Ok(length) => {
+                    if matches!(target, Target::Buffer) {
+                        self.received.received(length);
+                    }
+                    if self.idle {
+                        self.wake_up()?;
+                    }
+                    return Ok(length);
+                }
+                Err(Host::AGAIN) if !self.busy => self.fall_idle(&target)?,
+                Err(Host::AGAIN | Host::INTR) => {}
+                Err(_) => return Err(Gone),
+            }
+        }
+    }
+
+    /// Gives memory back after a long silence, and from then on waits without a time limit.
+    fn fall_idle(&mut self, target: &Target) -> Result<(), Gone> {
+        self.idle = true;
+        self.received.release();
+        self.replies.release();
+        self.extents = Vec::new();
+        if matches!(target, Target::Buffer) {
+            self.payload = Vec::new();
+        }
+        self.limit_receive(None)
+    }
+
+    fn wake_up(&mut self) -> Result<(), Gone> {
+        self.idle = false;
+        self.limit_receive(Some(IDLE))
+    }
+
+    fn limit_receive(&self, limit: Option<Duration>) -> Result<(), Gone> {
+        set_socket_timeout(self.link.socket(), Timeout::Recv, limit).map_err(|_| Gone)
+    }
+}
+
+/// Bytes that the answer may take: a BLOCK_STATUS describes each block at worst.
+fn reply_estimate(command: Command) -> usize {
+    match command {
+        Command::BlockStatus { length, .. } => (length as usize / 512).min(proto::MAX_EXTENTS * 8),
+        _ => 0,
+    }
+}

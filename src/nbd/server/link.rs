@@ -1,0 +1,344 @@
+//! What a connection's thread shares with the threads that finish its requests.
+//!
+//! Invariants: whoever finishes a request never waits for the client: it sends without waiting or
+//! queues. Everything queued is sent in order and by whoever holds the lock. The connection's own
+//! thread may send and receive without the lock while nothing is running and nothing is queued,
+//! since only it starts requests. Reading stops while the link is full, so queue and running
+//! requests together are bounded.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno as Host;
+use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
+
+use super::Log;
+use crate::nbd::proto::{self, Errno};
+
+/// Requests of a connection that may be in flight before it stops reading.
+const MAX_RUNNING: usize = 128;
+/// Bytes of payload and unsent replies before a connection stops reading.
+const MAX_BYTES: usize = 4 << 20;
+
+/// Locks, also after a panic elsewhere: every critical section here leaves its data consistent.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The connection is gone or to be ended; there is nobody to tell.
+#[derive(Debug)]
+pub(super) struct Gone;
+
+pub(super) struct Link {
+    socket: OwnedFd,
+    /// Wakes the connection's thread from [`Link::poll`]. Made with the first request that does not
+    /// finish inline, so that idle connections have one descriptor.
+    wake: OnceLock<OwnedFd>,
+    outbox: Mutex<Outbox>,
+    /// Who is at the other end, for the log.
+    pub(super) peer: String,
+    log: Log,
+}
+
+#[derive(Default)]
+struct Outbox {
+    queue: VecDeque<Vec<u8>>,
+    /// How much of the first in the queue is sent.
+    sent: usize,
+    queued_bytes: usize,
+    running: usize,
+    running_bytes: usize,
+    /// The connection's thread waits for the next request to finish.
+    waiting: bool,
+    dead: bool,
+}
+
+/// What a connection's thread waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Want {
+    /// Bytes to receive, and room to act on them.
+    Bytes,
+    /// Room for another request.
+    Room,
+    /// Everything finished and sent.
+    Quiet,
+}
+
+impl Outbox {
+    fn is_quiet(&self) -> bool {
+        self.running == 0 && self.queue.is_empty()
+    }
+
+    fn has_room(&self) -> bool {
+        self.running < MAX_RUNNING && self.queued_bytes + self.running_bytes < MAX_BYTES
+    }
+
+    fn kill(&mut self) {
+        self.dead = true;
+        self.queue = VecDeque::new();
+        (self.sent, self.queued_bytes) = (0, 0);
+    }
+}
+
+impl Link {
+    pub(super) fn new(socket: OwnedFd, peer: String, log: Log) -> Self {
+        let (wake, outbox) = (OnceLock::new(), Mutex::default());
+        Self { socket, wake, outbox, peer, log }
+    }
+
+    pub(super) fn socket(&self) -> &OwnedFd {
+        &self.socket
+    }
+
+    pub(super) fn log(&self, event: &str) {
+        (self.log)(&format!("{}: {event}", self.peer));
+    }
+
+    /// Receives some bytes, 0 at the end of the stream.
+    pub(super) fn receive(&self, buffer: &mut [u8], flags: RecvFlags) -> rustix::io::Result<usize> {
+        recv(&self.socket, buffer, flags).map(|(_, length)| length)
+    }
+
+    /// Whether nothing is running and everything is sent.
+    pub(super) fn is_quiet(&self) -> bool {
+        lock(&self.outbox).is_quiet()
+    }
+
+    /// Sends everything, waiting for the client. Only for the connection's own thread, and only
+    /// while the link is quiet.
+    pub(super) fn send_all(&self, mut bytes: &[u8]) -> Result<(), Gone> {
+        while !bytes.is_empty() {
+            match send(&self.socket, bytes, SendFlags::NOSIGNAL) {
+                Ok(sent) => bytes = &bytes[sent..],
+                Err(Host::INTR) => {}
+                Err(_) => return Err(Gone),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends what can be sent without waiting and queues the rest.
+    pub(super) fn send_or_queue(&self, bytes: &[u8]) {
+        let mut outbox = lock(&self.outbox);
+        let sent = if outbox.queue.is_empty() && !outbox.dead {
+            self.send_now(&mut outbox, bytes)
+        } else {
+            0
+        };
+        Self::queue(&mut outbox, bytes[sent..].to_vec());
+    }
+
+    /// Counts a request as running, with the bytes that it holds or will answer.
+    pub(super) fn start(
+        self: &Arc<Self>,
+        cookie: u64,
+        structured: bool,
+        bytes: usize,
+    ) -> Result<Ticket, Gone> {
+        if self.wake.get().is_none() {
+            let made = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+            let wake = made.map_err(|error| {
+                self.log(&format!("hanging up, no descriptor to work with: {error}"));
+                Gone
+            })?;
+            let _ = self.wake.set(wake);
+        }
+        let mut outbox = lock(&self.outbox);
+        outbox.running += 1;
+        outbox.running_bytes += bytes;
+        drop(outbox);
+        Ok(Ticket { link: Arc::clone(self), cookie, structured, bytes, answered: false })
+    }
+
+    fn finish(&self, bytes: usize, reply: Vec<u8>) {
+        let mut outbox = lock(&self.outbox);
+        outbox.running -= 1;
+        outbox.running_bytes -= bytes;
+        Self::queue(&mut outbox, reply);
+        self.flush(&mut outbox);
+        if outbox.waiting || outbox.dead || !outbox.queue.is_empty() {
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        if let Some(wake) = self.wake.get() {
+            // Fails only if the counter is full, and then the thread is woken already.
+            let _ = rustix::io::write(wake, &1u64.to_ne_bytes());
+        }
+    }
+
+    fn queue(outbox: &mut Outbox, bytes: Vec<u8>) {
+        if outbox.dead || bytes.is_empty() {
+            return;
+        }
+        outbox.queued_bytes += bytes.len();
+        outbox.queue.push_back(bytes);
+    }
+
+    /// Sends from the queue what can be sent without waiting.
+    fn flush(&self, outbox: &mut Outbox) {
+        while let Some(first) = outbox.queue.pop_front() {
+            let sent = self.send_now(outbox, &first[outbox.sent..]);
+            if outbox.dead {
+                return;
+            }
+            outbox.sent += sent;
+            if outbox.sent < first.len() {
+                outbox.queue.push_front(first);
+                return;
+            }
+            outbox.queued_bytes -= first.len();
+            outbox.sent = 0;
+        }
+    }
+
+    /// How much of `bytes` the socket takes now.
+    fn send_now(&self, outbox: &mut Outbox, bytes: &[u8]) -> usize {
+        let mut sent = 0;
+        while sent < bytes.len() {
+            match send(&self.socket, &bytes[sent..], SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+                Ok(length) => sent += length,
+                Err(Host::INTR) => {}
+                Err(Host::AGAIN) => break,
+                Err(_) => {
+                    outbox.kill();
+                    break;
+                }
+            }
+        }
+        sent
+    }
+
+    /// Waits for `want`, sending what is queued meanwhile. Answers whether the link is quiet, so
+    /// that the caller may wait in a plain receive or send; otherwise what was wanted is there.
+    pub(super) fn wait(&self, want: Want) -> Result<bool, Gone> {
+        loop {
+            let (read, write) = {
+                let mut outbox = lock(&self.outbox);
+                if outbox.dead {
+                    return Err(Gone);
+                }
+                if outbox.is_quiet() {
+                    return Ok(true);
+                }
+                let room = outbox.has_room();
+                if room && want == Want::Room {
+                    return Ok(false);
+                }
+                outbox.waiting = !room || want == Want::Quiet;
+                (room && want == Want::Bytes, !outbox.queue.is_empty())
+            };
+            if self.poll(read, write)? {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Waits once for the socket or a finished request; answers whether there is something to
+    /// receive.
+    fn poll(&self, read: bool, write: bool) -> Result<bool, Gone> {
+        let Some(wake) = self.wake.get() else { return Err(Gone) };
+        let mut events = PollFlags::empty();
+        events.set(PollFlags::IN, read);
+        events.set(PollFlags::OUT, write);
+        let mut fds = [PollFd::new(&self.socket, events), PollFd::new(wake, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Err(Host::INTR) => return Ok(false),
+            Err(_) => return Err(Gone),
+            Ok(_) => {}
+        }
+        let socket = fds[0].revents();
+        if !fds[1].revents().is_empty() {
+            let _ = rustix::io::read(wake, &mut [0; 8]);
+        }
+        let broken = socket.intersects(PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL);
+        if broken && !read {
+            lock(&self.outbox).kill();
+            return Err(Gone);
+        }
+        if socket.contains(PollFlags::OUT) {
+            self.flush(&mut lock(&self.outbox));
+        }
+        Ok(read && (broken || socket.contains(PollFlags::IN)))
+    }
+
+    /// Waits until no request is running any more; what they answer is dropped if the client is
+    /// gone. Keeps a client that reconnects again and again from piling up work.
+    pub(super) fn finish_running(&self) {
+        loop {
+            {
+                let mut outbox = lock(&self.outbox);
+                outbox.kill();
+                if outbox.running == 0 {
+                    return;
+                }
+            }
+            if let Some(wake) = self.wake.get() {
+                let _ = poll(&mut [PollFd::new(wake, PollFlags::IN)], None);
+                let _ = rustix::io::read(wake, &mut [0; 8]);
+            }
+        }
+    }
+
+    /// Ends the stream of requests; what has arrived is still answered.
+    pub(super) fn stop_reading(&self) {
+        let _ = shutdown(&self.socket, Shutdown::Read);
+    }
+
+    /// Ends the connection: its thread finds out wherever it waits.
+    pub(super) fn hang_up(&self) {
+        let _ = shutdown(&self.socket, Shutdown::Both);
+    }
+}
+
+/// The duty to answer one running request. Dropped without an answer (a panic, say) it answers
+/// with an I/O error.
+pub(super) struct Ticket {
+    link: Arc<Link>,
+    pub(super) cookie: u64,
+    pub(super) structured: bool,
+    bytes: usize,
+    answered: bool,
+}
+
+impl Ticket {
+    pub(super) fn answer(mut self, reply: Vec<u8>) {
+        self.answered = true;
+        self.link.finish(self.bytes, reply);
+    }
+
+    pub(super) fn succeed(self) {
+        let reply = proto::simple_reply(self.cookie, None).to_vec();
+        self.answer(reply);
+    }
+
+    pub(super) fn fail(self, errno: Errno, message: &str) {
+        let reply = failure(self.cookie, self.structured, errno, message);
+        self.answer(reply);
+    }
+
+    pub(super) fn log(&self, event: &str) {
+        self.link.log(event);
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if !self.answered {
+            let reply = failure(self.cookie, self.structured, Errno::Io, "internal error");
+            self.link.finish(self.bytes, reply);
+        }
+    }
+}
+
+/// The reply that fails a request; with a message where the client understands it.
+pub(super) fn failure(cookie: u64, structured: bool, errno: Errno, message: &str) -> Vec<u8> {
+    if structured {
+        proto::error_chunk(cookie, errno, message)
+    } else {
+        proto::simple_reply(cookie, Some(errno)).to_vec()
+    }
+}

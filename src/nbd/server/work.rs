@@ -1,0 +1,296 @@
+//! Carries out requests on a device, inline or on the pool of worker threads.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+
+use super::buffer::Replies;
+use super::export::Export;
+use super::link::{Ticket, lock};
+use crate::device::{Detail, Device, Extent, ZeroMode};
+use crate::error::{Error, ErrorKind};
+use crate::nbd::proto::{self, Command, Errno};
+
+/// Stack of every thread of the server, in bytes; only what is touched costs memory.
+pub(super) const STACK: usize = 512 << 10;
+
+/// A read is split at no more places than this; beyond, zeros are sent as data.
+const MAX_READ_EXTENTS: usize = 64;
+
+/// How a device error is told to a client: without host paths, which go to the log only.
+/// `out_of_range` is the errno of the command for a range that ended up beyond the end.
+pub(super) fn device_failure(error: &Error, out_of_range: Errno) -> (Errno, &'static str) {
+    match error.kind() {
+        ErrorKind::NoSpace => (Errno::NoSpace, "no space left on the host"),
+        ErrorKind::Unsupported => (Errno::NotSupported, "not supported by this export"),
+        ErrorKind::ReadOnly => (Errno::Perm, "the device is read-only"),
+        ErrorKind::OutOfRange => (out_of_range, "beyond the end of the device"),
+        ErrorKind::InvalidInput => (Errno::Invalid, "invalid argument"),
+        ErrorKind::Poisoned => (Errno::Io, "an earlier sync failed; reopen the image"),
+        _ => (Errno::Io, "input/output error on the host"),
+    }
+}
+
+/// The errno of `command` for a range beyond the end.
+pub(super) fn out_of_range(command: Command) -> Errno {
+    match command {
+        Command::Write { .. } | Command::WriteZeroes { .. } => Errno::NoSpace,
+        _ => Errno::Invalid,
+    }
+}
+
+/// Whether a call may wait for a disk.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wait {
+    Never,
+    Allowed,
+}
+
+/// A read, with what its reply depends on.
+#[derive(Clone, Copy)]
+pub(super) struct Read {
+    pub(super) cookie: u64,
+    pub(super) structured: bool,
+    /// The reply may not be split.
+    pub(super) whole: bool,
+    pub(super) offset: u64,
+    pub(super) length: u32,
+}
+
+impl Read {
+    /// Appends the whole reply to `out`, an error reply if the device fails. Answers `false`, with
+    /// `out` as it was, if it would have to wait and may not. `failed` hears of a device error.
+    pub(super) fn reply(
+        &self,
+        device: &dyn Device,
+        wait: Wait,
+        out: &mut Replies,
+        extents: &mut Vec<Extent>,
+        failed: impl FnOnce(&Error),
+    ) -> bool {
+        let start = out.len();
+        let result = if self.structured {
+            self.structured(device, wait, out, extents)
+        } else {
+            let header = proto::simple_reply(self.cookie, None);
+            self.data(device, wait, out, &header, (self.offset, self.length))
+        };
+        match result {
+            Ok(true) => return true,
+            Ok(false) => out.truncate(start),
+            Err((error, at)) => {
+                out.truncate(start);
+                failed(&error);
+                let (errno, message) = device_failure(&error, Errno::Invalid);
+                if self.structured {
+                    out.push(&proto::error_offset_chunk(self.cookie, errno, message, at));
+                } else {
+                    out.push(&proto::simple_reply(self.cookie, Some(errno)));
+                }
+                return true;
+            }
+        }
+        false
+    }
+
+    fn structured(
+        &self,
+        device: &dyn Device,
+        wait: Wait,
+        out: &mut Replies,
+        extents: &mut Vec<Extent>,
+    ) -> Result<bool, (Error, u64)> {
+        let Self { cookie, offset, length, .. } = *self;
+        if length == 0 {
+            out.push(&proto::empty_chunk(cookie));
+            return Ok(true);
+        }
+        extents.clear();
+        if !self.whole {
+            let (range, limit) = (u64::from(length), MAX_READ_EXTENTS);
+            device
+                .extents(offset, range, Detail::Bitmaps, limit, extents)
+                .map_err(|error| (error, offset))?;
+        }
+        let mut at = 0u32;
+        for (i, extent) in extents.iter().enumerate() {
+            // The last place to split takes all that is left, as data.
+            if i + 1 == MAX_READ_EXTENTS {
+                break;
+            }
+            let part = u32::try_from(extent.length).unwrap_or(u32::MAX).min(length - at);
+            let done = at + part == length;
+            let from = offset + u64::from(at);
+            if extent.hole {
+                out.push(&proto::hole_chunk(cookie, done, from, part));
+            } else {
+                let header = proto::data_header(cookie, done, from, part);
+                if !self.data(device, wait, out, &header, (from, part))? {
+                    return Ok(false);
+                }
+            }
+            at += part;
+            if done {
+                return Ok(true);
+            }
+        }
+        let (from, rest) = (offset + u64::from(at), length - at);
+        let header = proto::data_header(cookie, true, from, rest);
+        self.data(device, wait, out, &header, (from, rest))
+    }
+
+    /// Appends `header` and the data of a range, read in place behind it.
+    fn data(
+        &self,
+        device: &dyn Device,
+        wait: Wait,
+        out: &mut Replies,
+        header: &[u8],
+        (offset, length): (u64, u32),
+    ) -> Result<bool, (Error, u64)> {
+        let total = header.len() + length as usize;
+        let (head, data) = out.spare(total).split_at_mut(header.len());
+        head.copy_from_slice(header);
+        let done = match wait {
+            _ if length == 0 => Ok(true),
+            Wait::Never => device.try_read(offset, data),
+            Wait::Allowed => device.read(offset, data).map(|()| true),
+        };
+        let done = done.map_err(|error| (error, offset))?;
+        if done {
+            out.built(total);
+        }
+        Ok(done)
+    }
+}
+
+/// A request that may have to wait, with the duty to answer it.
+pub(super) struct Job {
+    pub(super) ticket: Ticket,
+    pub(super) export: Arc<Export>,
+    pub(super) command: Command,
+    /// The reply means that the change is durable.
+    pub(super) durable: bool,
+    /// Data of a write.
+    pub(super) payload: Vec<u8>,
+}
+
+impl Job {
+    fn run(self) {
+        let Self { ticket, export, command, durable, payload } = self;
+        let device = &**export.device();
+        let mut reply = None;
+        let result = match command {
+            Command::Read { offset, length, whole } => {
+                let (cookie, structured) = (ticket.cookie, ticket.structured);
+                let read = Read { cookie, structured, whole, offset, length };
+                let (mut out, mut extents) = (Replies::default(), Vec::new());
+                read.reply(device, Wait::Allowed, &mut out, &mut extents, |error| {
+                    ticket.log(&format!("read failed: {error}"));
+                });
+                reply = Some(out.into_bytes());
+                Ok(())
+            }
+            Command::BlockStatus { offset, length, one } => {
+                let limit = if one { 1 } else { proto::MAX_EXTENTS };
+                let (length, mut extents) = (u64::from(length), Vec::new());
+                device
+                    .extents(offset, length, Detail::Files, limit, &mut extents)
+                    .map(|()| reply = Some(proto::status_chunk(ticket.cookie, &extents)))
+            }
+            command => change(device, command, &payload),
+        };
+        match (result, reply) {
+            (Err(error), _) => {
+                let (errno, message) = device_failure(&error, out_of_range(command));
+                ticket.log(&format!("{command:?} failed: {error}"));
+                ticket.fail(errno, message);
+            }
+            (Ok(()), Some(reply)) => ticket.answer(reply),
+            (Ok(()), None) if durable => export.flush(ticket),
+            (Ok(()), None) => ticket.succeed(),
+        }
+    }
+}
+
+fn change(device: &dyn Device, command: Command, payload: &[u8]) -> crate::error::Result<()> {
+    match command {
+        Command::Write { offset } => device.write(offset, payload),
+        Command::WriteZeroes { offset, length, allocate, fast_only } if length > 0 => {
+            device.zero(offset, length.into(), ZeroMode { allocate, fast_only })
+        }
+        Command::Trim { offset, length } if length > 0 => device.trim(offset, length.into()),
+        Command::Cache { offset, length } if length > 0 => device.prefetch(offset, length.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Worker threads shared by all connections; started when there is work for them.
+pub(super) struct Pool {
+    state: Mutex<Queue>,
+    added: Condvar,
+    max_threads: usize,
+}
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    idle: usize,
+    threads: usize,
+    closed: bool,
+}
+
+impl Pool {
+    pub(super) fn new(max_threads: usize) -> Arc<Self> {
+        let (state, added) = (Mutex::default(), Condvar::new());
+        Arc::new(Self { state, added, max_threads: max_threads.max(1) })
+    }
+
+    /// Has `job` done soon. Never waits.
+    pub(super) fn add(self: &Arc<Self>, job: Job) {
+        let mut state = lock(&self.state);
+        state.jobs.push_back(job);
+        if state.idle >= state.jobs.len() || state.threads == self.max_threads {
+            self.added.notify_one();
+            return;
+        }
+        let this = Arc::clone(self);
+        let thread = thread::Builder::new().name("nbd-work".into()).stack_size(STACK);
+        if thread.spawn(move || this.run()).is_ok() {
+            state.threads += 1;
+        } else if state.threads == 0 {
+            let jobs = std::mem::take(&mut state.jobs);
+            drop(state);
+            jobs.into_iter().for_each(|job| job.ticket.fail(Errno::NoMem, "no thread"));
+        }
+    }
+
+    /// Lets the threads go once the jobs are done.
+    pub(super) fn close(&self) {
+        lock(&self.state).closed = true;
+        self.added.notify_all();
+    }
+
+    fn run(&self) {
+        while let Some(job) = self.next() {
+            // A panic drops the ticket, which answers with an error, and the worker lives on.
+            let _ = catch_unwind(AssertUnwindSafe(|| job.run()));
+        }
+    }
+
+    fn next(&self) -> Option<Job> {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(job) = state.jobs.pop_front() {
+                return Some(job);
+            }
+            if state.closed {
+                return None;
+            }
+            state.idle += 1;
+            state = self.added.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.idle -= 1;
+        }
+    }
+}
