@@ -1,0 +1,5 @@
+//! What several integration tests share. Each test program uses only part of it.
+#![allow(dead_code)]
+
+pub mod device;
+pub mod nbd;
