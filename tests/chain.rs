@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Instant;
 
-use common::{BLOCK, Bench, Disk};
+use common::bench::{BLOCK, Bench, Disk};
 use thinply::chain::{Chain, Kind, Layers, MAX_DEPTH, MapExtent};
 use thinply::device::{Detail, Device, ZeroMode};
 use thinply::error::ErrorKind;
