@@ -8,6 +8,7 @@ pub mod chain;
 pub mod device;
 pub mod error;
 pub mod format;
+pub mod inspect;
 pub mod live;
 pub mod nbd;
 pub mod storage;

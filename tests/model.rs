@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{BLOCK, Bench, Disk};
+use common::bench::{BLOCK, Bench, Disk};
 use proptest::prelude::*;
 use thinply::chain::Chain;
 use thinply::device::{Detail, Device, ZeroMode};

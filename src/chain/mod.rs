@@ -53,7 +53,7 @@ impl Levels {
     }
 
     fn top(&self) -> Result<&Writable> {
-        self.top.as_ref().ok_or_else(|| Error::new(ErrorKind::ReadOnly, "opened for reading only"))
+        self.top.as_ref().ok_or_else(|| Error::new(ErrorKind::ReadOnly, "not open for writing"))
     }
 
     fn writable(top: Writable, stack: Option<Arc<Stack>>) -> Self {
@@ -123,10 +123,10 @@ impl Chain {
         Ok(())
     }
 
-    /// Makes everything durable and the layer cleanly closed.
-    pub fn close(self) -> Result<()> {
-        let levels = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-        levels.top.map_or(Ok(()), Writable::close)
+    /// Makes everything durable and the layer cleanly closed; nothing can be written afterwards.
+    pub fn close(&self) -> Result<()> {
+        let mut levels = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        levels.top.take().map_or(Ok(()), Writable::close)
     }
 }
 

@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::types::{BLOCK_SIZE, GROUP_WORDS, Group, Uuid};
 
 /// Sectors in a bitmap page.
-const SECTORS: usize = 8;
+pub const SECTORS: usize = 8;
 /// Bytes of bits in a sector.
 const SECTOR_BITS: usize = 508;
 
@@ -57,33 +57,69 @@ pub fn encode(uuid: Uuid, group: Group, bits: &Bits) -> PageBytes {
     zerocopy::transmute!(page)
 }
 
+/// What one sector of a page holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sector {
+    /// 512 zero bytes: no bit.
+    Empty,
+    /// Bits under the right checksum.
+    Valid,
+    /// Bytes under a checksum that is not theirs.
+    Damaged {
+        /// The checksum that stands there.
+        found: u32,
+        /// The one that the bits would need.
+        expected: u32,
+    },
+}
+
+/// Judges each sector of a page by itself.
+pub fn judge(uuid: Uuid, group: Group, page: &PageBytes) -> [Sector; SECTORS] {
+    let sectors: &[RawSector; SECTORS] = zerocopy::transmute_ref!(page);
+    let mut verdicts = [Sector::Empty; SECTORS];
+    for ((number, sector), verdict) in sectors.iter().enumerate().zip(&mut verdicts) {
+        if sector.as_bytes().iter().all(|&byte| byte == 0) {
+            continue;
+        }
+        let (found, expected) = (sector.crc.get(), checksum(uuid, group, number, &sector.bits));
+        *verdict =
+            if found == expected { Sector::Valid } else { Sector::Damaged { found, expected } };
+    }
+    verdicts
+}
+
+/// The bits of those sectors that `judge` found valid; the others count as empty.
+pub fn trusted_bits(verdicts: &[Sector; SECTORS], page: &PageBytes) -> Box<Bits> {
+    let sectors: &[RawSector; SECTORS] = zerocopy::transmute_ref!(page);
+    let mut bits = Box::new([0; GROUP_WORDS as usize]);
+    let mut bytes = sectors.iter().zip(verdicts).flat_map(|(sector, verdict)| {
+        if *verdict == Sector::Valid { sector.bits } else { [0; SECTOR_BITS] }
+    });
+    for word in bits.iter_mut() {
+        *word = u64::from_le_bytes(std::array::from_fn(|_| bytes.next().unwrap_or(0)));
+    }
+    bits
+}
+
 /// What a page says, `None` for one without a bit. The error's offset counts from the page's start.
 pub fn decode(uuid: Uuid, group: Group, page: &PageBytes) -> Result<Option<Box<Bits>>> {
     if page.iter().all(|&byte| byte == 0) {
         return Ok(None);
     }
-    let sectors: &[RawSector; SECTORS] = zerocopy::transmute_ref!(page);
-    for (number, sector) in sectors.iter().enumerate() {
-        let expected = checksum(uuid, group, number, &sector.bits);
-        let empty = sector.as_bytes().iter().all(|&byte| byte == 0);
-        if !empty && sector.crc.get() != expected {
+    let verdicts = judge(uuid, group, page);
+    for (number, verdict) in verdicts.iter().enumerate() {
+        if let Sector::Damaged { found, expected } = verdict {
             return Err(Error::new(
                 ErrorKind::Corrupt,
                 format!(
-                    "bitmap sector {number} of group {} has checksum {:#010x}, expected {expected:#010x}",
+                    "bitmap sector {number} of group {} has checksum {found:#010x}, expected {expected:#010x}",
                     group.0,
-                    sector.crc.get(),
                 ),
             )
             .at((number * size_of::<RawSector>()) as u64));
         }
     }
-    let mut bits = Box::new([0; GROUP_WORDS as usize]);
-    let mut bytes = sectors.iter().flat_map(|sector| sector.bits);
-    for word in bits.iter_mut() {
-        *word = u64::from_le_bytes(std::array::from_fn(|_| bytes.next().unwrap_or(0)));
-    }
-    Ok(Some(bits))
+    Ok(Some(trusted_bits(&verdicts, page)))
 }
 
 #[cfg(test)]

@@ -61,7 +61,7 @@ fn read_owned(file: &dyn Storage, offset: FileOffset, buf: &mut [u8], wait: Wait
 }
 
 /// Takes a lock, or names who stands against it.
-pub(crate) fn take_lock(file: &dyn Storage, lock: Lock) -> Result<()> {
+pub fn take_lock(file: &dyn Storage, lock: Lock) -> Result<()> {
     file.lock(lock).map_err(|error| {
         if error.kind() != std::io::ErrorKind::WouldBlock {
             return failed(file, "locking the file", 0)(error);

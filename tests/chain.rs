@@ -1,0 +1,372 @@
+//! What a chain promises, on real files.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Instant;
+
+use common::bench::{BLOCK, Bench, Disk};
+use thinply::chain::{Chain, Kind, Layers, MAX_DEPTH, MapExtent};
+use thinply::device::{Detail, Device, ZeroMode};
+use thinply::error::ErrorKind;
+use thinply::storage::{Access, FileFolder, Folder};
+
+const MIB: u64 = 1 << 20;
+
+struct Files {
+    dir: tempfile::TempDir,
+    bench: Bench,
+}
+
+impl Files {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let bench = Bench::in_folder(Arc::new(FileFolder::new(dir.path())));
+        Self { dir, bench }
+    }
+
+    fn disk_use(&self, name: &str) -> u64 {
+        fs::metadata(self.dir.path().join(name)).unwrap().blocks() * 512
+    }
+
+    fn bytes(&self, name: &str) -> Vec<u8> {
+        fs::read(self.dir.path().join(name)).unwrap()
+    }
+}
+
+fn read(chain: &Chain, offset: u64, length: usize) -> Vec<u8> {
+    let mut data = vec![0xee; length];
+    chain.read(offset, &mut data).unwrap();
+    data
+}
+
+#[test]
+fn an_overlay_larger_than_its_base_reads_zeros_beyond_it() {
+    let files = Files::new();
+    // The base ends in the middle of a block that it owns.
+    files.bench.create("base", MIB + 512);
+    let base = files.bench.write("base");
+    base.write(MIB - 4096, &[7; 4096 + 512]).unwrap();
+    base.close().unwrap();
+    files.bench.overlay("top", "base", Some(2 * MIB));
+    let top = files.bench.write("top");
+    let mut expected = vec![7; 512];
+    expected.resize(4096, 0);
+    assert_eq!(read(&top, MIB, 4096), expected);
+    assert_eq!(read(&top, MIB + 4096, 65536), vec![0; 65536]);
+    // Copy-up of the block at the edge brings no byte from behind the base's end.
+    top.write(MIB + 4000, &[9; 10]).unwrap();
+    expected[4000..4010].fill(9);
+    assert_eq!(read(&top, MIB, 4096), expected);
+}
+
+#[test]
+fn shrinking_and_growing_shows_zeros_never_old_data() {
+    let files = Files::new();
+    files.bench.create("base", MIB);
+    let base = files.bench.write("base");
+    base.write(0, &vec![7; MIB as usize]).unwrap();
+    base.close().unwrap();
+    files.bench.overlay("top", "base", None);
+    let top = files.bench.write("top");
+    top.write(8192, &[9; 4096]).unwrap();
+    assert_eq!(top.resize(8192 + 512, false).unwrap_err().kind(), ErrorKind::InvalidInput);
+    top.resize(8192 + 512, true).unwrap();
+    top.resize(MIB, false).unwrap();
+    let check = |top: &Chain| {
+        assert_eq!(read(top, 0, 8192), vec![7; 8192]);
+        assert_eq!(read(top, 8192, 512), vec![9; 512]);
+        let rest = (MIB - 8192 - 512) as usize;
+        assert_eq!(read(top, 8192 + 512, rest), vec![0; rest]);
+    };
+    check(&top);
+    top.close().unwrap();
+    check(&files.bench.read("top"));
+}
+
+#[test]
+fn a_write_to_one_container_is_never_seen_in_another_and_the_base_stays() {
+    let files = Files::new();
+    files.bench.create("base", 10 * MIB);
+    let base = files.bench.write("base");
+    base.write(MIB, &vec![1; MIB as usize]).unwrap();
+    base.close().unwrap();
+    for name in ["a", "b", "c"] {
+        files.bench.overlay(name, "base", None);
+    }
+    let before = files.bytes("base");
+    let tops = ["a", "b", "c"].map(|name| files.bench.write(name));
+    for (fill, top) in (10..).zip(&tops) {
+        top.write(MIB + 100, &[fill; 5000]).unwrap();
+        top.trim(MIB + 16384, 8192).unwrap();
+        top.write(5 * MIB, &[fill; 4096]).unwrap();
+        top.flush().unwrap();
+    }
+    for (fill, top) in (10..).zip(&tops) {
+        assert_eq!(read(top, MIB, 100), [1; 100]);
+        assert_eq!(read(top, MIB + 100, 5000), [fill; 5000]);
+        assert_eq!(read(top, MIB + 5100, 4096), [1; 4096]);
+        assert_eq!(read(top, MIB + 16384, 8192), [0; 8192]);
+        assert_eq!(read(top, 5 * MIB, 4096), [fill; 4096]);
+    }
+    tops.iter().for_each(|top| top.close().unwrap());
+    assert!(files.bytes("base") == before, "the base has changed");
+    assert_eq!(read(&files.bench.read("base"), MIB, 8192), [1; 8192]);
+}
+
+#[test]
+fn a_fresh_overlay_of_a_large_disk_costs_three_blocks_at_most() {
+    let files = Files::new();
+    files.bench.create("base", 1 << 40);
+    files.bench.overlay("top", "base", None);
+    assert!(files.disk_use("top") <= 12 << 10, "{} bytes", files.disk_use("top"));
+    let top = files.bench.write("top");
+    assert_eq!(top.size(), 1 << 40);
+    top.write((1 << 40) - 4096, &[5; 4096]).unwrap();
+    top.close().unwrap();
+    assert!(files.disk_use("top") <= 32 << 10, "{} bytes", files.disk_use("top"));
+}
+
+/// Prints what a creation takes; in a memory file system, where a sync costs nothing, too. Run with
+/// `--nocapture` to see it.
+#[test]
+fn creating_an_overlay_of_a_large_disk_reports_its_time() {
+    let memory = Path::new("/dev/shm").is_dir().then(|| tempfile::tempdir_in("/dev/shm").unwrap());
+    for dir in [Some(tempfile::tempdir().unwrap()), memory].into_iter().flatten() {
+        let bench = Bench::in_folder(Arc::new(FileFolder::new(dir.path())));
+        bench.create("base", 1 << 40);
+        bench.overlay("first", "base", None);
+        let start = Instant::now();
+        for number in 0..20 {
+            bench.overlay(&format!("top-{number}"), "base", None);
+        }
+        println!("{}: {:?} each", dir.path().display(), start.elapsed() / 20);
+    }
+}
+
+#[test]
+fn sub_block_writes_copy_up_at_most_a_block() {
+    let files = Files::new();
+    files.bench.create("base", 10 * MIB);
+    let base = files.bench.write("base");
+    base.write(0, &vec![3; 10 * MIB as usize]).unwrap();
+    base.close().unwrap();
+    files.bench.overlay("top", "base", None);
+    let top = files.bench.write("top");
+    top.write(MIB + 5, &[9]).unwrap();
+    top.write(3 * MIB + 4095, &[9; 2]).unwrap();
+    let mut owned = Vec::new();
+    let mut visit = |extent: MapExtent| {
+        if extent.depth == Some(0) {
+            owned.push((extent.offset, extent.length));
+        }
+        true
+    };
+    top.map(0, top.size(), Detail::Bitmaps, &mut visit).unwrap();
+    assert_eq!(owned, [(MIB, 4096), (3 * MIB, 8192)]);
+    let mut expected = vec![3; 8192];
+    expected[4095..4097].fill(9);
+    assert_eq!(read(&top, 3 * MIB, 8192), expected);
+}
+
+#[test]
+fn trim_and_zero_give_space_back_and_hide_the_parent() {
+    let files = Files::new();
+    files.bench.create("base", 10 * MIB);
+    let base = files.bench.write("base");
+    base.write(0, &vec![3; MIB as usize]).unwrap();
+    base.close().unwrap();
+    files.bench.overlay("top", "base", None);
+    let top = files.bench.write("top");
+    top.write(0, &vec![4; 4 * MIB as usize]).unwrap();
+    top.flush().unwrap();
+    let full = files.disk_use("top");
+    top.trim(0, 2 * MIB).unwrap();
+    top.zero(2 * MIB, 2 * MIB, ZeroMode::default()).unwrap();
+    top.flush().unwrap();
+    assert!(files.disk_use("top") + 4 * MIB <= full + 65536, "space was not given back");
+    assert!(read(&top, 0, 4 * MIB as usize).iter().all(|&byte| byte == 0));
+    // Nobody owns it: no bit is spent.
+    top.trim(5 * MIB, MIB).unwrap();
+    let mut kinds = Vec::new();
+    let mut visit = |extent: MapExtent| {
+        kinds.push((extent.offset, extent.kind));
+        true
+    };
+    top.map(0, top.size(), Detail::Files, &mut visit).unwrap();
+    assert_eq!(kinds, [(0, Kind::Zero), (4 * MIB, Kind::Absent)]);
+    let fast = ZeroMode { fast_only: true, allocate: false };
+    top.zero(MIB, 4096, fast).unwrap();
+    assert_eq!(top.zero(MIB + 1, 4096, fast).unwrap_err().kind(), ErrorKind::Unsupported);
+    let allocated = ZeroMode { fast_only: false, allocate: true };
+    let before = files.disk_use("top");
+    top.zero(6 * MIB, MIB, allocated).unwrap();
+    top.flush().unwrap();
+    assert!(files.disk_use("top") >= before + MIB, "no space was allocated");
+}
+
+#[test]
+fn sizes_from_one_sector_to_many_tebibytes() {
+    let files = Files::new();
+    for size in [512, 1536, 4096, 4608, 127 * MIB, 127 * MIB + 512, 8 << 40, 15 << 40] {
+        let name = format!("disk-{size}");
+        files.bench.create(&name, size);
+        let chain = files.bench.write(&name);
+        let length = size.min(10_000) as usize;
+        let (start, end) = (vec![1; length / 2], vec![2; length - length / 2]);
+        chain.write(0, &start).unwrap();
+        chain.write(size - end.len() as u64, &end).unwrap();
+        assert_eq!(chain.write(size, &[1]).unwrap_err().kind(), ErrorKind::OutOfRange);
+        chain.close().unwrap();
+        let chain = files.bench.read(&name);
+        assert_eq!(read(&chain, 0, start.len()), start, "{size}");
+        assert_eq!(read(&chain, size - end.len() as u64, end.len()), end, "{size}");
+        fs::remove_file(files.dir.path().join(&name)).unwrap();
+    }
+    for size in [0, 511, 513, (1 << 56) + 512] {
+        let layers = Layers::default();
+        let error = thinply::chain::create(&files.bench.folder, "bad", Some(size), None, &layers);
+        assert_eq!(error.unwrap_err().kind(), ErrorKind::InvalidInput, "{size}");
+    }
+}
+
+#[test]
+fn one_writer_and_the_parent_gate() {
+    let files = Files::new();
+    let bench = &files.bench;
+    bench.create("base", MIB);
+    bench.overlay("top", "base", None);
+    let writer = bench.write("top");
+    for access in [Access::Write, Access::Read] {
+        assert_eq!(bench.open("top", access).unwrap_err().kind(), ErrorKind::InUse);
+    }
+    assert_eq!(thinply::chain::seal(&*bench.folder, "top").unwrap_err().kind(), ErrorKind::InUse);
+    writer.close().unwrap();
+    drop(writer);
+    assert_eq!(bench.open("base", Access::Write).unwrap_err().kind(), ErrorKind::ReadOnly);
+
+    let fresh = || Bench::in_folder(bench.folder.clone());
+    let path = |name: &str| files.dir.path().join(name);
+    fs::rename(path("base"), path("moved")).unwrap();
+    assert_eq!(fresh().open("top", Access::Read).unwrap_err().kind(), ErrorKind::NotFound);
+    // A layer of the same name that is somebody else.
+    bench.create("base", MIB);
+    assert_eq!(fresh().open("top", Access::Read).unwrap_err().kind(), ErrorKind::ParentMismatch);
+    thinply::chain::seal(&*bench.folder, "base").unwrap();
+    assert_eq!(fresh().open("top", Access::Write).unwrap_err().kind(), ErrorKind::ParentMismatch);
+    // The right layer, but through a link.
+    fs::remove_file(path("base")).unwrap();
+    std::os::unix::fs::symlink(path("moved"), path("base")).unwrap();
+    assert!(fresh().open("top", Access::Read).is_err());
+    // In another folder that the user names.
+    fs::remove_file(path("base")).unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    fs::copy(path("moved"), elsewhere.path().join("base")).unwrap();
+    let folder: Arc<dyn Folder> = Arc::new(FileFolder::new(elsewhere.path()));
+    let layers = Arc::new(Layers::new(vec![folder]));
+    Chain::open(bench.folder.clone(), "top", Access::Read, layers).unwrap();
+}
+
+#[test]
+fn a_chain_may_be_deep_but_not_endless() {
+    let bench = Bench::default();
+    bench.create("top", MIB);
+    let top = bench.write("top");
+    let mut disk = Disk::new(MIB);
+    for level in 0..MAX_DEPTH as u64 - 1 {
+        let data = level.to_le_bytes().repeat(BLOCK / 8);
+        let offset = level % 200 * BLOCK as u64;
+        top.write(offset, &data).unwrap();
+        disk.write(offset, &data);
+        top.snapshot(&format!("s{level}")).unwrap();
+    }
+    assert_eq!(top.snapshot("one-too-many").unwrap_err().kind(), ErrorKind::Limit);
+    top.close().unwrap();
+    drop(top);
+    let fresh = Bench::in_folder(bench.folder.clone());
+    let top = fresh.write("top");
+    assert!(read(&top, 0, MIB as usize) == disk.read(0, MIB as usize));
+}
+
+#[test]
+fn an_interrupted_snapshot_is_finished_by_the_next_open() {
+    let files = Files::new();
+    let bench = &files.bench;
+    bench.create("top", MIB);
+    let top = bench.write("top");
+    top.write(0, &[5; 4096]).unwrap();
+    top.snapshot("snap").unwrap();
+    top.close().unwrap();
+    drop(top);
+    // As if the last rename had not happened.
+    let path = |name: &str| files.dir.path().join(name);
+    fs::rename(path("top"), path(".top.top")).unwrap();
+    fs::hard_link(path("snap"), path("top")).unwrap();
+    let fresh = Bench::in_folder(bench.folder.clone());
+    let top = fresh.write("top");
+    top.write(4096, &[6; 4096]).unwrap();
+    top.close().unwrap();
+    assert!(!path(".top.top").exists());
+    assert_eq!(read(&fresh.read("top"), 0, 4096), [5; 4096]);
+    assert_eq!(read(&fresh.read("snap"), 4096, 4096), [0; 4096]);
+}
+
+/// The second reader, written from the specification alone, reads the same bytes.
+#[test]
+fn a_reader_in_another_language_reads_the_same() {
+    let reader = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reader/thinply_reader.py");
+    let files = Files::new();
+    let size = 128 * MIB + 512;
+    files.bench.create("top", size);
+    let mut disk = Disk::new(size);
+    let mut random = 1u64;
+    let read_with_python = |name: &str, disk: &Disk| {
+        let out = files.dir.path().join("out.raw");
+        let run = Command::new("python3")
+            .arg(&reader)
+            .arg(files.dir.path().join(name))
+            .arg("-o")
+            .arg(&out)
+            .output()
+            .expect("python3 is needed");
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        let found = fs::read(&out).unwrap();
+        assert_eq!(found.len() as u64, size);
+        for (number, block) in found.chunks(BLOCK).enumerate() {
+            let expected = disk.read((number * BLOCK) as u64, block.len());
+            assert!(block == expected, "{name}: block {number} differs");
+        }
+        fs::remove_file(out).unwrap();
+    };
+    for round in 0..4 {
+        let top = files.bench.write("top");
+        for _ in 0..60 {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let offset = (random >> 20) % (size - 20_000);
+            let data = vec![(random >> 33) as u8; (random >> 40) as usize % 20_000];
+            top.write(offset, &data).unwrap();
+            disk.write(offset, &data);
+            if random >> 60 == 3 {
+                top.flush().unwrap();
+            }
+        }
+        top.trim(MIB * round, MIB / 2).unwrap();
+        disk.trim(MIB * round, MIB / 2);
+        if round == 3 {
+            // Not closed: the reader has to replay the journal.
+            top.flush().unwrap();
+            top.write(64 * MIB, &[9; 100]).unwrap();
+            disk.write(64 * MIB, &[9; 100]);
+            top.flush().unwrap();
+        } else {
+            top.snapshot(&format!("snap-{round}")).unwrap();
+            top.close().unwrap();
+        }
+        drop(top);
+        read_with_python("top", &disk);
+    }
+}

@@ -1,0 +1,99 @@
+//! Modules depend downwards only.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Level of each module; a module may name those of lower levels, and itself.
+const LEVELS: [(&str, u32); 10] = [
+    ("error", 0),
+    ("types", 0),
+    ("sync", 0),
+    ("format", 1),
+    ("storage", 1),
+    ("device", 1),
+    ("live", 2),
+    ("chain", 3),
+    ("inspect", 3),
+    ("nbd", 4),
+];
+
+fn level(module: &str) -> u32 {
+    let found = LEVELS.iter().find(|(name, _)| *name == module);
+    found.unwrap_or_else(|| panic!("module {module} has no level in tests/layering.rs")).1
+}
+
+fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.file_name().is_some_and(|name| name == "tests.rs") {
+            // A module's tests may use whatever builds what they test.
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+/// The modules that a source names after `crate::`, braced lists included.
+fn named(source: &str) -> Vec<String> {
+    let word = |text: &str| {
+        text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>()
+    };
+    let mut names = Vec::new();
+    for rest in source.split("crate::").skip(1) {
+        match rest.strip_prefix('{') {
+            Some(list) => {
+                let list = list.split(';').next().unwrap_or("");
+                names.extend(list.split(',').map(|item| word(item.trim())));
+            }
+            None => names.push(word(rest)),
+        }
+    }
+    names.retain(|name| !name.is_empty());
+    names
+}
+
+#[test]
+fn modules_depend_downwards_only() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    sources(&src, &mut files);
+    let mut seen = 0;
+    for file in files {
+        let module = file.strip_prefix(&src).unwrap().components().next().unwrap();
+        let module = module.as_os_str().to_str().unwrap().trim_end_matches(".rs").to_owned();
+        if module == "lib" {
+            continue;
+        }
+        let source = fs::read_to_string(&file).unwrap();
+        for name in named(&source) {
+            let (own, other) = (level(&module), level(&name));
+            assert!(
+                name == module || other < own || (own == 0 && other == 0),
+                "{} (level {own}) names {name} (level {other})",
+                file.display()
+            );
+            seen += 1;
+        }
+    }
+    assert!(seen > 50, "the scan found only {seen} uses");
+}
+
+#[test]
+fn the_library_knows_no_command_line_and_no_logger() {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
+    let manifest = fs::read_to_string(manifest).unwrap();
+    let dependencies =
+        manifest.split("[dependencies]").nth(1).unwrap().split("\n[").next().unwrap();
+    for name in ["clap", "indicatif", "env_logger", "tracing-subscriber", "tokio", "serde"] {
+        assert!(!dependencies.contains(name), "the library depends on {name}");
+    }
+}
+
+#[test]
+fn the_scan_sees_every_form() {
+    assert_eq!(named("use crate::live::X;"), ["live"]);
+    assert_eq!(named("use crate::{chain::Y, nbd};"), ["chain", "nbd"]);
+    assert_eq!(named("let x = crate::nbd::proto::f();"), ["nbd"]);
+}

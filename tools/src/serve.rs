@@ -1,0 +1,122 @@
+//! `thinply serve`: a layer as a block device over NBD.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+
+use clap::Args;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use thinply::chain::Chain;
+use thinply::error::{Error, ErrorKind, Result};
+use thinply::nbd::server::{Export, ExportTable, Handle, Listener, Server, ServerConfig};
+use thinply::storage::Access;
+
+use crate::place::{Place, Search};
+
+/// Serve a layer as a block device over NBD.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Prints the NBD URI once clients can connect, then serves until SIGTERM or SIGINT: requests under
+way are finished, everything is made durable, the layer is closed.
+
+Example:
+  thinply serve vm.tply --socket /run/vm.sock &
+  nbdinfo 'nbd+unix:///?socket=/run/vm.sock'")]
+pub struct Serve {
+    /// The layer to serve.
+    file: PathBuf,
+    /// Listen on a Unix socket.
+    #[arg(long, value_name = "PATH")]
+    socket: Vec<PathBuf>,
+    /// Listen on a TCP address, as in 127.0.0.1:10809.
+    #[arg(long, value_name = "ADDR")]
+    listen: Vec<String>,
+    /// Refuse writes, and change nothing in the file.
+    #[arg(long)]
+    read_only: bool,
+    /// The export's name; clients that ask for none get it too.
+    #[arg(long, default_value = "", value_name = "NAME")]
+    name: String,
+    /// Clients served at a time; more are hung up on.
+    #[arg(long, default_value_t = 1024, value_name = "N")]
+    max_connections: usize,
+    /// Write the process id to a file once clients can connect.
+    #[arg(long, value_name = "PATH")]
+    pid_file: Option<PathBuf>,
+    /// End when the last client has hung up.
+    #[arg(long)]
+    once: bool,
+    #[command(flatten)]
+    search: Search,
+}
+
+impl Serve {
+    /// Serves until told to stop.
+    pub fn run(&self) -> Result<()> {
+        let listeners = self.listeners()?;
+        let place = Place::existing(&self.file)?;
+        let access = if self.read_only { Access::Read } else { Access::Write };
+        let chain = Arc::new(Chain::open(place.folder, &place.name, access, self.search.layers())?);
+        let exports = Arc::new(ExportTable::new());
+        exports.insert(Export::new(self.name.clone(), chain.clone())?)?;
+        let config = ServerConfig {
+            max_connections: self.max_connections,
+            stop_with_last_client: self.once,
+            log: Arc::new(|line| eprintln!("thinply: {line}")),
+            ..ServerConfig::default()
+        };
+        let server = Server::new(listeners, exports, config)?;
+        stop_on_signals(server.handle())?;
+        if let Some(path) = &self.pid_file {
+            std::fs::write(path, format!("{}\n", std::process::id()))
+                .map_err(|error| Error::io(error, "writing the pid file").in_file(path))?;
+        }
+        let uris = server.listeners().iter().map(|listener| listener.uri(&self.name) + "\n");
+        let ready: String = uris.collect();
+        // Whoever started the server may not care for the line and have closed the pipe.
+        let _ = std::io::stdout().write_all(ready.as_bytes());
+        let served = server.run();
+        let closed = chain.close();
+        if let Some(path) = &self.pid_file {
+            let _ = std::fs::remove_file(path);
+        }
+        served.and(closed)
+    }
+
+    /// The sockets asked for, or those that a service manager has opened.
+    fn listeners(&self) -> Result<Vec<Listener>> {
+        let mut listeners = Listener::activated()?;
+        for path in &self.socket {
+            listeners.push(Listener::unix(path)?);
+        }
+        for address in &self.listen {
+            listeners.push(Listener::tcp(address)?);
+        }
+        if listeners.is_empty() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "nowhere to listen: give --socket PATH or --listen ADDR",
+            ));
+        }
+        Ok(listeners)
+    }
+}
+
+/// Has the server come to its end at the first SIGTERM or SIGINT; the second one kills.
+fn stop_on_signals(server: Handle) -> Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT])
+        .map_err(|error| Error::io(error, "setting up signal handlers"))?;
+    thread::spawn(move || {
+        for (earlier, signal) in signals.forever().enumerate() {
+            if earlier == 0 {
+                server.shutdown();
+            } else {
+                // Ends the process; what was not flushed is lost, as the user insisted.
+                let _ = signal_hook::low_level::emulate_default_handler(signal);
+            }
+        }
+    });
+    Ok(())
+}
