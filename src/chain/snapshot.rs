@@ -4,7 +4,7 @@
 use std::sync::{Arc, PoisonError};
 
 use super::layers::Found;
-use super::setup::open_file;
+use super::setup::{durable_header, open_file};
 use super::{Chain, Levels, MAX_DEPTH, Stack};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
@@ -28,10 +28,10 @@ fn failed(folder: &dyn Folder, operation: &'static str) -> impl FnOnce(std::io::
 /// name has moved on.
 pub(super) fn finish(folder: &dyn Folder, name: &str, identity: Option<Identity>) -> Result<bool> {
     let new_top = new_top_name(name);
-    let moved_on = || {
-        let file = open_file(folder, name, Access::Read)?;
-        Ok(newest_header(&*file)?.identity() != identity)
-    };
+    // A killed process may have left the freeze in the page cache alone. It has to be durable
+    // before a name says that there is a child.
+    let moved_on =
+        || Ok(durable_header(&*open_file(folder, name, Access::Read)?)?.identity() != identity);
     let file = match open_file(folder, &new_top, Access::Write) {
         Err(error) if error.kind() == ErrorKind::NotFound => return moved_on(),
         other => other?,

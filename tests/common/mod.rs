@@ -2,5 +2,6 @@
 #![allow(dead_code)]
 
 pub mod bench;
+pub mod crash;
 pub mod device;
 pub mod nbd;
