@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::format::geometry::word_offset;
 use crate::live::words;
 use crate::storage::{Storage, failed};
-use crate::types::{BLOCK_SIZE, Word, touched};
+use crate::types::{BLOCK_SIZE, Group, WORD_BYTES, Word, touched};
 
 /// What an extent holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +52,25 @@ impl Chain {
         }
         walk.finish();
         Ok(())
+    }
+}
+
+impl Chain {
+    /// Where the first block at or after `offset` may stand that any layer owns; the device's size
+    /// where there is none. One look-up skips the emptiest disk, but only where nothing is written:
+    /// what an open top owns may be known in memory alone, so there the answer is `offset`.
+    pub fn skip_absent(&self, offset: u64) -> Result<u64> {
+        let levels = self.levels();
+        let Some(stack) = levels.stack.as_ref().filter(|_| levels.top.is_none()) else {
+            return Ok(offset);
+        };
+        let from = Word(offset / WORD_BYTES).group();
+        let mut next: Option<Group> = None;
+        for layer in stack.layers() {
+            next = next.into_iter().chain(layer.next_group(from)?).min();
+        }
+        let start = next.map_or(levels.size, |group| group.first_word().guest_offset());
+        Ok(start.max(offset).min(levels.size))
     }
 }
 

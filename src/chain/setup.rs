@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::Layers;
+use super::{Layers, snapshot};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{ParentLink, State};
 use crate::live::{self, NewLayer, Sealed, Writable, newest_header};
@@ -29,14 +29,22 @@ pub(super) fn open_file(
         .map_err(|error| Error::io(error, "opening the file").in_file(folder.path().join(name)))
 }
 
-/// Makes sure that the layer `name` is sealed: a writable one is frozen for ever.
+/// Makes sure that the layer `name` is sealed: a writable one is frozen for ever. A snapshot that
+/// was cut off is finished first, so that `name` goes on leading to what the answer says.
 ///
 /// # Errors
 /// [`ErrorKind::InUse`] where somebody writes it; those of [`Writable::open`] and
 /// [`Writable::freeze`].
 pub fn seal(folder: &dyn Folder, name: &str) -> Result<Parent> {
-    let file = open_file(folder, name, Access::Read)?;
-    let newly_frozen = !matches!(newest_header(&*file)?.state, State::Frozen(_));
+    let mut file = open_file(folder, name, Access::Read)?;
+    let mut header = newest_header(&*file)?;
+    if matches!(header.state, State::Frozen(_))
+        && snapshot::finish(folder, name, header.identity())?
+    {
+        file = open_file(folder, name, Access::Read)?;
+        header = newest_header(&*file)?;
+    }
+    let newly_frozen = !matches!(header.state, State::Frozen(_));
     let sealed = if newly_frozen {
         let mut layer = Writable::open(open_file(folder, name, Access::Write)?)?;
         let (id, _) = layer.plan_freeze()?;
@@ -80,4 +88,26 @@ pub fn create(
     let parent = parent.map(|parent| (parent.link.clone(), parent.virtual_size));
     live::create(&**folder, name, &NewLayer { virtual_size, parent })?;
     folder.sync().map_err(|error| Error::io(error, "syncing the folder").in_file(folder.path()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::MemoryFolder;
+
+    #[test]
+    fn a_parent_whose_snapshot_was_cut_off_gets_it_finished_first() {
+        let folder: Arc<dyn Folder> = Arc::new(MemoryFolder::new("m"));
+        let layers = Layers::default();
+        create(&folder, "a", Some(8192), None, &layers).unwrap();
+        // All of a snapshot but its last step.
+        folder.link("a", "snap").unwrap();
+        let frozen = seal(&*folder, "snap").unwrap();
+        let parent = Some((frozen.link.clone(), 8192));
+        live::create(&*folder, ".a.top", &NewLayer { virtual_size: 8192, parent }).unwrap();
+
+        let parent = seal(&*folder, "a").unwrap();
+        assert_ne!(parent.link.identity, frozen.link.identity, "the name leads to the new top");
+        create(&folder, "child", None, Some(&parent), &layers).unwrap();
+    }
 }

@@ -6,8 +6,7 @@
 //! a finding.
 
 use super::parts::{
-    BitmapPage, RingPlace, RingRecord, Slots, Standing, Verdict, each_data, next_group,
-    read_padded, read_ring,
+    BitmapPage, RingPlace, RingRecord, Slots, Standing, Verdict, each_data, read_padded, read_ring,
 };
 use crate::error::{ErrorKind, Result};
 use crate::format::bitmap::Sector;
@@ -16,6 +15,7 @@ use crate::format::geometry::{
     group_count, record_offset,
 };
 use crate::format::header::{Header, State};
+use crate::live::next_group;
 use crate::storage::{Storage, failed};
 use crate::types::{BLOCK_SIZE, Group, SECTOR_SIZE};
 

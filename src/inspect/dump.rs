@@ -1,7 +1,8 @@
 //! All structures of a file, in the order in which they stand there.
 
-use super::parts::{BitmapPage, RingPlace, Slot, Slots, next_group, read_ring};
+use super::parts::{BitmapPage, RingPlace, Slot, Slots, read_ring};
 use crate::error::Result;
+use crate::live::next_group;
 use crate::storage::Storage;
 use crate::types::Group;
 

@@ -5,9 +5,7 @@ use std::io;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap::{Bits, PageBytes, SECTORS, Sector, judge, trusted_bits};
-use crate::format::geometry::{
-    GROUP_STRIDE, GROUPS_OFFSET, JOURNAL_OFFSET, JOURNAL_RECORDS, SLOT_OFFSETS, bitmap_offset,
-};
+use crate::format::geometry::{JOURNAL_OFFSET, JOURNAL_RECORDS, SLOT_OFFSETS, bitmap_offset};
 use crate::format::header::{Header, SlotBytes, has_magic};
 use crate::format::journal::{self, Record, RecordBytes};
 use crate::format::layouts;
@@ -301,13 +299,6 @@ impl BitmapPage {
         }
         found
     }
-}
-
-/// The groups at or after `from` with anything on disk, one after the other.
-pub(super) fn next_group(file: &dyn Storage, from: Group) -> Result<Option<Group>> {
-    let at = bitmap_offset(from).0;
-    let data = file.next_data(at).map_err(failed(file, "looking for groups", at))?;
-    Ok(data.map(|data| Group((data - GROUPS_OFFSET.0) / GROUP_STRIDE)))
 }
 
 /// Hands the ranges of `from..to` that are no holes to `visit`, in order.

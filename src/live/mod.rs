@@ -27,6 +27,7 @@ use crate::types::{FileOffset, Word};
 
 pub use create::{NewLayer, create};
 pub use journal::{RingSlot, read_ring};
+pub use pages::next_group;
 pub use sealed::Sealed;
 pub use slots::{newest_header, read_slots};
 pub use writable::Writable;

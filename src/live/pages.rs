@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::Result;
 use crate::format::bitmap::{Bits, PageBytes, decode, encode};
-use crate::format::geometry::bitmap_offset;
+use crate::format::geometry::{GROUP_STRIDE, GROUPS_OFFSET, bitmap_offset};
 use crate::storage::{Storage, failed, read_exact_at, write_all_at};
 use crate::sync::LazyTable;
 use crate::types::{BLOCK_SIZE, GROUP_WORDS, Group, Uuid, Word};
@@ -20,6 +20,14 @@ pub(super) fn read_page(file: &dyn Storage, uuid: Uuid, group: Group) -> Result<
         offset,
     ))?;
     decode(uuid, group, &bytes).map_err(|error| error.relative_to(offset).in_file(file.path()))
+}
+
+/// The first group at or after `from` that has anything on disk: one before it owns nothing, as far
+/// as the file says.
+pub fn next_group(file: &dyn Storage, from: Group) -> Result<Option<Group>> {
+    let at = bitmap_offset(from).0;
+    let data = file.next_data(at).map_err(failed(file, "looking for groups", at))?;
+    Ok(data.map(|data| Group((data - GROUPS_OFFSET.0) / GROUP_STRIDE)))
 }
 
 /// Writes a group's bits; not synced.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::pages::read_page;
+use super::pages::{next_group, read_page};
 use super::recover::recover;
 use super::{Wait, read_owned, take_lock};
 use crate::error::Result;
@@ -63,6 +63,13 @@ impl Sealed {
             Some(bits) => Ok(Some(bits.clone())),
             None => read_page(&*self.file, self.header.uuid, group),
         }
+    }
+
+    /// The first group at or after `from` that may own a block.
+    pub fn next_group(&self, from: Group) -> Result<Option<Group>> {
+        let replayed = self.replayed.range(from..).next().map(|(&group, _)| group);
+        let stored = next_group(&*self.file, from)?;
+        Ok(replayed.into_iter().chain(stored).min())
     }
 
     /// Reads owned bytes, `from` counted from the word's start; false as in [`super::Under::read`].
