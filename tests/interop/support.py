@@ -113,7 +113,8 @@ class Server:
         self.process = subprocess.Popen(
             [str(word) for word in command], stdout=subprocess.PIPE, stderr=self.log, text=True,
             stdin=subprocess.DEVNULL, preexec_fn=die_with_parent,
-            env={**os.environ, **(environment or {})})
+            # Ctrl-C is for the tests, which then stop their servers in order.
+            start_new_session=True, env={**os.environ, **(environment or {})})
         self.uri = self.process.stdout.readline().strip()
         if not self.uri.startswith("nbd"):
             self.kill()

@@ -54,7 +54,8 @@ def as_file(server, read_only=False):
     with tempfile.TemporaryDirectory(prefix="thinply-fuse-") as folder:
         file = Path(folder) / "disk"
         command = ["nbdfuse", *(["-r"] if read_only else []), str(file), server.uri]
-        fuse = subprocess.Popen(command, preexec_fn=die_with_parent, stdin=subprocess.DEVNULL)
+        fuse = subprocess.Popen(command, preexec_fn=die_with_parent, stdin=subprocess.DEVNULL,
+                                start_new_session=True)
         try:
             wait_for(lambda: file.exists() or fuse.poll() is not None, "nbdfuse")
             assert fuse.poll() is None, "nbdfuse has ended"
