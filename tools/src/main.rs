@@ -1,37 +1,74 @@
-//! The `thinply` command.
+//! The `thinply` command: reads the arguments, runs one verb, turns its answer into an exit code.
 
+mod args;
+mod check;
+mod completions;
+mod create;
 mod demo;
-mod place;
+mod draft;
+mod dump;
+mod export;
+mod extents;
+mod import;
+mod info;
+mod man;
+mod map;
+mod output;
+mod parent;
+mod paths;
+mod progress;
+mod pump;
+mod resize;
 mod serve;
+mod size;
+mod snapshot;
+mod still;
 
+use std::io::Write;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::Parser;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use thinply::error::Error;
 
-/// Userspace copy-on-write block images.
-#[derive(Parser, Debug)]
-#[command(version)]
-struct Cli {
-    #[command(subcommand)]
-    verb: Verb,
+/// What a verb that did its work has to say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Done, or yes.
+    Yes,
+    /// The answer is no: `check` found something.
+    No,
 }
 
-#[derive(Subcommand, Debug)]
-enum Verb {
-    Demo(demo::Demo),
-    Serve(serve::Serve),
-}
+/// Result of a verb.
+pub type Outcome = thinply::error::Result<Answer>;
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().verb {
-        Verb::Demo(demo) => demo.run(),
-        Verb::Serve(serve) => serve.run(),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
+    let cli = args::Cli::parse();
+    raise_file_limit();
+    match cli.command.run() {
+        Ok(Answer::Yes) => ExitCode::SUCCESS,
+        Ok(Answer::No) => ExitCode::from(1),
+        // Whoever read our output has seen enough.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("thinply: {error}");
+            // Without a standard error the exit code has to do.
+            let _ = writeln!(std::io::stderr(), "thinply: {error}");
             ExitCode::from(2)
         }
     }
+}
+
+fn is_broken_pipe(error: &Error) -> bool {
+    let source = std::error::Error::source(error);
+    source
+        .and_then(|source| source.downcast_ref::<std::io::Error>())
+        .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// A chain holds a descriptor a layer, and may be deeper than the usual soft limit.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    // A refusal shows when a file can't be opened, with its name.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }

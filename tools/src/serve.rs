@@ -3,17 +3,15 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread;
 
 use clap::Args;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
-use thinply::chain::Chain;
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::nbd::server::{Export, ExportTable, Handle, Listener, Server, ServerConfig};
 use thinply::storage::Access;
 
-use crate::place::{Place, Search};
+use crate::args::LayersArg;
+use crate::paths::Place;
+use crate::{Answer, Outcome};
 
 /// Serve a layer as a block device over NBD.
 #[derive(Args, Debug)]
@@ -49,16 +47,16 @@ pub struct Serve {
     #[arg(long)]
     once: bool,
     #[command(flatten)]
-    search: Search,
+    layers: LayersArg,
 }
 
 impl Serve {
     /// Serves until told to stop.
-    pub fn run(&self) -> Result<()> {
+    pub fn run(&self) -> Outcome {
         let listeners = self.listeners()?;
         let place = Place::existing(&self.file)?;
         let access = if self.read_only { Access::Read } else { Access::Write };
-        let chain = Arc::new(Chain::open(place.folder, &place.name, access, self.search.layers())?);
+        let chain = Arc::new(place.chain(access, self.layers.layers()?)?);
         let exports = Arc::new(ExportTable::new());
         exports.insert(Export::new(self.name.clone(), chain.clone())?)?;
         let config = ServerConfig {
@@ -82,7 +80,7 @@ impl Serve {
         if let Some(path) = &self.pid_file {
             let _ = std::fs::remove_file(path);
         }
-        served.and(closed)
+        served.and(closed).map(|()| Answer::Yes)
     }
 
     /// The sockets asked for, or those that a service manager has opened.
@@ -104,19 +102,16 @@ impl Serve {
     }
 }
 
-/// Has the server come to its end at the first SIGTERM or SIGINT; the second one kills.
+/// Has the server come to its end at the first SIGTERM, SIGINT or SIGHUP. At the second one the
+/// process ends at once: what was not flushed is lost, as the user insists.
 fn stop_on_signals(server: Handle) -> Result<()> {
-    let mut signals = Signals::new([SIGTERM, SIGINT])
-        .map_err(|error| Error::io(error, "setting up signal handlers"))?;
-    thread::spawn(move || {
-        for (earlier, signal) in signals.forever().enumerate() {
-            if earlier == 0 {
-                server.shutdown();
-            } else {
-                // Ends the process; what was not flushed is lost, as the user insisted.
-                let _ = signal_hook::low_level::emulate_default_handler(signal);
-            }
+    let mut asked = false;
+    let stop = move || {
+        if std::mem::replace(&mut asked, true) {
+            std::process::exit(130);
         }
-    });
-    Ok(())
+        server.shutdown();
+    };
+    ctrlc::set_handler(stop)
+        .map_err(|error| Error::new(ErrorKind::Io, format!("setting up signal handlers: {error}")))
 }

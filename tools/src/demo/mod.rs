@@ -16,9 +16,13 @@ use clap::Args;
 use thinply::chain::{Chain, Layers, Parent, create, seal};
 use thinply::device::Device;
 use thinply::error::{Error, ErrorKind, Result};
+use thinply::inspect;
 use thinply::nbd::server::{Export, ExportTable, Listener, Server, ServerConfig};
 use thinply::storage::{Access, FileFolder, Folder};
 
+use crate::pump::is_zero;
+use crate::size::human;
+use crate::{Answer, Outcome};
 use client::Client;
 
 const CONTAINERS: usize = 5;
@@ -54,7 +58,7 @@ fn wrong(detail: impl Into<String>) -> Error {
 
 impl Demo {
     /// Runs the demo; fails where anything is not as it should be.
-    pub fn run(&self) -> Result<()> {
+    pub fn run(&self) -> Outcome {
         let start = Instant::now();
         let dir = tempfile::Builder::new()
             .prefix("thinply-demo-")
@@ -81,9 +85,9 @@ impl Demo {
         println!(
             "\nEverything is as it should be, and removed again: {:.1} s, {} of disk at most.",
             start.elapsed().as_secs_f64(),
-            size(used)
+            human(used)
         );
-        Ok(())
+        Ok(Answer::Yes)
     }
 }
 
@@ -110,8 +114,8 @@ impl Stage {
         println!("Base image from {from}:");
         println!(
             "  base.tply: {} of disk for a device of {}\n",
-            size(self.cost("base.tply")?),
-            size(parent.virtual_size)
+            human(self.cost("base.tply")?),
+            human(parent.virtual_size)
         );
         Ok((parent, built.is_some()))
     }
@@ -127,7 +131,7 @@ impl Stage {
             let part = &mut buffer[..CHUNK.min((length - at) as usize)];
             source.read_exact(part).map_err(host("reading the raw disk"))?;
             for (block, offset) in part.chunks(4096).zip((at..).step_by(4096)) {
-                if block.iter().any(|&byte| byte != 0) {
+                if !is_zero(block) {
                     chain.write(offset, block)?;
                 }
             }
@@ -149,7 +153,7 @@ impl Stage {
         println!("{CONTAINERS} containers over it, {each:.1} ms each:");
         for number in 1..=CONTAINERS {
             let cost = self.cost(&layer(number))?;
-            println!("  {}: {}", layer(number), size(cost));
+            println!("  {}: {}", layer(number), human(cost));
             if cost > LARGEST_START {
                 return Err(wrong(format!(
                     "a container costs {cost} bytes before its first write"
@@ -205,10 +209,18 @@ impl Stage {
                 chain.read(at, &mut buffer[..part])?;
             }
         }
+        for name in (1..=CONTAINERS).map(layer).chain(["base.tply".into()]) {
+            let file = self.folder.open(&name, Access::Read).map_err(host("opening a layer"))?;
+            if let Some(finding) = inspect::check(&*file)?.findings.first() {
+                return Err(wrong(format!("{name}: {finding:?}")));
+            }
+        }
         if self.digest("base.tply")? != *base {
             return Err(wrong("the base has changed"));
         }
-        println!("\nRead every block of every container; the base is bit-identical.");
+        println!(
+            "\nRead every block of every container and checked every layer; the base is bit-identical."
+        );
         Ok(())
     }
 
@@ -220,9 +232,9 @@ impl Stage {
             println!(
                 "{:<12} {:>12} {:>14} {:>14}",
                 name(number),
-                size(own),
-                size(own + base),
-                size(parent.virtual_size)
+                human(own),
+                human(own + base),
+                human(parent.virtual_size)
             );
         }
         Ok(())
@@ -318,17 +330,4 @@ fn generate(raw: &Path) -> io::Result<()> {
         file.write_all(if number % 4 == 0 { &noise } else { &zeros })?;
     }
     Ok(())
-}
-
-/// A size for people.
-fn size(bytes: u64) -> String {
-    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64 / 1024.0;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    let digits = usize::from(value < 100.0 && unit > 0);
-    format!("{value:.digits$} {}", UNITS[unit])
 }

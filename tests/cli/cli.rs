@@ -1,0 +1,9 @@
+//! The command line, tested from outside: the contract that every subcommand keeps, and what each
+//! of them does.
+
+mod contract;
+mod disks;
+mod help;
+mod layers;
+mod show;
+mod support;

@@ -1,0 +1,237 @@
+//! `thinply export`
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use thinply::chain::{Chain, Kind};
+use thinply::device::Device;
+use thinply::error::{Error, ErrorKind, Result};
+use thinply::storage::Access;
+
+use crate::args::LayersArg;
+use crate::draft::{Draft, Replace};
+use crate::extents;
+use crate::paths::{Place, same_file};
+use crate::pump::{BUFFER, Feeder, Piece, block_runs, is_zero, pump};
+use crate::{Answer, Outcome, progress};
+
+const AFTER_HELP: &str = "\
+A new DST appears when it is whole. As with cp, it may still be on its way to the disk then; a block
+device is synced.
+
+Examples:
+  thinply export disk.tply disk.raw
+  thinply export disk.tply - | zstd > disk.raw.zst";
+
+/// Write a disk out as raw bytes: to a sparse file, a block device, or standard output.
+///
+/// The disk must keep still: one that is being written is refused.
+#[derive(Args, Debug)]
+#[command(after_help = AFTER_HELP)]
+pub struct Export {
+    /// Replace DST if it is there
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    layers: LayersArg,
+    /// The disk
+    file: PathBuf,
+    /// A file to make, a block device or pipe to write to, or - for standard output
+    dst: PathBuf,
+}
+
+impl Export {
+    /// Runs the verb.
+    pub fn run(&self) -> Outcome {
+        let place = Place::existing(&self.file)?;
+        let chain = place.chain(Access::Read, self.layers.layers()?)?;
+        let kind = std::fs::metadata(&self.dst).map(|meta| meta.file_type());
+        if self.dst.as_os_str() == "-" {
+            let stdout = io::stdout();
+            if stdout.is_terminal() {
+                let detail = "a terminal shows no disk; send standard output elsewhere";
+                return Err(Error::new(ErrorKind::InvalidInput, detail));
+            }
+            let file = stdout.as_fd().try_clone_to_owned().map(File::from);
+            self.copy(&chain, self.target(file, Form::Stream)?)?;
+        } else if kind.as_ref().is_ok_and(FileTypeExt::is_block_device) {
+            let device = self.target(open(&self.dst), Form::Device)?;
+            device.check_size(chain.size())?;
+            self.copy(&chain, device)?;
+        } else if kind.is_ok_and(|kind| !kind.is_file() && !kind.is_dir()) {
+            self.copy(&chain, self.target(open(&self.dst), Form::Stream)?)?;
+        } else {
+            self.export_file(&chain)?;
+        }
+        Ok(Answer::Yes)
+    }
+
+    fn export_file(&self, chain: &Chain) -> Result<()> {
+        let (place, replace) = match Place::vacant(&self.dst) {
+            Err(error) if error.kind() == ErrorKind::Exists && self.force => {
+                (self.replaced(chain)?, Replace::Yes)
+            }
+            other => (other?, Replace::Never),
+        };
+        let draft = Draft::new(&place.directory);
+        let file = OpenOptions::new().write(true).create_new(true).open(draft.path());
+        let target = self.target(file, Form::Sparse)?;
+        target.file.set_len(chain.size()).map_err(|error| target.failed(error, chain.size()))?;
+        self.copy(chain, target)?;
+        draft.publish(Path::new(&place.name), replace)
+    }
+
+    /// A file that may be replaced: not a folder, and none of the layers.
+    fn replaced(&self, chain: &Chain) -> Result<Place> {
+        let refuse = |detail| Err(Error::new(ErrorKind::InvalidInput, detail).in_file(&self.dst));
+        let layers = chain.headers();
+        if layers.iter().any(|(path, _)| same_file(path, &self.dst)) {
+            return refuse("is a layer of the disk that is exported");
+        }
+        let place = Place::existing(&self.dst)?;
+        if place.path().is_dir() {
+            return refuse("is a folder");
+        }
+        Ok(place)
+    }
+
+    fn target(&self, file: io::Result<File>, form: Form) -> Result<Target> {
+        let file =
+            file.map_err(|error| Error::io(error, "opening the target").in_file(&self.dst))?;
+        Ok(Target { path: self.dst.clone(), file, form })
+    }
+
+    fn copy(&self, chain: &Chain, target: Target) -> Result<()> {
+        let bar = progress::bar(Some(chain.size()));
+        let written = pump(
+            |feeder| read(chain, feeder),
+            |piece| {
+                let end = target.put(piece)?;
+                bar.set_position(end);
+                Ok(())
+            },
+        );
+        bar.finish_and_clear();
+        written?;
+        match target.form {
+            Form::Device => target.file.sync_data().map_err(|error| target.failed(error, 0)),
+            Form::Sparse | Form::Stream => Ok(()),
+        }
+    }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).open(path)
+}
+
+/// Reads the whole disk, without what is known to be zeros.
+fn read(chain: &Chain, feeder: &Feeder) -> Result<()> {
+    let mut open = true;
+    extents::walk(chain, &mut |extent| {
+        let end = extent.offset + extent.length;
+        if open && extent.kind != Kind::Data {
+            open = feeder.send(Piece::Zeros(extent.offset, extent.length));
+        }
+        let mut at = extent.offset;
+        while open && extent.kind == Kind::Data && at < end {
+            let Some(mut buffer) = feeder.buffer() else {
+                open = false;
+                break;
+            };
+            buffer.truncate((end - at).min(BUFFER as u64) as usize);
+            chain.read(at, &mut buffer)?;
+            let next = at + buffer.len() as u64;
+            open = feeder.send(Piece::Data(at, buffer));
+            at = next;
+        }
+        Ok(())
+    })
+}
+
+/// How zeros get to a target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    /// They are there already.
+    Sparse,
+    /// The device may know a short way.
+    Device,
+    /// As all other bytes.
+    Stream,
+}
+
+struct Target {
+    path: PathBuf,
+    file: File,
+    form: Form,
+}
+
+impl Target {
+    fn failed(&self, error: io::Error, offset: u64) -> Error {
+        Error::io(error, "writing the target").at(offset).in_file(&self.path)
+    }
+
+    fn check_size(&self, size: u64) -> Result<()> {
+        let length = seek(&self.file, SeekFrom::End(0)).map_err(|e| self.failed(e.into(), 0))?;
+        if length < size {
+            let detail = format!("a device of {length} bytes can't hold a disk of {size}");
+            return Err(Error::new(ErrorKind::InvalidInput, detail).in_file(&self.path));
+        }
+        Ok(())
+    }
+
+    /// Writes a piece; answers where it ends.
+    fn put(&self, piece: &Piece) -> Result<u64> {
+        let (at, end) = match piece {
+            Piece::Data(offset, data) => (*offset, offset + data.len() as u64),
+            Piece::Zeros(offset, length) => (*offset, offset + length),
+        };
+        let written = match (piece, self.form) {
+            (Piece::Data(offset, data), Form::Sparse) => self.put_sparse(*offset, data),
+            (Piece::Data(offset, data), Form::Device) => self.file.write_all_at(data, *offset),
+            (Piece::Data(_, data), Form::Stream) => (&self.file).write_all(data),
+            (Piece::Zeros(..), Form::Sparse) => Ok(()),
+            (Piece::Zeros(offset, length), Form::Device) => self.zero_device(*offset, *length),
+            (Piece::Zeros(_, length), Form::Stream) => {
+                zeros(*length, |part| (&self.file).write_all(part))
+            }
+        };
+        written.map_err(|error| self.failed(error, at)).map(|()| end)
+    }
+
+    /// Leaves out blocks of zeros.
+    fn put_sparse(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        block_runs(data, |_, block| is_zero(block)).filter(|&(zero, ..)| !zero).try_for_each(
+            |(_, from, to)| self.file.write_all_at(&data[from..to], offset + from as u64),
+        )
+    }
+
+    fn zero_device(&self, offset: u64, length: u64) -> io::Result<()> {
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if fallocate(&self.file, mode, offset, length).is_ok() {
+            return Ok(());
+        }
+        let mut at = offset;
+        zeros(length, |part| {
+            self.file.write_all_at(part, at)?;
+            at += part.len() as u64;
+            Ok(())
+        })
+    }
+}
+
+/// Hands `length` zeros to `write`, a buffer at a time.
+fn zeros(length: u64, mut write: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+    let buffer = vec![0; length.min(BUFFER as u64) as usize];
+    let mut left = length;
+    while left > 0 {
+        let part = left.min(BUFFER as u64);
+        write(&buffer[..part as usize])?;
+        left -= part;
+    }
+    Ok(())
+}

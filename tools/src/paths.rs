@@ -1,0 +1,97 @@
+//! From what people type to the folders and plain names that the library works with.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use thinply::chain::{Chain, Layers};
+use thinply::error::{Error, ErrorKind, Result};
+use thinply::storage::{Access, FileFolder, Folder, Storage};
+
+/// A layer file: its folder and its name in it.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// The folder, as the library wants it.
+    pub folder: Arc<dyn Folder>,
+    /// The folder's canonical path.
+    pub directory: PathBuf,
+    /// The file's plain name.
+    pub name: String,
+}
+
+impl Place {
+    /// A file that is there. A symbolic link is followed: the user named it, not a layer.
+    pub fn existing(path: &Path) -> Result<Self> {
+        let real = fs::canonicalize(path)
+            .map_err(|error| Error::io(error, "opening the file").in_file(path))?;
+        let name = utf8(real.file_name().unwrap_or(OsStr::new("/")), path)?;
+        let directory = real.parent().unwrap_or(&real).to_owned();
+        Ok(Self::new(directory, name))
+    }
+
+    /// A file that is still to be made, in a folder that is there.
+    pub fn vacant(path: &Path) -> Result<Self> {
+        let Some(name) = path.file_name() else {
+            return Err(Error::new(ErrorKind::InvalidInput, "names no file").in_file(path));
+        };
+        let name = utf8(name, path)?;
+        let directory = match path.parent() {
+            Some(parent) if parent != Path::new("") => parent,
+            _ => Path::new("."),
+        };
+        let directory = fs::canonicalize(directory)
+            .map_err(|error| Error::io(error, "looking at the folder").in_file(directory))?;
+        let place = Self::new(directory, name);
+        if fs::symlink_metadata(place.path()).is_ok() {
+            return Err(Error::new(ErrorKind::Exists, "is there already").in_file(path));
+        }
+        Ok(place)
+    }
+
+    fn new(directory: PathBuf, name: String) -> Self {
+        Self { folder: Arc::new(FileFolder::new(&directory)), directory, name }
+    }
+
+    /// The file's path.
+    pub fn path(&self) -> PathBuf {
+        self.directory.join(&self.name)
+    }
+
+    /// Opens the file alone.
+    pub fn open(&self, access: Access) -> Result<Arc<dyn Storage>> {
+        self.folder
+            .open(&self.name, access)
+            .map_err(|error| Error::io(error, "opening the file").in_file(self.path()))
+    }
+
+    /// Opens the chain that ends with this file.
+    pub fn chain(&self, access: Access, layers: Arc<Layers>) -> Result<Chain> {
+        Chain::open(self.folder.clone(), &self.name, access, layers)
+    }
+}
+
+/// Layer names are stored in the layers above them, as UTF-8.
+fn utf8(name: &OsStr, path: &Path) -> Result<String> {
+    let name = name.to_str().map(str::to_owned);
+    name.ok_or_else(|| {
+        let detail = "the names of layer files must be UTF-8";
+        Error::new(ErrorKind::InvalidInput, detail).in_file(path)
+    })
+}
+
+/// Runs `change` on an open chain and closes it, whatever came of that: a refused change must not
+/// leave the layer marked as in use.
+pub fn closing<T>(chain: Chain, change: impl FnOnce(&Chain) -> Result<T>) -> Result<T> {
+    let changed = change(&chain);
+    let closed = chain.close();
+    let value = changed?;
+    closed.map(|()| value)
+}
+
+/// Whether both paths lead to the same file.
+pub fn same_file(a: &Path, b: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let identity = |path| fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+    identity(a).is_some_and(|a| Some(a) == identity(b))
+}
