@@ -146,6 +146,13 @@ fn names_of_layers_must_be_utf8_and_other_folders_need_not() {
         assert_eq!(run.code, 0, "{verb}: {run:?}");
         serde_json::from_str::<serde_json::Value>(&run.stdout).unwrap();
     }
+    let mut export = folder.command(&["export"]);
+    let run: Run = export.arg(inside.join("a.tply")).arg(odd.to_owned()).output().unwrap().into();
+    assert!(run.refused().contains("is there already"), "{run:?}");
+    fs::remove_dir_all(&inside).unwrap();
+    folder.ok(&["create", "--size", "1M", "a.tply"]);
+    let run: Run = folder.command(&["export", "a.tply"]).arg(odd).output().unwrap().into();
+    assert_eq!(run.code, 0, "raw files may have any name: {run:?}");
 }
 
 #[test]

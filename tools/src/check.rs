@@ -116,9 +116,10 @@ impl Check {
         file: &dyn thinply::storage::Storage,
     ) -> Result<Option<Arc<Stack>>> {
         let Some(link) = newest_header(file)?.parent else { return Ok(None) };
-        let stack = self.layers.layers()?.stack(&link, &place.folder)?;
+        let layers = self.layers.layers()?;
+        let stack = layers.stack(&link, &place.folder)?;
         // The stack knows its own layers; the top's view of it is checked by opening the top.
-        place.chain(Access::Read, self.layers.layers()?)?;
+        place.chain(Access::Read, layers)?;
         Ok(Some(stack))
     }
 }

@@ -16,7 +16,7 @@ use thinply::storage::Access;
 use crate::args::LayersArg;
 use crate::draft::{Draft, Replace};
 use crate::extents;
-use crate::paths::{Place, same_file};
+use crate::paths::{Place, same_file, vacant};
 use crate::pump::{BUFFER, Feeder, Piece, block_runs, is_zero, pump};
 use crate::{Answer, Outcome, progress};
 
@@ -72,32 +72,35 @@ impl Export {
     }
 
     fn export_file(&self, chain: &Chain) -> Result<()> {
-        let (place, replace) = match Place::vacant(&self.dst) {
+        let (directory, name, replace) = match vacant(&self.dst) {
             Err(error) if error.kind() == ErrorKind::Exists && self.force => {
-                (self.replaced(chain)?, Replace::Yes)
+                let path = self.replaced(chain)?;
+                let name = path.file_name().unwrap_or_default().to_owned();
+                (path.parent().unwrap_or(&path).to_owned(), name, Replace::Yes)
             }
-            other => (other?, Replace::Never),
+            other => other.map(|(directory, name)| (directory, name, Replace::Never))?,
         };
-        let draft = Draft::new(&place.directory);
+        let draft = Draft::new(&directory);
         let file = OpenOptions::new().write(true).create_new(true).open(draft.path());
         let target = self.target(file, Form::Sparse)?;
         target.file.set_len(chain.size()).map_err(|error| target.failed(error, chain.size()))?;
         self.copy(chain, target)?;
-        draft.publish(Path::new(&place.name), replace)
+        draft.publish(Path::new(&name), replace)
     }
 
-    /// A file that may be replaced: not a folder, and none of the layers.
-    fn replaced(&self, chain: &Chain) -> Result<Place> {
+    /// The canonical path of a file that may be replaced: no folder, and none of the layers.
+    fn replaced(&self, chain: &Chain) -> Result<PathBuf> {
         let refuse = |detail| Err(Error::new(ErrorKind::InvalidInput, detail).in_file(&self.dst));
         let layers = chain.headers();
         if layers.iter().any(|(path, _)| same_file(path, &self.dst)) {
             return refuse("is a layer of the disk that is exported");
         }
-        let place = Place::existing(&self.dst)?;
-        if place.path().is_dir() {
+        let path = std::fs::canonicalize(&self.dst)
+            .map_err(|error| Error::io(error, "opening the target").in_file(&self.dst))?;
+        if path.is_dir() {
             return refuse("is a folder");
         }
-        Ok(place)
+        Ok(path)
     }
 
     fn target(&self, file: io::Result<File>, form: Form) -> Result<Target> {

@@ -1,6 +1,6 @@
 //! From what people type to the folders and plain names that the library works with.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,21 +32,8 @@ impl Place {
 
     /// A file that is still to be made, in a folder that is there.
     pub fn vacant(path: &Path) -> Result<Self> {
-        let Some(name) = path.file_name() else {
-            return Err(Error::new(ErrorKind::InvalidInput, "names no file").in_file(path));
-        };
-        let name = utf8(name, path)?;
-        let directory = match path.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
-        };
-        let directory = fs::canonicalize(directory)
-            .map_err(|error| Error::io(error, "looking at the folder").in_file(directory))?;
-        let place = Self::new(directory, name);
-        if fs::symlink_metadata(place.path()).is_ok() {
-            return Err(Error::new(ErrorKind::Exists, "is there already").in_file(path));
-        }
-        Ok(place)
+        let (directory, name) = vacant(path)?;
+        Ok(Self::new(directory, utf8(&name, path)?))
     }
 
     fn new(directory: PathBuf, name: String) -> Self {
@@ -69,6 +56,23 @@ impl Place {
     pub fn chain(&self, access: Access, layers: Arc<Layers>) -> Result<Chain> {
         Chain::open(self.folder.clone(), &self.name, access, layers)
     }
+}
+
+/// The canonical folder and the name of a file that is still to be made.
+pub fn vacant(path: &Path) -> Result<(PathBuf, OsString)> {
+    let Some(name) = path.file_name() else {
+        return Err(Error::new(ErrorKind::InvalidInput, "names no file").in_file(path));
+    };
+    let directory = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    let directory = fs::canonicalize(directory)
+        .map_err(|error| Error::io(error, "looking at the folder").in_file(directory))?;
+    if fs::symlink_metadata(directory.join(name)).is_ok() {
+        return Err(Error::new(ErrorKind::Exists, "is there already").in_file(path));
+    }
+    Ok((directory, name.to_owned()))
 }
 
 /// Layer names are stored in the layers above them, as UTF-8.
