@@ -419,3 +419,21 @@ fn work_of_clients_that_left_is_finished_before_their_place_is_free() {
         std::thread::yield_now();
     }
 }
+
+#[test]
+fn a_panic_in_the_device_fails_its_request_only() {
+    let config = ServerConfig { workers: 1, ..ServerConfig::default() };
+    let (device, mut served) = serve(TestDevice::new(MIB).cold(), config);
+    device.panic(Op::Trim);
+    device.panic(Op::Prefetch);
+    let mut client = served.client();
+    assert_eq!(client.command(0, TRIM, 0, 4096).error, EIO);
+    assert_eq!(client.command(0, CACHE, 0, 4096).error, EIO);
+    assert_eq!(client.write(FUA, 0, b"x").error, 0);
+    // On a connection's own thread it ends that connection.
+    device.panic(Op::TryRead);
+    client.start(DF, READ, 0, 1);
+    assert!(client.is_closed());
+    assert_eq!(served.client().write(0, 0, b"y").error, 0);
+    served.stop().unwrap();
+}

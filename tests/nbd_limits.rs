@@ -64,7 +64,10 @@ fn without_descriptors_the_server_neither_dies_nor_spins() {
     while refused() == 0 {
         std::thread::sleep(Duration::from_millis(1));
     }
+    // Who is connected is served, also with what needs other threads.
     assert_eq!(client.read(0, 1), [0]);
+    assert_eq!(client.write(FUA, 0, b"x").error, 0);
+    assert_eq!(client.command(0, BLOCK_STATUS, 0, 4096).error, 0);
     std::thread::sleep(Duration::from_millis(500));
     assert!(refused() < 20, "accepting was tried {} times", refused());
     descriptors(4000);
