@@ -5,7 +5,7 @@ mod common;
 
 use std::io::{ErrorKind as Host, Write};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::device::{Op, TestDevice};
 use common::nbd::*;
@@ -168,7 +168,9 @@ fn half_a_request_and_silence_holds_nobody() {
     writer.start(0, WRITE, 0, 1 << 20);
     writer.send(&[1; 1000]);
     assert_eq!(served.client().read(0, 1), [0]);
+    let begun = Instant::now();
     served.stop().unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(5), "it waited for the drain time to end");
     assert!(client.is_closed() && writer.is_closed());
 }
 
@@ -218,7 +220,8 @@ fn connections_beyond_the_limit_are_closed_at_once() {
 fn a_client_that_never_reads_holds_nobody_and_no_shutdown() {
     for cold in [false, true] {
         let device = TestDevice::new(64 * MIB);
-        let (_device, mut served) = serve(if cold { device.cold() } else { device }, impatient());
+        let config = ServerConfig { workers: 2, ..impatient() };
+        let (_device, mut served) = serve(if cold { device.cold() } else { device }, config);
         let mut deaf = Client::open(&served.path(), "disk", false);
         let (_, request) = deaf.encode(0, READ, 0, 256 << 10);
         let sent = send_until_refused(&deaf, &request.repeat(64), 64 << 20);
@@ -249,6 +252,19 @@ fn requests_in_flight_are_bounded_and_other_clients_served() {
     assert_eq!(served.client().write(0, 0, b"").error, 0);
     device.release(Op::Write);
     device.release(Op::Trim);
+}
+
+#[test]
+fn a_reply_that_does_not_fit_the_socket_is_finished_later() {
+    let (_device, served) = serve(TestDevice::new(64 * MIB).cold(), ServerConfig::default());
+    let mut client = served.client();
+    // More than the socket holds, less than what makes the connection stop reading.
+    for _ in 0..3 {
+        let cookie = client.start(DF, READ, 0, 2 << 20);
+        std::thread::sleep(Duration::from_millis(30));
+        let reply = client.reply();
+        assert_eq!((reply.cookie, reply.data().len()), (cookie, 2 << 20));
+    }
 }
 
 #[test]
@@ -402,4 +418,22 @@ fn work_of_clients_that_left_is_finished_before_their_place_is_free() {
     while Client::silent(&served.path()).is_closed() {
         std::thread::yield_now();
     }
+}
+
+#[test]
+fn a_panic_in_the_device_fails_its_request_only() {
+    let config = ServerConfig { workers: 1, ..ServerConfig::default() };
+    let (device, mut served) = serve(TestDevice::new(MIB).cold(), config);
+    device.panic(Op::Trim);
+    device.panic(Op::Prefetch);
+    let mut client = served.client();
+    assert_eq!(client.command(0, TRIM, 0, 4096).error, EIO);
+    assert_eq!(client.command(0, CACHE, 0, 4096).error, EIO);
+    assert_eq!(client.write(FUA, 0, b"x").error, 0);
+    // On a connection's own thread it ends that connection.
+    device.panic(Op::TryRead);
+    client.start(DF, READ, 0, 1);
+    assert!(client.is_closed());
+    assert_eq!(served.client().write(0, 0, b"y").error, 0);
+    served.stop().unwrap();
 }

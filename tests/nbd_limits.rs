@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::device::TestDevice;
+use common::device::{Op, TestDevice};
 use common::nbd::*;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -48,8 +48,9 @@ fn idle_connections_are_cheap_and_announced_payloads_cost_nothing() {
 fn without_descriptors_the_server_neither_dies_nor_spins() {
     let _turn = TURN.lock().unwrap();
     descriptors(4000);
-    let served = Served::device(&Arc::new(TestDevice::new(1 << 20)));
-    let mut client = served.client();
+    let device = Arc::new(TestDevice::new(1 << 20));
+    let served = Served::device(&device);
+    let (mut client, mut leaving) = (served.client(), served.client());
     let mut waiting = UnixStream::connect(served.path()).unwrap();
     waiting.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let mut open = Vec::new();
@@ -64,8 +65,18 @@ fn without_descriptors_the_server_neither_dies_nor_spins() {
     while refused() == 0 {
         std::thread::sleep(Duration::from_millis(1));
     }
+    // Who is connected is served, also with what needs other threads.
     assert_eq!(client.read(0, 1), [0]);
+    assert_eq!(client.write(FUA, 0, b"x").error, 0);
+    assert_eq!(client.command(0, BLOCK_STATUS, 0, 4096).error, 0);
+    device.hold(Op::Flush);
+    leaving.start(0, FLUSH, 0, 0);
+    leaving.start(0, DISC, 0, 0);
+    device.wait_for(Op::Flush, 2);
     std::thread::sleep(Duration::from_millis(500));
+    device.release(Op::Flush);
+    assert_eq!(leaving.reply().error, 0);
+    assert!(leaving.is_closed());
     assert!(refused() < 20, "accepting was tried {} times", refused());
     descriptors(4000);
     late.set_read_timeout(Some(Duration::from_secs(20))).unwrap();

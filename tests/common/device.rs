@@ -32,6 +32,7 @@ struct State {
     held: HashMap<Op, bool>,
     entered: HashMap<Op, usize>,
     faults: HashMap<Op, ErrorKind>,
+    panics: Vec<Op>,
     last_zero: Option<ZeroMode>,
     /// Writes that returned, and how many of them the last finished flush covers.
     written: usize,
@@ -84,6 +85,11 @@ impl TestDevice {
         self.state.lock().unwrap().faults.insert(op, kind);
     }
 
+    /// Has calls of `op` panic from now on.
+    pub fn panic(&self, op: Op) {
+        self.state.lock().unwrap().panics.push(op);
+    }
+
     /// Waits until `count` calls of `op` have begun.
     pub fn wait_for(&self, op: Op, count: usize) {
         let state = self.state.lock().unwrap();
@@ -113,8 +119,12 @@ impl TestDevice {
         self.changed.notify_all();
         let held = |state: &mut State| state.held.get(&op).copied().unwrap_or(false);
         state = self.changed.wait_while(state, held).unwrap();
-        match state.faults.get(&op) {
-            Some(&kind) => Err(Error::new(kind, format!("planned to fail {op:?}"))),
+        let panics = state.panics.contains(&op);
+        let fault = state.faults.get(&op).copied();
+        drop(state);
+        assert!(!panics, "planned to panic in {op:?}");
+        match fault {
+            Some(kind) => Err(Error::new(kind, format!("planned to fail {op:?}"))),
             None => Ok(()),
         }
     }

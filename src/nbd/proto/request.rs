@@ -281,6 +281,8 @@ mod tests {
                 assert_eq!(command(TERMS, 0, kind, offset, length), Err(Errno::Invalid));
             }
         }
+        let endless = Terms { size: u64::MAX, ..TERMS };
+        assert_eq!(command(endless, 0, CMD_READ, u64::MAX - 1, 512), Err(Errno::Invalid));
         assert!(command(TERMS, 0, CMD_READ, 0, 1 << 20).is_ok());
         assert!(command(TERMS, 0, CMD_READ, 1 << 20, 0).is_ok());
     }

@@ -131,8 +131,8 @@ impl Connection<'_> {
                 self.read(request, Read { cookie, structured, whole, offset, length })?;
             }
             Ok(Command::Write { offset }) => self.write(request, offset)?,
-            Ok(Command::Flush) => self.flush(request)?,
-            Ok(command) => self.hand_on(request, command, Vec::new(), reply_estimate(command))?,
+            Ok(Command::Flush) => self.flush(request),
+            Ok(command) => self.hand_on(request, command, Vec::new(), reply_estimate(command)),
         }
         if self.replies.len() >= SEND_AT {
             self.send()?;
@@ -175,7 +175,8 @@ impl Connection<'_> {
         }
         let Read { offset, length, whole, .. } = read;
         let command = Command::Read { offset, length, whole };
-        self.hand_on(request, command, Vec::new(), length as usize)
+        self.hand_on(request, command, Vec::new(), length as usize);
+        Ok(())
     }
 
     fn write(&mut self, request: Request, offset: u64) -> Result<(), Gone> {
@@ -211,15 +212,12 @@ impl Connection<'_> {
                 self.link.log(&format!("write failed: {error}"));
                 let (errno, message) = device_failure(&error, Errno::NoSpace);
                 self.fail(request.cookie, errno, message);
-                Ok(())
             }
             (Ok(_), Some(data)) => self.hand_on(request, Command::Write { offset }, data, length),
             (Ok(_), None) if request.fua => self.flush(request),
-            (Ok(_), None) => {
-                self.replies.push(&proto::simple_reply(request.cookie, None));
-                Ok(())
-            }
+            (Ok(_), None) => self.replies.push(&proto::simple_reply(request.cookie, None)),
         }
+        Ok(())
     }
 
     /// Receives a payload into its own buffer, which then starts with it.
@@ -243,29 +241,21 @@ impl Connection<'_> {
         Ok(())
     }
 
-    fn flush(&mut self, request: Request) -> Result<(), Gone> {
+    fn flush(&mut self, request: Request) {
         self.busy = true;
-        let ticket = self.link.start(request.cookie, self.structured, 0)?;
+        let ticket = self.link.start(request.cookie, self.structured, 0);
         self.export.flush(ticket);
-        Ok(())
     }
 
-    fn hand_on(
-        &mut self,
-        request: Request,
-        command: Command,
-        payload: Vec<u8>,
-        bytes: usize,
-    ) -> Result<(), Gone> {
+    fn hand_on(&mut self, request: Request, command: Command, payload: Vec<u8>, bytes: usize) {
         let changes = !matches!(
             command,
             Command::Read { .. } | Command::BlockStatus { .. } | Command::Cache { .. }
         );
         self.busy = true;
-        let ticket = self.link.start(request.cookie, self.structured, bytes)?;
+        let ticket = self.link.start(request.cookie, self.structured, bytes);
         let (export, durable) = (Arc::clone(&self.export), request.fua && changes);
         self.shared.pool.add(Job { ticket, export, command, durable, payload });
-        Ok(())
     }
 
     /// Sends the replies built so far.

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno as Host;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
@@ -21,6 +21,8 @@ use crate::nbd::proto::{self, Errno};
 const MAX_RUNNING: usize = 128;
 /// Bytes of payload and unsent replies before a connection stops reading.
 const MAX_BYTES: usize = 4 << 20;
+/// How often a connection without a descriptor to be woken by looks at what has finished.
+const LOOK_AGAIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
 
 /// Locks, also after a panic elsewhere: every critical section here leaves its data consistent.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -34,7 +36,8 @@ pub(super) struct Gone;
 pub(super) struct Link {
     socket: OwnedFd,
     /// Wakes the connection's thread from [`Link::poll`]. Made with the first request that does not
-    /// finish inline, so that idle connections have one descriptor.
+    /// finish inline, so that idle connections have one descriptor. Where there is none to be had,
+    /// the thread looks again every [`LOOK_AGAIN`].
     wake: OnceLock<OwnedFd>,
     outbox: Mutex<Outbox>,
     /// Who is at the other end, for the log.
@@ -131,25 +134,17 @@ impl Link {
     }
 
     /// Counts a request as running, with the bytes that it holds or will answer.
-    pub(super) fn start(
-        self: &Arc<Self>,
-        cookie: u64,
-        structured: bool,
-        bytes: usize,
-    ) -> Result<Ticket, Gone> {
-        if self.wake.get().is_none() {
-            let made = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-            let wake = made.map_err(|error| {
-                self.log(&format!("hanging up, no descriptor to work with: {error}"));
-                Gone
-            })?;
+    pub(super) fn start(self: &Arc<Self>, cookie: u64, structured: bool, bytes: usize) -> Ticket {
+        if self.wake.get().is_none()
+            && let Ok(wake) = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+        {
             let _ = self.wake.set(wake);
         }
         let mut outbox = lock(&self.outbox);
         outbox.running += 1;
         outbox.running_bytes += bytes;
         drop(outbox);
-        Ok(Ticket { link: Arc::clone(self), cookie, structured, bytes, answered: false })
+        Ticket { link: Arc::clone(self), cookie, structured, bytes, answered: false }
     }
 
     fn finish(&self, bytes: usize, reply: Vec<u8>) {
@@ -240,20 +235,10 @@ impl Link {
     /// Waits once for the socket or a finished request; answers whether there is something to
     /// receive.
     fn poll(&self, read: bool, write: bool) -> Result<bool, Gone> {
-        let Some(wake) = self.wake.get() else { return Err(Gone) };
         let mut events = PollFlags::empty();
         events.set(PollFlags::IN, read);
         events.set(PollFlags::OUT, write);
-        let mut fds = [PollFd::new(&self.socket, events), PollFd::new(wake, PollFlags::IN)];
-        match poll(&mut fds, None) {
-            Err(Host::INTR) => return Ok(false),
-            Err(_) => return Err(Gone),
-            Ok(_) => {}
-        }
-        let socket = fds[0].revents();
-        if !fds[1].revents().is_empty() {
-            let _ = rustix::io::read(wake, &mut [0; 8]);
-        }
+        let socket = self.sleep(Some(events))?;
         let broken = socket.intersects(PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL);
         if broken && !read {
             lock(&self.outbox).kill();
@@ -276,11 +261,31 @@ impl Link {
                     return;
                 }
             }
-            if let Some(wake) = self.wake.get() {
-                let _ = poll(&mut [PollFd::new(wake, PollFlags::IN)], None);
-                let _ = rustix::io::read(wake, &mut [0; 8]);
-            }
+            // Without the socket, which would report again and again that the client is gone.
+            let _ = self.sleep(None);
         }
+    }
+
+    /// Sleeps until a request finishes or, where asked for, something happens to the socket.
+    fn sleep(&self, events: Option<PollFlags>) -> Result<PollFlags, Gone> {
+        let wake = self.wake.get();
+        let mut fds = [
+            PollFd::new(wake.unwrap_or(&self.socket), PollFlags::IN),
+            PollFd::new(&self.socket, events.unwrap_or(PollFlags::empty())),
+        ];
+        let watched = usize::from(wake.is_none())..1 + usize::from(events.is_some());
+        let limit = if wake.is_none() { Some(&LOOK_AGAIN) } else { None };
+        match poll(&mut fds[watched], limit) {
+            Err(Host::INTR) => return Ok(PollFlags::empty()),
+            Err(_) => return Err(Gone),
+            Ok(_) => {}
+        }
+        if let Some(wake) = wake
+            && !fds[0].revents().is_empty()
+        {
+            let _ = rustix::io::read(wake, &mut [0; 8]);
+        }
+        Ok(fds[1].revents())
     }
 
     /// Ends the stream of requests; what has arrived is still answered.
