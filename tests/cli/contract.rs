@@ -8,7 +8,7 @@ use std::process::Stdio;
 use crate::support::{Folder, Run};
 
 /// A run of each subcommand that takes an existing layer, on the file `x.tply`.
-const ON_A_LAYER: [&[&str]; 9] = [
+const ON_A_LAYER: [&[&str]; 10] = [
     &["snapshot", "x.tply", "s.tply"],
     &["info", "x.tply"],
     &["info", "--chain", "x.tply"],
@@ -18,6 +18,7 @@ const ON_A_LAYER: [&[&str]; 9] = [
     &["export", "x.tply", "out"],
     &["resize", "x.tply", "1G"],
     &["create", "--parent", "x.tply", "child.tply"],
+    &["serve", "x.tply", "--socket", "x.sock"],
 ];
 
 /// Each of those runs, each with the answer and the folder's names before and after.
@@ -147,7 +148,7 @@ fn names_of_layers_must_be_utf8_and_other_folders_need_not() {
         serde_json::from_str::<serde_json::Value>(&run.stdout).unwrap();
     }
     let mut export = folder.command(&["export"]);
-    let run: Run = export.arg(inside.join("a.tply")).arg(odd.to_owned()).output().unwrap().into();
+    let run: Run = export.arg(inside.join("a.tply")).arg(odd).output().unwrap().into();
     assert!(run.refused().contains("is there already"), "{run:?}");
     fs::remove_dir_all(&inside).unwrap();
     folder.ok(&["create", "--size", "1M", "a.tply"]);

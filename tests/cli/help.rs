@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::support::Folder;
 
-const VERBS: [&str; 11] = [
+const VERBS: [&str; 13] = [
     "create",
     "snapshot",
     "info",
@@ -15,6 +15,8 @@ const VERBS: [&str; 11] = [
     "import",
     "export",
     "resize",
+    "serve",
+    "demo",
     "completions",
     "man",
 ];

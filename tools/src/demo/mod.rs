@@ -32,7 +32,11 @@ const CHUNK: usize = 1 << 20;
 /// Trees that a Debian system has, the first one there is taken.
 const TREES: [&str; 3] = ["/usr/share/perl", "/usr/share/doc", "/etc"];
 
-/// Build an image, start five containers over it, write to them over NBD, and check everything.
+/// Show the main job on real input, in a temporary folder.
+///
+/// Builds a base image from a file tree (with mke2fs; else from a generated disk), starts five
+/// containers over it, writes to each over NBD, mounts one where this machine can, checks
+/// everything, shows what each costs, and cleans up.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  thinply demo --tree /usr/share/doc")]
 pub struct Demo {
