@@ -3,9 +3,9 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
-use std::process::Stdio;
+use std::process::Command;
 
-use crate::support::{Folder, Run};
+use crate::support::{Folder, Run, output};
 
 /// A run of each subcommand that takes an existing layer, on the file `x.tply`.
 const ON_A_LAYER: [&[&str]; 10] = [
@@ -94,8 +94,8 @@ fn a_folder_is_no_image() {
 #[test]
 fn a_pipe_does_not_hold_anything_up() {
     let folder = Folder::new();
-    let made = std::process::Command::new("mkfifo").arg(folder.join("x.tply")).status().unwrap();
-    assert!(made.success());
+    let made = output(Command::new("mkfifo").arg(folder.join("x.tply")));
+    assert!(made.status.success());
     each(&folder, |args, run| {
         assert!(run.code == 2, "{args:?}: {run:?}");
     });
@@ -130,29 +130,24 @@ fn without_arguments_the_help_comes_and_the_code_is_that_of_an_error() {
 fn names_of_layers_must_be_utf8_and_other_folders_need_not() {
     let folder = Folder::new();
     let odd = OsStr::from_bytes(b"od\xffd");
-    let run: Run = folder.command(&["create", "--size", "1M"]).arg(odd).output().unwrap().into();
+    let run: Run = output(folder.command(&["create", "--size", "1M"]).arg(odd)).into();
     assert!(run.refused().contains("must be UTF-8"), "{run:?}");
     let inside = folder.path().join(odd);
     fs::create_dir(&inside).unwrap();
-    let run: Run = folder
-        .command(&["create", "--size", "1M"])
-        .arg(inside.join("a.tply"))
-        .output()
-        .unwrap()
-        .into();
+    let run: Run =
+        output(folder.command(&["create", "--size", "1M"]).arg(inside.join("a.tply"))).into();
     assert_eq!(run.code, 0, "{run:?}");
     for verb in ["info", "map", "dump", "check"] {
-        let run: Run =
-            folder.command(&[verb, "--json"]).arg(inside.join("a.tply")).output().unwrap().into();
+        let run: Run = output(folder.command(&[verb, "--json"]).arg(inside.join("a.tply"))).into();
         assert_eq!(run.code, 0, "{verb}: {run:?}");
         serde_json::from_str::<serde_json::Value>(&run.stdout).unwrap();
     }
     let mut export = folder.command(&["export"]);
-    let run: Run = export.arg(inside.join("a.tply")).arg(odd).output().unwrap().into();
+    let run: Run = output(export.arg(inside.join("a.tply")).arg(odd)).into();
     assert!(run.refused().contains("is there already"), "{run:?}");
     fs::remove_dir_all(&inside).unwrap();
     folder.ok(&["create", "--size", "1M", "a.tply"]);
-    let run: Run = folder.command(&["export", "a.tply"]).arg(odd).output().unwrap().into();
+    let run: Run = output(folder.command(&["export", "a.tply"]).arg(odd)).into();
     assert_eq!(run.code, 0, "raw files may have any name: {run:?}");
 }
 
@@ -169,15 +164,7 @@ fn a_reader_that_has_seen_enough_is_no_error() {
     for args in runs {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
-        let run: Run = folder
-            .command(args)
-            .stdout(writer)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap()
-            .wait_with_output()
-            .unwrap()
-            .into();
+        let run: Run = output(folder.command(args).stdout(writer)).into();
         assert_eq!((run.code, run.stderr.as_str()), (0, ""), "{args:?}");
     }
 }
@@ -188,8 +175,7 @@ fn an_output_that_fails_is_an_error() {
     folder.ok(&["create", "--size", "1M", "x.tply"]);
     for args in [&["info", "x.tply"][..], &["export", "x.tply", "-"]] {
         let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
-        let run: Run =
-            folder.command(args).stdout(full).stderr(Stdio::piped()).output().unwrap().into();
+        let run: Run = output(folder.command(args).stdout(full)).into();
         assert_eq!(run.code, 2, "{args:?}: {run:?}");
         assert!(run.stderr.contains("No space left"), "{args:?}: {run:?}");
     }
@@ -215,7 +201,7 @@ fn what_is_in_use_is_refused_with_the_holder_or_shown_with_a_note() {
     assert_eq!(shown["state"], "in use");
     assert!(shown["note"].as_str().unwrap().contains(&holder));
     assert!(folder.json(&["dump", "--json", "x.tply"])["note"].is_string());
-    held.close().unwrap();
+    held.close();
     assert_eq!(folder.json(&["info", "--json", "x.tply"])["note"], serde_json::Value::Null);
 }
 

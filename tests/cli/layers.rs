@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::process::{Command, Stdio};
 
-use crate::support::{Folder, KIB, noise};
+use crate::support::{Folder, KIB, noise, output};
 
 /// A folder with a base, and another with a child over it that looks for it there.
 fn apart() -> (Folder, Folder) {
@@ -54,7 +55,7 @@ fn a_parent_is_found_through_the_option_or_the_environment_and_nowhere_else() {
     folder.ok(&["map", "--layers", empty, "--layers", layers, "child.tply"]);
     for value in [layers.to_owned(), format!("{empty}:{layers}"), format!(":{layers}:/nowhere")] {
         let mut command = folder.command(&["check", "--chain", "child.tply"]);
-        let run = command.env("THINPLY_LAYERS", &value).output().unwrap();
+        let run = output(command.env("THINPLY_LAYERS", &value));
         assert!(run.status.success(), "{value}: {run:?}");
     }
     let run = folder.run(&["map", "--layers", "nowhere", "child.tply"]);
@@ -188,11 +189,9 @@ fn a_deep_chain_opens_under_a_low_soft_limit_of_files() {
         let parent = format!("{}.tply", depth - 1);
         folder.ok(&["create", "--parent", &parent, &format!("{depth}.tply")]);
     }
-    let run = std::process::Command::new("sh")
-        .args(["-c", "ulimit -S -n 32; exec \"$0\" check --chain 79.tply"])
-        .arg(env!("CARGO_BIN_EXE_thinply"))
-        .current_dir(folder.path())
-        .output()
-        .unwrap();
+    let script = "ulimit -S -n 32; exec \"$0\" check --chain 79.tply";
+    let mut shell = Command::new("sh");
+    shell.args(["-c", script, env!("CARGO_BIN_EXE_thinply")]).current_dir(folder.path());
+    let run = output(shell.stdout(Stdio::piped()).stderr(Stdio::piped()));
     assert!(run.status.success(), "{run:?}");
 }

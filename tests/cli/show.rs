@@ -18,7 +18,7 @@ fn chain() -> Folder {
     let middle = folder.open("middle.tply", Access::Write);
     middle.write(8192, &[2; 4096]).unwrap();
     middle.zero(16384, 8192, ZeroMode::default()).unwrap();
-    middle.close().unwrap();
+    middle.close();
     folder.ok(&["create", "--parent", "middle.tply", "--size", "2M", "top.tply"]);
     folder.change("top.tply", 2 * MIB - 512, &[3; 512]);
     folder

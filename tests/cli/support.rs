@@ -1,19 +1,75 @@
 //! A folder to work in, and running the command there.
 
 use std::fs;
+use std::ops::Deref;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::sync::Arc;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
 use tempfile::TempDir;
 use thinply::chain::{Chain, Layers};
 use thinply::device::Device;
-use thinply::storage::{Access, FileFolder};
+use thinply::storage::{Access, FileFolder, Folder as _, Lock};
 
 pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;
+
+/// Held where a child is started, and where a lock on a layer is taken or given back. A child has
+/// the parent's open files, with their locks, until it has become another program.
+static STARTING: Mutex<()> = Mutex::new(());
+
+/// Starts a child.
+pub fn start(command: &mut Command) -> Child {
+    let _guard = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    command.spawn().unwrap()
+}
+
+/// Runs a child to its end.
+pub fn output(command: &mut Command) -> Output {
+    start(command).wait_with_output().unwrap()
+}
+
+/// A chain that this process has open.
+pub struct Open {
+    chain: Option<Chain>,
+    folder: FileFolder,
+    name: String,
+}
+
+impl Deref for Open {
+    type Target = Chain;
+
+    fn deref(&self) -> &Chain {
+        self.chain.as_ref().unwrap()
+    }
+}
+
+impl Open {
+    /// Closes it cleanly; dropping it leaves what a crash leaves.
+    pub fn close(mut self) {
+        self.release(|chain| chain.close().unwrap());
+    }
+
+    fn release(&mut self, end: impl FnOnce(Chain)) {
+        let Some(chain) = self.chain.take() else { return };
+        let _guard = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+        end(chain);
+        // A child that has just been started may still have the lock for a moment: starting it
+        // returns shortly before its inherited files are closed.
+        let file = self.folder.open(&self.name, Access::Write).unwrap();
+        while file.lock(Lock::Exclusive).is_err() {
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.release(drop);
+    }
+}
 
 pub struct Folder {
     dir: TempDir,
@@ -65,12 +121,13 @@ impl Folder {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_thinply"));
         command.args(args).current_dir(self.path());
-        command.env_remove("THINPLY_LAYERS").env_remove("COLUMNS").stdin(Stdio::null());
+        command.env_remove("THINPLY_LAYERS").env_remove("COLUMNS");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
 
     pub fn run(&self, args: &[&str]) -> Run {
-        self.command(args).output().unwrap().into()
+        output(&mut self.command(args)).into()
     }
 
     /// A run that must do its work; its standard output.
@@ -106,16 +163,18 @@ impl Folder {
     }
 
     /// Opens a chain in this process, which holds its lock.
-    pub fn open(&self, name: &str, access: Access) -> Chain {
-        let folder = Arc::new(FileFolder::new(self.path()));
-        Chain::open(folder, name, access, Arc::new(Layers::default())).unwrap()
+    pub fn open(&self, name: &str, access: Access) -> Open {
+        let folder = FileFolder::new(self.path());
+        let layers = Arc::new(Layers::default());
+        let chain = Chain::open(Arc::new(folder.clone()), name, access, layers).unwrap();
+        Open { chain: Some(chain), folder, name: name.to_owned() }
     }
 
     /// Writes to a disk and closes it.
     pub fn change(&self, name: &str, offset: u64, data: &[u8]) {
         let chain = self.open(name, Access::Write);
         chain.write(offset, data).unwrap();
-        chain.close().unwrap();
+        chain.close();
     }
 
     /// Leaves a disk as a killed writer does.
