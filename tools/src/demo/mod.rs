@@ -99,6 +99,9 @@ impl Stage {
     /// Makes `base.tply` from a file tree where mke2fs is there, else from a generated disk; says
     /// whether it holds a file system.
     fn build_base(&self, tree: Option<&Path>) -> Result<(Parent, bool)> {
+        if let Some(missing) = tree.filter(|tree| !tree.is_dir()) {
+            return Err(Error::new(ErrorKind::NotFound, "not a folder").in_file(missing));
+        }
         let raw = self.path.join("base.raw");
         let tree = tree.or_else(|| TREES.iter().map(Path::new).find(|tree| tree.is_dir()));
         let built = match tree {
@@ -109,7 +112,7 @@ impl Stage {
             Some(tree) => format!("the file tree {} as ext4", tree.display()),
             None => {
                 generate(&raw).map_err(host("generating a disk"))?;
-                "a generated disk (mke2fs is not here)".into()
+                "a generated disk (mke2fs is not here, or can't read the tree)".into()
             }
         };
         self.import(&raw)?;
@@ -236,9 +239,9 @@ impl Stage {
             println!(
                 "{:<12} {:>12} {:>14} {:>14}",
                 name(number),
-                human(own),
-                human(own + base),
-                human(parent.virtual_size)
+                short(own),
+                short(own + base),
+                short(parent.virtual_size)
             );
         }
         Ok(())
@@ -334,4 +337,9 @@ fn generate(raw: &Path) -> io::Result<()> {
         file.write_all(if number % 4 == 0 { &noise } else { &zeros })?;
     }
     Ok(())
+}
+
+/// A size for the table, as short as Docker's.
+fn short(bytes: u64) -> String {
+    human(bytes).trim_start_matches("about ").to_owned()
 }
