@@ -87,6 +87,18 @@ impl Allowed {
     }
 }
 
+impl Allowed {
+    /// What the device shows now is what later writes change; older contents may still come back.
+    fn observe(&mut self, chain: &Chain, what: &str) {
+        for (&sector, values) in self.0.iter_mut().filter(|(_, values)| values.len() > 1) {
+            let mut found = vec![0; 512];
+            chain.read(sector * SECTOR, &mut found).unwrap();
+            assert!(values.contains(&found), "{what}: sector {sector} shows a stranger's bytes");
+            values.push(found);
+        }
+    }
+}
+
 struct Life {
     folder: CrashFolder,
     random: Random,
@@ -233,6 +245,41 @@ fn run(seed: u64) {
         life.recover(&format!("seed {seed}, round {round}"));
         assert!(life.folder.bytes("base") == base, "seed {seed}: the base has changed");
     }
+}
+
+/// One call fails, with the disk full or broken, and all goes on: operations fail or don't, and what
+/// a flush acknowledged is there after a power loss.
+fn run_with_a_fault(seed: u64) {
+    const EIO: i32 = 5;
+    const ENOSPC: i32 = 28;
+    let what = format!("fault, seed {seed}");
+    let mut life = Life::new(seed);
+    let chain = life.open().unwrap();
+    let errno = *life.random.pick(&[EIO, ENOSPC]);
+    life.folder.fail(life.random.below(120), errno);
+    for _ in 0..30 {
+        let snapshots = life.snapshots;
+        if life.step(&chain).is_err() {
+            assert!(life.folder.has_failed(), "{what}: an error out of nothing");
+            life.allowed.observe(&chain, &what);
+        }
+        if life.snapshots != snapshots && life.folder.has_failed() {
+            break;
+        }
+    }
+    drop(chain);
+    if life.random.below(2) == 0 {
+        life.crash();
+    }
+    life.folder.fail(u64::MAX >> 2, EIO);
+    life.recover(&what);
+}
+
+#[test]
+fn a_call_that_fails_loses_nothing_acknowledged() {
+    let first = number("THINPLY_CRASH_FIRST", 0);
+    let seeds = number("THINPLY_CRASH_SEEDS", 3000);
+    (first..first + seeds).for_each(run_with_a_fault);
 }
 
 fn number(variable: &str, default: u64) -> u64 {

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use thinply::storage::{Access, Folder, Lock, Storage};
@@ -142,48 +142,74 @@ struct Disk {
     history: Vec<Names>,
 }
 
-/// Calls left until the power goes; negative: never.
-type Fuse = Arc<AtomicI64>;
+/// Calls left until something fails.
+#[derive(Debug)]
+struct Fuse {
+    /// Until the power goes; negative: never.
+    power: AtomicI64,
+    /// Until one call fails; negative: never.
+    fault: AtomicI64,
+    /// The error number of that one.
+    errno: AtomicI32,
+}
+
+impl Default for Fuse {
+    fn default() -> Self {
+        Self { power: AtomicI64::new(-1), fault: AtomicI64::new(-1), errno: AtomicI32::new(0) }
+    }
+}
 
 /// A folder whose files may lose power.
 #[derive(Clone, Debug)]
 pub struct CrashFolder {
     disk: Arc<Mutex<Disk>>,
-    fuse: Fuse,
+    fuse: Arc<Fuse>,
 }
 
 impl Default for CrashFolder {
     fn default() -> Self {
         let disk = Disk { names: Names::new(), history: vec![Names::new()] };
-        Self { disk: Arc::new(Mutex::new(disk)), fuse: Arc::new(AtomicI64::new(-1)) }
+        Self { disk: Arc::new(Mutex::new(disk)), fuse: Arc::default() }
     }
 }
 
 fn tick(fuse: &Fuse) -> io::Result<()> {
-    match fuse.load(Ordering::Relaxed) {
-        0 => Err(io::Error::other("the power is gone")),
-        left if left > 0 => {
-            fuse.fetch_sub(1, Ordering::Relaxed);
-            Ok(())
-        }
-        _ => Ok(()),
+    match fuse.power.load(Ordering::Relaxed) {
+        0 => return Err(io::Error::other("the power is gone")),
+        left if left > 0 => drop(fuse.power.fetch_sub(1, Ordering::Relaxed)),
+        _ => {}
     }
+    if fuse.fault.load(Ordering::Relaxed) >= 0 && fuse.fault.fetch_sub(1, Ordering::Relaxed) == 0 {
+        return Err(io::Error::from_raw_os_error(fuse.errno.load(Ordering::Relaxed)));
+    }
+    Ok(())
 }
 
 impl CrashFolder {
     /// Lets the power go after `calls` more calls.
     pub fn light(&self, calls: u64) {
-        self.fuse.store(calls as i64, Ordering::Relaxed);
+        self.fuse.power.store(calls as i64, Ordering::Relaxed);
     }
 
     /// The power is not going any more.
     pub fn quench(&self) {
-        self.fuse.store(-1, Ordering::Relaxed);
+        self.fuse.power.store(-1, Ordering::Relaxed);
+    }
+
+    /// Lets one call fail with `errno` after `calls` more calls.
+    pub fn fail(&self, calls: u64, errno: i32) {
+        self.fuse.errno.store(errno, Ordering::Relaxed);
+        self.fuse.fault.store(calls as i64, Ordering::Relaxed);
+    }
+
+    /// Whether that call has failed.
+    pub fn has_failed(&self) -> bool {
+        self.fuse.fault.load(Ordering::Relaxed) < 0
     }
 
     /// Whether the power is gone.
     pub fn is_dark(&self) -> bool {
-        self.fuse.load(Ordering::Relaxed) == 0
+        self.fuse.power.load(Ordering::Relaxed) == 0
     }
 
     /// The folder after a power loss.
@@ -205,7 +231,7 @@ impl CrashFolder {
             })
             .collect();
         let disk = Disk { history: vec![names.clone()], names };
-        Self { disk: Arc::new(Mutex::new(disk)), fuse: Arc::new(AtomicI64::new(-1)) }
+        Self { disk: Arc::new(Mutex::new(disk)), fuse: Arc::default() }
     }
 
     /// All durable bytes of a file, to see that nobody changes it.
@@ -295,7 +321,7 @@ struct CrashFile {
     path: PathBuf,
     content: Arc<Mutex<Content>>,
     held: Mutex<Option<Lock>>,
-    fuse: Fuse,
+    fuse: Arc<Fuse>,
 }
 
 impl CrashFile {
