@@ -38,6 +38,8 @@ impl Random {
 struct Content {
     durable: BTreeMap<u64, Sector>,
     pending: BTreeMap<u64, Vec<Sector>>,
+    /// What a failed sync left in the page cache as if it were clean: no later sync writes it.
+    ghosts: BTreeMap<u64, Sector>,
     lengths: Vec<u64>,
     exclusive: bool,
     shared: usize,
@@ -50,7 +52,8 @@ impl Content {
 
     fn sector(&self, number: u64) -> Sector {
         let pending = self.pending.get(&number).and_then(|values| values.last());
-        *pending.or(self.durable.get(&number)).unwrap_or(&[0; SECTOR as usize])
+        let cached = pending.or(self.ghosts.get(&number));
+        *cached.or(self.durable.get(&number)).unwrap_or(&[0; SECTOR as usize])
     }
 
     fn put(&mut self, number: u64, value: Sector) {
@@ -77,6 +80,7 @@ impl Content {
             .durable
             .range(offset / SECTOR..end.div_ceil(SECTOR))
             .map(|(&number, _)| number)
+            .chain(self.ghosts.range(offset / SECTOR..end.div_ceil(SECTOR)).map(|(&n, _)| n))
             .chain(
                 self.pending
                     .range(offset / SECTOR..end.div_ceil(SECTOR))
@@ -96,8 +100,23 @@ impl Content {
         self.lengths.push(length);
     }
 
+    /// A sync that fails: some of it reached the media, the kernel forgets the rest.
+    fn fail_sync(&mut self) {
+        let arbitrary = self.pending.len() as u64;
+        for (number, values) in std::mem::take(&mut self.pending) {
+            let value = *values.last().unwrap();
+            if number.wrapping_mul(0x9e37_79b9).wrapping_add(arbitrary) >> 7 & 1 == 0 {
+                self.durable.insert(number, value);
+                self.ghosts.remove(&number);
+            } else {
+                self.ghosts.insert(number, value);
+            }
+        }
+    }
+
     fn sync(&mut self) {
         for (number, values) in std::mem::take(&mut self.pending) {
+            self.ghosts.remove(&number);
             let value = *values.last().unwrap();
             if value == [0; SECTOR as usize] {
                 self.durable.remove(&number);
@@ -395,11 +414,16 @@ impl Storage for CrashFile {
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.with(Content::sync)
+        let power = self.fuse.power.load(Ordering::Relaxed);
+        self.with(Content::sync).inspect_err(|_| {
+            if power != 0 {
+                self.content.lock().unwrap().fail_sync();
+            }
+        })
     }
 
     fn drop_cache(&self) -> io::Result<()> {
-        self.with(|_| ())
+        self.with(|content| content.ghosts.clear())
     }
 
     fn start_writeback(&self) -> io::Result<()> {
