@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use super::{Layers, snapshot};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::{Header, ParentLink, State};
-use crate::live::{self, NewLayer, Sealed, Writable, newest_header};
-use crate::storage::{Access, Folder, Storage, failed};
+use crate::format::header::{ParentLink, State};
+use crate::live::{self, NewLayer, Sealed, Writable, durable_header};
+use crate::storage::{Access, Folder, Storage};
 
 /// A layer that children may stand on.
 #[derive(Clone, Debug)]
@@ -29,13 +29,6 @@ pub(super) fn open_file(
         .map_err(|error| Error::io(error, "opening the file").in_file(folder.path().join(name)))
 }
 
-/// The header that counts, once what was read is durable: a child must not be made over a freeze
-/// that a killed process left in the page cache alone.
-pub(super) fn durable_header(file: &dyn Storage) -> Result<Header> {
-    file.sync_data().map_err(failed(file, "syncing the parent", 0))?;
-    newest_header(file)
-}
-
 /// Makes sure that the layer `name` is sealed: a writable one is frozen for ever. A snapshot that
 /// was cut off is finished first, so that `name` goes on leading to what the answer says.
 ///
@@ -44,6 +37,8 @@ pub(super) fn durable_header(file: &dyn Storage) -> Result<Header> {
 /// [`Writable::freeze`].
 pub fn seal(folder: &dyn Folder, name: &str) -> Result<Parent> {
     let mut file = open_file(folder, name, Access::Read)?;
+    // A killed process may have left a freeze in the page cache alone; it has to be durable before
+    // a child is.
     let mut header = durable_header(&*file)?;
     if matches!(header.state, State::Frozen(_))
         && snapshot::finish(folder, name, header.identity())?

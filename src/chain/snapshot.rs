@@ -4,11 +4,11 @@
 use std::sync::{Arc, PoisonError};
 
 use super::layers::Found;
-use super::setup::{durable_header, open_file};
+use super::setup::open_file;
 use super::{Chain, Levels, MAX_DEPTH, Stack};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
-use crate::live::{self, NewLayer, Writable, newest_header, take_lock};
+use crate::live::{self, NewLayer, Writable, durable_header, newest_header, take_lock};
 use crate::storage::{Access, Folder, Lock};
 use crate::types::Identity;
 

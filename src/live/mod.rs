@@ -29,7 +29,7 @@ pub use create::{NewLayer, create};
 pub use journal::{RingSlot, read_ring};
 pub use pages::next_group;
 pub use sealed::Sealed;
-pub use slots::{newest_header, read_slots};
+pub use slots::{durable_header, newest_header, read_slots};
 pub use writable::Writable;
 pub use write::{ZeroKind, words};
 

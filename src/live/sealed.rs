@@ -8,7 +8,7 @@ use super::recover::recover;
 use super::{Wait, read_owned, take_lock};
 use crate::error::Result;
 use crate::format::bitmap::Bits;
-use crate::format::geometry::word_offset;
+use crate::format::geometry::{file_length, word_offset};
 use crate::format::header::{Header, State};
 use crate::live::slots::newest_header;
 use crate::storage::{Lock, Storage, failed};
@@ -36,7 +36,11 @@ impl Sealed {
         if header.state == State::InUse {
             // What a killed writer left in the page cache counts only once it is on the disk.
             file.sync_data().map_err(failed(&*file, "syncing a layer that was not closed", 0))?;
-            file.drop_cache().map_err(failed(&*file, "dropping cached pages", 0))?;
+            file.drop_cache(0, file_length(header.virtual_size)).map_err(failed(
+                &*file,
+                "dropping cached pages",
+                0,
+            ))?;
         }
         let replayed = recover(&*file, &header)?.bits;
         Ok(Self { file, header, replayed })

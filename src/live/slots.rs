@@ -1,7 +1,7 @@
 //! The two header slots of a file: which one counts, and replacing the older one.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::geometry::{SLOT_OFFSETS, file_length};
+use crate::format::geometry::{JOURNAL_OFFSET, SLOT_OFFSETS, file_length};
 use crate::format::header::{Header, SlotBytes, has_magic};
 use crate::storage::{Storage, failed, read_exact_at, write_all_at};
 use crate::types::BLOCK_SIZE;
@@ -44,6 +44,15 @@ pub fn read_slots(file: &dyn Storage) -> Result<[Option<Header>; 2]> {
     Ok(headers)
 }
 
+/// The header that counts on the disk: what a killed process left in the page cache alone is synced
+/// first, and what a failed sync left there as if it were clean is forgotten.
+///
+/// # Errors
+/// As [`newest_header`].
+pub fn durable_header(file: &dyn Storage) -> Result<Header> {
+    Ok(Slots::read_durable(file)?.header)
+}
+
 /// The header that counts.
 ///
 /// # Errors
@@ -54,6 +63,13 @@ pub fn newest_header(file: &dyn Storage) -> Result<Header> {
 }
 
 impl Slots {
+    /// As [`Slots::read`], for what [`durable_header`] says.
+    pub fn read_durable(file: &dyn Storage) -> Result<Self> {
+        file.sync_data().map_err(failed(file, "syncing the header", 0))?;
+        file.drop_cache(0, JOURNAL_OFFSET.0).map_err(failed(file, "dropping cached pages", 0))?;
+        Self::read(file)
+    }
+
     pub fn read(file: &dyn Storage) -> Result<Self> {
         let corrupt = |detail: String| Error::new(ErrorKind::Corrupt, detail).in_file(file.path());
         let slots = match read_slots(file)? {

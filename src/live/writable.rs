@@ -58,12 +58,12 @@ impl Writable {
     /// read-only-compatible feature, `NotAnImage`, `Corrupt`, `Unsupported`, `Loss`; host errors.
     pub fn open(file: Arc<dyn Storage>) -> Result<Self> {
         take_lock(&*file, Lock::Exclusive)?;
-        let mut slots = Slots::read(&*file)?;
+        let mut slots = Slots::read_durable(&*file)?;
         check_writable(&slots.header).map_err(|error| error.in_file(file.path()))?;
         let sync = |operation| file.sync_data().map_err(failed(&*file, operation, 0));
         if slots.header.state == State::InUse {
-            sync("syncing a layer that was not closed")?;
-            file.drop_cache().map_err(failed(&*file, "dropping cached pages", 0))?;
+            let length = file_length(slots.header.virtual_size);
+            file.drop_cache(0, length).map_err(failed(&*file, "dropping cached pages", 0))?;
         }
         let recovered = recover(&*file, &slots.header)?;
         for (&group, bits) in &recovered.bits {

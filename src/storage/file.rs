@@ -105,8 +105,8 @@ impl Storage for HostFile {
         self.file.sync_data()
     }
 
-    fn drop_cache(&self) -> io::Result<()> {
-        Ok(fadvise(&self.file, 0, None, Advice::DontNeed)?)
+    fn drop_cache(&self, offset: u64, length: u64) -> io::Result<()> {
+        Ok(fadvise(&self.file, offset, std::num::NonZeroU64::new(length), Advice::DontNeed)?)
     }
 
     fn start_writeback(&self) -> io::Result<()> {

@@ -170,7 +170,7 @@ impl Storage for Handle {
         Ok(())
     }
 
-    fn drop_cache(&self) -> io::Result<()> {
+    fn drop_cache(&self, _offset: u64, _length: u64) -> io::Result<()> {
         Ok(())
     }
 

@@ -68,8 +68,9 @@ pub trait Storage: Send + Sync + Debug {
     /// Returns once all that completed before survives a power loss.
     fn sync_data(&self) -> io::Result<()>;
 
-    /// Forgets cached pages that are on the disk, so that reads show what is there.
-    fn drop_cache(&self) -> io::Result<()>;
+    /// Forgets the range's cached pages unless they still have to be written, so that reads show
+    /// what is on the disk.
+    fn drop_cache(&self, offset: u64, length: u64) -> io::Result<()>;
 
     /// Starts to write dirty pages out, without waiting and without promising anything.
     fn start_writeback(&self) -> io::Result<()>;

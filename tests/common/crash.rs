@@ -422,8 +422,9 @@ impl Storage for CrashFile {
         })
     }
 
-    fn drop_cache(&self) -> io::Result<()> {
-        self.with(|content| content.ghosts.clear())
+    fn drop_cache(&self, offset: u64, length: u64) -> io::Result<()> {
+        let dropped = offset / SECTOR..(offset + length).div_ceil(SECTOR);
+        self.with(|content| content.ghosts.retain(|number, _| !dropped.contains(number)))
     }
 
     fn start_writeback(&self) -> io::Result<()> {
