@@ -19,6 +19,7 @@ class Fio(Case):
     def fio(self, server, *options):
         out = run(
             "fio", "--name=verify", "--ioengine=nbd", f"--uri={server.uri}",
+            "--verify_state_save=0",
             f"--numjobs={self.JOBS}", f"--size={self.EACH}", f"--offset_increment={self.EACH}",
             "--verify=crc32c", "--verify_fatal=1", "--randrepeat=1", "--iodepth=16",
             "--thread", "--output-format=json", "--bs=4k", *options)
