@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use bitvec::vec::BitVec;
 use memmap2::MmapMut;
 
 use super::{Access, Folder, Lock, Storage};
+use crate::sync::guard;
 
 const PAGE: u64 = 4096;
 
@@ -91,10 +92,6 @@ struct Handle {
     inode: Arc<Inode>,
     access: Access,
     held: Mutex<Option<Lock>>,
-}
-
-fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Handle {

@@ -6,11 +6,12 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::thread;
 use std::time::Duration;
 
-use super::link::{Ticket, lock};
+use super::link::Ticket;
 use super::work::{STACK, device_failure};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::nbd::proto::{Errno, MAX_NAME};
+use crate::sync::guard;
 
 /// A device under a name.
 pub struct Export {
@@ -150,7 +151,7 @@ impl Flusher {
     const LINGER: Duration = Duration::from_secs(10);
 
     fn add(self: &Arc<Self>, device: Arc<dyn Device>, ticket: Ticket) {
-        let mut state = lock(&self.state);
+        let mut state = guard(&self.state);
         state.tickets.push(ticket);
         state.device = Some(device);
         if state.has_thread {
@@ -189,7 +190,7 @@ impl Flusher {
     }
 
     fn next(&self) -> Option<(Arc<dyn Device>, Vec<Ticket>)> {
-        let mut state = lock(&self.state);
+        let mut state = guard(&self.state);
         loop {
             if let Some(device) = state.device.take() {
                 return Some((device, std::mem::take(&mut state.tickets)));

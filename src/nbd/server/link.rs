@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno as Host;
@@ -16,6 +16,7 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
 use super::Log;
 use crate::nbd::proto::{self, Errno};
+use crate::sync::guard;
 
 /// Requests of a connection that may be in flight before it stops reading.
 const MAX_RUNNING: usize = 128;
@@ -23,11 +24,6 @@ const MAX_RUNNING: usize = 128;
 const MAX_BYTES: usize = 4 << 20;
 /// How often a connection without a descriptor to be woken by looks at what has finished.
 const LOOK_AGAIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
-
-/// Locks, also after a panic elsewhere: every critical section here leaves its data consistent.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// The connection is gone or to be ended; there is nobody to tell.
 #[derive(Debug)]
@@ -106,7 +102,7 @@ impl Link {
 
     /// Whether nothing is running and everything is sent.
     pub(super) fn is_quiet(&self) -> bool {
-        lock(&self.outbox).is_quiet()
+        guard(&self.outbox).is_quiet()
     }
 
     /// Sends everything, waiting for the client. Only for the connection's own thread, and only
@@ -124,7 +120,7 @@ impl Link {
 
     /// Sends what can be sent without waiting and queues the rest.
     pub(super) fn send_or_queue(&self, bytes: &[u8]) {
-        let mut outbox = lock(&self.outbox);
+        let mut outbox = guard(&self.outbox);
         let sent = if outbox.queue.is_empty() && !outbox.dead {
             self.send_now(&mut outbox, bytes)
         } else {
@@ -140,7 +136,7 @@ impl Link {
         {
             let _ = self.wake.set(wake);
         }
-        let mut outbox = lock(&self.outbox);
+        let mut outbox = guard(&self.outbox);
         outbox.running += 1;
         outbox.running_bytes += bytes;
         drop(outbox);
@@ -148,7 +144,7 @@ impl Link {
     }
 
     fn finish(&self, bytes: usize, reply: Vec<u8>) {
-        let mut outbox = lock(&self.outbox);
+        let mut outbox = guard(&self.outbox);
         outbox.running -= 1;
         outbox.running_bytes -= bytes;
         Self::queue(&mut outbox, reply);
@@ -212,7 +208,7 @@ impl Link {
     pub(super) fn wait(&self, want: Want) -> Result<bool, Gone> {
         loop {
             let (read, write) = {
-                let mut outbox = lock(&self.outbox);
+                let mut outbox = guard(&self.outbox);
                 if outbox.dead {
                     return Err(Gone);
                 }
@@ -241,11 +237,11 @@ impl Link {
         let socket = self.sleep(Some(events))?;
         let broken = socket.intersects(PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL);
         if broken && !read {
-            lock(&self.outbox).kill();
+            guard(&self.outbox).kill();
             return Err(Gone);
         }
         if socket.contains(PollFlags::OUT) {
-            self.flush(&mut lock(&self.outbox));
+            self.flush(&mut guard(&self.outbox));
         }
         Ok(read && (broken || socket.contains(PollFlags::IN)))
     }
@@ -255,7 +251,7 @@ impl Link {
     pub(super) fn finish_running(&self) {
         loop {
             {
-                let mut outbox = lock(&self.outbox);
+                let mut outbox = guard(&self.outbox);
                 outbox.kill();
                 if outbox.running == 0 {
                     return;

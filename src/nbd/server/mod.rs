@@ -28,7 +28,8 @@ pub use export::{Export, ExportTable, Exports};
 pub use listen::Listener;
 
 use crate::error::{Error, ErrorKind, Result};
-use link::{Link, lock};
+use crate::sync::guard;
+use link::Link;
 use work::{Pool, STACK};
 
 /// Hears of what went wrong with a client or a device, a line each.
@@ -197,7 +198,7 @@ impl Shared {
     }
 
     fn welcome(self: &Arc<Self>, socket: OwnedFd) {
-        let mut clients = lock(&self.clients);
+        let mut clients = guard(&self.clients);
         if clients.links.len() >= self.config.max_connections {
             drop(clients);
             (self.config.log)("hanging up on a client: too many connections");
@@ -217,7 +218,7 @@ impl Shared {
 
     /// Remembers an export for the flush at the end.
     fn note(&self, export: &Arc<Export>) {
-        let mut used = lock(&self.used);
+        let mut used = guard(&self.used);
         used.retain(|other| other.strong_count() > 0);
         if !used.iter().any(|other| other.as_ptr() == Arc::as_ptr(export)) {
             used.push(Arc::downgrade(export));
@@ -226,9 +227,9 @@ impl Shared {
 
     /// Waits until all connections have ended, and ends those that don't.
     fn drain(&self) -> Result<()> {
-        lock(&self.clients).links.values().for_each(|link| link.stop_reading());
+        guard(&self.clients).links.values().for_each(|link| link.stop_reading());
         if self.wait_for_clients(self.config.drain_timeout) > 0 {
-            lock(&self.clients).links.values().for_each(|link| link.hang_up());
+            guard(&self.clients).links.values().for_each(|link| link.hang_up());
             let left = self.wait_for_clients(LAST_WAIT);
             if left > 0 {
                 let detail = format!("requests of {left} clients were still running at shutdown");
@@ -239,14 +240,14 @@ impl Shared {
     }
 
     fn wait_for_clients(&self, limit: Duration) -> usize {
-        let clients = lock(&self.clients);
+        let clients = guard(&self.clients);
         let waited =
             self.left.wait_timeout_while(clients, limit, |clients| !clients.links.is_empty());
         waited.unwrap_or_else(PoisonError::into_inner).0.links.len()
     }
 
     fn flush_used(&self) -> Result<()> {
-        let used: Vec<_> = lock(&self.used).iter().filter_map(Weak::upgrade).collect();
+        let used: Vec<_> = guard(&self.used).iter().filter_map(Weak::upgrade).collect();
         let writable = used.iter().filter(|export| !export.read_only());
         let results = writable.map(|export| export.device().flush());
         // All of them, whether or not one fails.
@@ -262,7 +263,7 @@ struct Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        let mut clients = lock(&self.shared.clients);
+        let mut clients = guard(&self.shared.clients);
         clients.links.remove(&self.id);
         if clients.links.is_empty() && self.shared.config.stop_with_last_client {
             self.shared.shut_down();

@@ -7,10 +7,11 @@ use std::thread;
 
 use super::buffer::Replies;
 use super::export::Export;
-use super::link::{Ticket, lock};
+use super::link::Ticket;
 use crate::device::{Detail, Device, Extent, ZeroMode};
 use crate::error::{Error, ErrorKind};
 use crate::nbd::proto::{self, Command, Errno};
+use crate::sync::guard;
 
 /// Stack of every thread of the server, in bytes; only what is touched costs memory.
 pub(super) const STACK: usize = 512 << 10;
@@ -249,7 +250,7 @@ impl Pool {
 
     /// Has `job` done soon. Never waits.
     pub(super) fn add(self: &Arc<Self>, job: Job) {
-        let mut state = lock(&self.state);
+        let mut state = guard(&self.state);
         state.jobs.push_back(job);
         if state.idle >= state.jobs.len() || state.threads == self.max_threads {
             self.added.notify_one();
@@ -268,7 +269,7 @@ impl Pool {
 
     /// Lets the threads go once the jobs are done.
     pub(super) fn close(&self) {
-        lock(&self.state).closed = true;
+        guard(&self.state).closed = true;
         self.added.notify_all();
     }
 
@@ -280,7 +281,7 @@ impl Pool {
     }
 
     fn next(&self) -> Option<Job> {
-        let mut state = lock(&self.state);
+        let mut state = guard(&self.state);
         loop {
             if let Some(job) = state.jobs.pop_front() {
                 return Some(job);
