@@ -1,13 +1,14 @@
 //! Judging a layer's file by `format-spec.md`, read-only.
 //!
 //! What only damage, or a program that breaks the rules, can bring about is a finding. What a crash
-//! may leave behind in a layer that was not closed is a note (but for a torn header slot, which
-//! can't be told from damage), and so is what the format allows but a person may want to know. In a layer that is closed or frozen every flipped bit of metadata is
-//! a finding.
+//! may leave behind is a note, and so is what the format allows but a person may want to know. Every
+//! flipped bit of metadata is a finding, but for one in a record of a layer that was not closed, where
+//! a torn record is nothing unusual.
 
 use super::parts::{
     BitmapPage, RingPlace, RingRecord, Slots, Standing, Verdict, each_data, read_padded, read_ring,
 };
+use super::torn::is_torn;
 use crate::error::{ErrorKind, Result};
 use crate::format::bitmap::Sector;
 use crate::format::geometry::{
@@ -114,10 +115,15 @@ fn check_slots(slots: &Slots, report: &mut Report) -> Result<()> {
                 continue;
             }
             Verdict::NoMagic => "does not begin with the magic",
+            Verdict::BadChecksum
+                if slots.header().is_some_and(|other| is_torn(number, &slot.bytes, other)) =>
+            {
+                let what = format!("header slot {number} is torn: its write was cut off");
+                report.note(at, what);
+                continue;
+            }
             Verdict::BadChecksum => "does not have its checksum",
         };
-        // A crash in the middle of a header write leaves this too, but so does damage to a slot
-        // that said *closed*, and the two can't be told apart.
         report.finding(at, format!("header slot {number} {bad}"));
     }
     if let [Some(a), Some(b)] = slots.0.each_ref().map(super::Slot::header) {

@@ -1,5 +1,6 @@
 //! Looking at a layer's file without opening the layer: [`dump`] shows what stands where, [`check`]
-//! judges it. Both work on files that every open refuses, change nothing and take no lock.
+//! judges it, [`repair`] saves what can be read into another file. All work on files that every open
+//! refuses, change nothing in them and take no lock.
 //!
 //! Their time and memory follow what the file holds, not what its header claims: holes are skipped
 //! with the file system's help.
@@ -8,7 +9,10 @@
 mod check;
 mod dump;
 mod parts;
+mod repair;
+mod torn;
 
 pub use check::{Finding, MAX_FINDINGS, Report, check};
 pub use dump::{Part, dump};
 pub use parts::{BitmapPage, FieldValue, RingPlace, RingRecord, Slot, Standing, Value, Verdict};
+pub use repair::{Fate, Loss, Reason, Repaired, repair};

@@ -246,3 +246,44 @@ fn the_dump_shows_what_stands_there_even_if_nothing_opens_it() {
     assert!(crate::live::newest_header(&*file).is_err());
     assert_eq!(dumped(), (0, 0, expected));
 }
+
+#[test]
+fn a_torn_header_slot_is_noted_and_a_damaged_one_found() {
+    let folder = folder();
+    closed(&folder, "a", SMALL);
+    let file = folder.open("a", Access::Write).unwrap();
+    let slots = Slots::read(&*file).unwrap();
+    let newest = slots.newest().unwrap();
+    let (header, number) = (newest.header().unwrap(), 1 - newest.number);
+    let place = SLOT_OFFSETS[number].0;
+    let old = slots.0[number].bytes.clone();
+    let next = Header {
+        generation: header.generation + 1,
+        epoch: header.epoch + 1,
+        state: State::InUse,
+        ..header.clone()
+    };
+    let new = next.encode(number);
+    // Cut at every sector, from either side.
+    for cut in (512..4096).step_by(512) {
+        for (front, back) in [(&new, &old), (&old, &new)] {
+            let torn = [&front[..cut], &back[cut..]].concat();
+            write_all_at(&*file, &torn, place).unwrap();
+            let report = check(&*file).unwrap();
+            assert!(report.is_clean() && report.notes.len() == 1, "cut at {cut}: {report:?}");
+        }
+    }
+    // One bit of either whole slot, or something else in a torn one.
+    let torn = [&new[..512], &old[512..]].concat();
+    for whole in [&new[..], &old[..]] {
+        write_all_at(&*file, whole, place).unwrap();
+        for bit in 0..512 * 8 {
+            flip_is_found(&*file, place + bit / 8, (bit % 8) as u8);
+        }
+    }
+    for damaged in [3, 20, 45, 57, 100, 170, 600, 4000] {
+        write_all_at(&*file, &torn, place).unwrap();
+        write_all_at(&*file, &[0xa5], place + damaged).unwrap();
+        assert!(!check(&*file).unwrap().is_clean(), "byte {damaged}");
+    }
+}

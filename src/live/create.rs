@@ -17,8 +17,8 @@ pub struct NewLayer {
     pub parent: Option<(ParentLink, u64)>,
 }
 
-/// 16 bytes from the system's random source.
-pub(super) fn random() -> Result<[u8; 16]> {
+/// 16 bytes from the system's random source, for an identity.
+pub fn random() -> Result<[u8; 16]> {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes)
         .map_err(|error| Error::io(error.into(), "drawing random bytes for an identity"))?;

@@ -25,7 +25,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Lock, Storage, failed, holders, read_exact_at, read_exact_cached_at};
 use crate::types::{FileOffset, Word};
 
-pub use create::{NewLayer, create};
+pub use create::{NewLayer, create, random};
 pub use journal::{RingSlot, read_ring};
 pub use pages::next_group;
 pub use sealed::Sealed;

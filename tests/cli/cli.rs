@@ -5,5 +5,6 @@ mod contract;
 mod disks;
 mod help;
 mod layers;
+mod repair;
 mod show;
 mod support;

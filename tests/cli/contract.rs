@@ -114,6 +114,7 @@ fn without_arguments_the_help_comes_and_the_code_is_that_of_an_error() {
         "map",
         "dump",
         "check",
+        "repair",
         "import",
         "export",
         "resize",

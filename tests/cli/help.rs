@@ -5,13 +5,14 @@ use std::path::Path;
 
 use crate::support::Folder;
 
-const VERBS: [&str; 13] = [
+const VERBS: [&str; 14] = [
     "create",
     "snapshot",
     "info",
     "map",
     "dump",
     "check",
+    "repair",
     "import",
     "export",
     "resize",

@@ -16,7 +16,7 @@ pub const LAYERS_VARIABLE: &str = "THINPLY_LAYERS";
 const AFTER_HELP: &str = "\
 Exit codes:
   0    done; for check: nothing was found
-  1    the answer is no: check found something
+  1    the answer is no: check found something, repair lost something
   2    an error, said on standard error; nothing half-made stays
   130  interrupted
 
@@ -51,6 +51,7 @@ pub enum Command {
     Map(crate::map::Map),
     Dump(crate::dump::Dump),
     Check(crate::check::Check),
+    Repair(crate::repair::Repair),
     Import(crate::import::Import),
     Export(crate::export::Export),
     Resize(crate::resize::Resize),
@@ -70,6 +71,7 @@ impl Command {
             Self::Map(verb) => verb.run(),
             Self::Dump(verb) => verb.run(),
             Self::Check(verb) => verb.run(),
+            Self::Repair(verb) => verb.run(),
             Self::Import(verb) => verb.run(),
             Self::Export(verb) => verb.run(),
             Self::Resize(verb) => verb.run(),

@@ -18,6 +18,7 @@ mod parent;
 mod paths;
 mod progress;
 mod pump;
+mod repair;
 mod resize;
 mod serve;
 mod size;
@@ -36,7 +37,7 @@ use thinply::error::Error;
 pub enum Answer {
     /// Done, or yes.
     Yes,
-    /// The answer is no: `check` found something.
+    /// The answer is no: `check` found something, `repair` lost something.
     No,
 }
 
