@@ -153,6 +153,13 @@ mod tests {
     }
 
     #[test]
+    fn a_record_in_another_place_of_the_ring_counts_as_torn() {
+        let record = Record { epoch: 5, sequence: 300, entries: Vec::new() };
+        let ring = vec![(301 % JOURNAL_RECORDS, Slot::Valid(record))];
+        assert_eq!(live_records(ring, &header(State::InUse)).unwrap(), []);
+    }
+
+    #[test]
     fn a_block_beyond_the_device_is_corrupt_in_a_record_that_counts() {
         let entry = Entry { block: Block(block_count(1 << 30)), crc: 0 };
         let at = |sequence| {

@@ -4,4 +4,5 @@
 pub mod bench;
 pub mod crash;
 pub mod device;
+pub mod hooked;
 pub mod nbd;

@@ -1,0 +1,172 @@
+//! Every bad input and fault that thinply must survive, and the tests that show it. This test checks
+//! that they exist, so that the list can be read from top to bottom.
+
+use std::fs;
+use std::path::Path;
+
+const IMAGE: &[(&str, &[&str])] = &[
+    ("huge header or extension length", &["hostile_image.rs huge_header_and_extension_lengths"]),
+    ("shifts and sizes that overflow", &["hostile_image.rs shifts_and_sizes_that_overflow"]),
+    (
+        "a tiny file that claims a petabyte",
+        &[
+            "hostile_image.rs a_tiny_file_that_claims_a_petabyte",
+            "hostile_image.rs a_sparse_file_of_terabytes_takes_little_memory",
+        ],
+    ),
+    ("tables past the end or unaligned", &["hostile_image.rs tables_past_the_end_or_unaligned"]),
+    ("unknown incompatible feature", &["hostile_image.rs an_unknown_incompatible_feature"]),
+    (
+        "hint with .., a separator, an absolute path, a URL, json:",
+        &["hostile_image.rs hints_that_are_no_plain_names"],
+    ),
+    (
+        "a symlink where a parent should be",
+        &["hostile_image.rs a_symlink_where_a_parent_should_be"],
+    ),
+    ("parent cycle", &["hostile_image.rs a_parent_cycle"]),
+    ("depth 10,000", &["hostile_image.rs a_chain_that_is_too_deep"]),
+    ("parent replaced", &["hostile_image.rs a_parent_that_was_replaced"]),
+    (
+        "parent shorter or longer than the child",
+        &["hostile_image.rs a_parent_shorter_or_longer_than_the_child"],
+    ),
+    (
+        "raw guest data that starts with our magic",
+        &["hostile_image.rs guest_data_that_begins_with_the_magic"],
+    ),
+    ("truncation at every byte", &["damage.rs a_file_cut_at_any_byte_is_refused"]),
+    (
+        "every metadata bit flipped",
+        &[
+            "damage.rs a_flipped_bit_of_a_frozen_parent_gives_the_same_data_or_an_error",
+            "damage.rs a_flipped_bit_of_a_closed_top_gives_the_same_data_or_an_error",
+            "damage.rs a_flipped_bit_of_a_top_that_was_not_closed_gives_the_same_data_or_an_error",
+            "damage.rs a_flipped_bit_of_an_empty_journal_changes_no_data",
+        ],
+    ),
+    (
+        "stale journal of an earlier epoch",
+        &["hostile_image.rs a_stale_journal_of_an_earlier_epoch"],
+    ),
+    ("sequence gaps", &["hostile_image.rs gaps_in_the_sequence"]),
+    ("count fields beyond their page", &["hostile_image.rs counts_beyond_their_page"]),
+];
+
+const NBD: &[(&str, &[&str])] = &[
+    ("name length 0xffffffff", &["nbd_hostile.rs a_name_length_of_0xffffffff_is_invalid"]),
+    ("3,000-byte names", &["nbd_hostile.rs names_of_3000_bytes_are_looked_up"]),
+    (
+        "options of 32 MiB",
+        &["nbd_hostile.rs options_of_32_mib_are_skipped_and_endless_ones_hung_up_on"],
+    ),
+    ("data where none belongs", &["nbd_hostile.rs data_where_none_belongs_is_invalid"]),
+    ("hang-up at every stage", &["nbd_hostile.rs hanging_up_at_every_stage_harms_nobody"]),
+    (
+        "commands before negotiation ends",
+        &["nbd_hostile.rs commands_before_the_negotiation_ends_are_not_carried_out"],
+    ),
+    (
+        "plaintext options before STARTTLS",
+        &["nbd_hostile.rs unknown_options_and_starttls_leave_both_sides_in_step"],
+    ),
+    ("status near 4 GiB", &["nbd_server.rs status_near_4_gib_keeps_its_lengths"]),
+    (
+        "offsets with the top bit set",
+        &["nbd_server.rs ranges_past_the_end_fail_with_their_errno_and_in_step"],
+    ),
+    (
+        "writes past the end with payload",
+        &["nbd_server.rs ranges_past_the_end_fail_with_their_errno_and_in_step"],
+    ),
+    ("unknown flags", &["nbd_server.rs unknown_commands_and_flags_are_refused_in_step"]),
+    (
+        "writes to a read-only export",
+        &["nbd_server.rs read_only_exports_refuse_changes_and_stay_in_step"],
+    ),
+    ("half a request and silence", &["nbd_hostile.rs half_a_request_and_silence_holds_nobody"]),
+    (
+        "10,000 connections",
+        &[
+            "nbd_hostile.rs connections_beyond_the_limit_are_closed_at_once",
+            "nbd_limits.rs idle_connections_are_cheap_and_announced_payloads_cost_nothing",
+        ],
+    ),
+    (
+        "a client that never reads its replies",
+        &["nbd_hostile.rs a_client_that_never_reads_holds_nobody_and_no_shutdown"],
+    ),
+];
+
+const RUNNING: &[(&str, &[&str])] = &[
+    (
+        "ENOSPC in data, journal and checkpoint",
+        &["crash.rs a_call_that_fails_loses_nothing_acknowledged"],
+    ),
+    (
+        "EIO on parent, on sync, on punch",
+        &[
+            "crash.rs a_call_that_fails_loses_nothing_acknowledged",
+            "hostile_running.rs a_parent_that_cannot_be_read_is_an_error_and_no_zeros",
+        ],
+    ),
+    (
+        "short reads and writes, a signal in any system call",
+        &["hostile_running.rs short_and_interrupted_calls_are_gone_on_with"],
+    ),
+    (
+        "a failed sync followed by success",
+        &[
+            "crash.rs a_call_that_fails_loses_nothing_acknowledged",
+            "hostile_running.rs a_failed_sync_is_never_followed_by_success",
+        ],
+    ),
+    ("kill at any instant", &["crash.rs nothing_acknowledged_is_lost"]),
+    (
+        "power loss at any instant, inside recovery too",
+        &[
+            "crash.rs nothing_acknowledged_is_lost",
+            "crash.rs the_ring_goes_round_under_power_losses",
+        ],
+    ),
+    ("a second writer", &["chain.rs one_writer_and_the_parent_gate"]),
+    (
+        "a layer on a file system without hole punching",
+        &["hostile_running.rs a_file_system_without_holes_serves_as_well"],
+    ),
+    (
+        "no file descriptors left",
+        &["nbd_limits.rs without_descriptors_the_server_neither_dies_nor_spins"],
+    ),
+];
+
+/// What has no test: nothing in the library reads a wall clock, so a clock that jumps changes nothing.
+#[test]
+fn nothing_reads_a_wall_clock() {
+    fn sources(dir: &Path, visit: &mut dyn FnMut(&Path)) {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { sources(&path, visit) } else { visit(&path) }
+        }
+    }
+    let mut seen = 0;
+    sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut |path| {
+        let text = fs::read_to_string(path).unwrap();
+        assert!(!text.contains("SystemTime"), "{} reads a wall clock", path.display());
+        seen += 1;
+    });
+    assert!(seen > 30);
+}
+
+#[test]
+fn every_item_has_its_tests() {
+    for (item, tests) in [IMAGE, NBD, RUNNING].into_iter().flatten() {
+        assert!(!tests.is_empty(), "{item}");
+        for test in *tests {
+            let (file, name) = test.split_once(' ').unwrap();
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(file);
+            let text = fs::read_to_string(&path).unwrap_or_else(|_| panic!("{item}: no {file}"));
+            assert!(text.contains(&format!("\nfn {name}() {{")), "{item}: no {name} in {file}");
+        }
+    }
+}
