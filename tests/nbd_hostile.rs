@@ -393,6 +393,42 @@ fn shutdown_does_not_wait_for_ever_and_says_what_failed() {
 }
 
 #[test]
+fn a_device_that_hangs_starves_no_other_export() {
+    let (hanging, working) = (TestDevice::new(MIB).cold(), TestDevice::new(MIB).cold());
+    let (hanging, working) = (Arc::new(hanging), Arc::new(working));
+    let table = thinply::nbd::server::ExportTable::new();
+    let export = |name, device| thinply::nbd::server::Export::new(name, device).unwrap();
+    table.insert(export("hanging", hanging.clone())).unwrap();
+    table.insert(export("working", working)).unwrap();
+    let config = ServerConfig { workers: 2, ..impatient() };
+    let served = Served::exports(Arc::new(table), config);
+    hanging.hold(Op::Read);
+    let mut stuck = Client::open(&served.path(), "hanging", false);
+    for _ in 0..20 {
+        stuck.start(0, READ, 0, 512);
+    }
+    hanging.wait_for(Op::Read, 2);
+    let mut client = Client::open(&served.path(), "working", false);
+    assert_eq!(client.write(FUA, 0, b"here").error, 0);
+    assert_eq!(client.read(0, 4), b"here");
+    hanging.release(Op::Read);
+    for _ in 0..20 {
+        assert_eq!(stuck.reply().error, 0);
+    }
+}
+
+#[test]
+fn a_flush_that_hangs_holds_a_shutdown_for_its_time_only() {
+    let config = ServerConfig { flush_timeout: Duration::from_millis(100), ..impatient() };
+    let (device, mut served) = serve(TestDevice::new(MIB), config);
+    served.client().read(0, 1);
+    device.hold(Op::Flush);
+    let error = served.stop().unwrap_err();
+    assert!(error.to_string().contains("a flush was still running"), "{error}");
+    device.release(Op::Flush);
+}
+
+#[test]
 fn the_server_can_stop_with_its_last_client() {
     let config = ServerConfig { stop_with_last_client: true, ..ServerConfig::default() };
     let (_device, mut served) = serve(TestDevice::new(MIB), config);

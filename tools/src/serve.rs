@@ -76,7 +76,9 @@ impl Serve {
         // Whoever started the server may not care for the line and have closed the pipe.
         let _ = std::io::stdout().write_all(ready.as_bytes());
         let served = server.run();
-        let closed = chain.close();
+        // After an error something may hang in the device still, and closing would wait for it. What
+        // was flushed is safe, and the next open recovers the layer.
+        let closed = if served.is_ok() { chain.close() } else { Ok(()) };
         if let Some(path) = &self.pid_file {
             let _ = std::fs::remove_file(path);
         }

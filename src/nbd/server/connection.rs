@@ -255,7 +255,8 @@ impl Connection<'_> {
         self.busy = true;
         let ticket = self.link.start(request.cookie, self.structured, bytes);
         let (export, durable) = (Arc::clone(&self.export), request.fua && changes);
-        self.shared.pool.add(Job { ticket, export, command, durable, payload });
+        let pool = self.export.pool(self.shared.config.workers);
+        pool.add(Job { ticket, export, command, durable, payload });
     }
 
     /// Sends the replies built so far.

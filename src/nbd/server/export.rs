@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
 use std::thread;
 use std::time::Duration;
 
 use super::link::Ticket;
-use super::work::{STACK, device_failure};
+use super::work::{Pool, STACK, device_failure};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::nbd::proto::{Errno, MAX_NAME};
@@ -20,6 +20,14 @@ pub struct Export {
     device: Arc<dyn Device>,
     read_only: bool,
     flusher: Arc<Flusher>,
+    /// An export has its own workers, so that a device that hangs takes none from others.
+    pool: OnceLock<Arc<Pool>>,
+}
+
+impl Drop for Export {
+    fn drop(&mut self) {
+        self.pool.get().into_iter().for_each(|pool| pool.close());
+    }
 }
 
 impl Export {
@@ -28,7 +36,14 @@ impl Export {
     pub fn new(name: impl Into<String>, device: Arc<dyn Device>) -> Result<Self> {
         let name = checked(name.into())?;
         let read_only = device.read_only();
-        Ok(Self { name, description: String::new(), device, read_only, flusher: Arc::default() })
+        Ok(Self {
+            name,
+            description: String::new(),
+            device,
+            read_only,
+            flusher: Arc::default(),
+            pool: OnceLock::new(),
+        })
     }
 
     /// Adds a line for people, at most 4096 bytes.
@@ -62,6 +77,11 @@ impl Export {
     /// Whether clients may not change it.
     pub fn read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// The threads that wait for the device; `most` of them, as the first caller says.
+    pub(super) fn pool(&self, most: usize) -> &Arc<Pool> {
+        self.pool.get_or_init(|| Pool::new(most))
     }
 
     /// Answers `ticket` once everything that completed before now is durable. Never waits.

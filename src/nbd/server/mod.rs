@@ -1,17 +1,18 @@
 //! An NBD server: sockets, threads and buffers around the pure [`proto`](super::proto).
 //!
-//! It owns the listeners, a thread for each connection, a pool of workers for what has to wait, and
-//! a flusher for each export that is flushed. Invariants: a client can hold up only its own
-//! connection, whatever it sends or doesn't; a FLUSH covers every write that was replied to before
-//! it, on any connection of the export; [`Server::run`] returns within the drain time after
-//! [`Handle::shutdown`] unless a device itself hangs in a flush.
+//! It owns the listeners, a thread for each connection, and for each export a pool of workers for
+//! what has to wait and a flusher. Invariants: a client can hold up only its own connection, whatever
+//! it sends or doesn't; a device that hangs holds up only its own export; a FLUSH covers every write
+//! that was replied to before it, on any connection of the export; [`Server::run`] returns within the
+//! drain time and the flush time after [`Handle::shutdown`].
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno as Host;
@@ -30,7 +31,7 @@ pub use listen::Listener;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::guard;
 use link::Link;
-use work::{Pool, STACK};
+use work::STACK;
 
 /// Hears of what went wrong with a client or a device, a line each.
 pub type Log = Arc<dyn Fn(&str) + Send + Sync>;
@@ -49,7 +50,9 @@ pub struct ServerConfig {
     pub handshake_timeout: Duration,
     /// How long running requests have to finish at shutdown. Default 10 seconds.
     pub drain_timeout: Duration,
-    /// Most threads that wait for disks on behalf of all clients. Default 16.
+    /// How long the flushes at the end may take. Default 60 seconds.
+    pub flush_timeout: Duration,
+    /// Most threads that wait for disks on behalf of the clients of one export. Default 16.
     pub workers: usize,
     /// Shut down when the last client hangs up. Default no.
     pub stop_with_last_client: bool,
@@ -63,6 +66,7 @@ impl Default for ServerConfig {
             max_connections: 1024,
             handshake_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(10),
+            flush_timeout: Duration::from_secs(60),
             workers: 16,
             stop_with_last_client: false,
             log: Arc::new(|_| {}),
@@ -84,7 +88,6 @@ pub struct Handle(Arc<Shared>);
 struct Shared {
     config: ServerConfig,
     exports: Arc<dyn Exports>,
-    pool: Arc<Pool>,
     stopping: AtomicBool,
     /// Readable once `stopping` is set.
     stop: OwnedFd,
@@ -111,7 +114,6 @@ impl Server {
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| Error::io(error.into(), "making an eventfd"))?;
         let shared = Arc::new(Shared {
-            pool: Pool::new(config.workers),
             config,
             exports,
             stopping: AtomicBool::new(false),
@@ -136,13 +138,12 @@ impl Server {
     /// Serves until [`Handle::shutdown`]. Then it stops listening and removes its socket files,
     /// gives running requests `drain_timeout` to finish, ends the connections, and flushes every
     /// export that was used. Fails with the first flush's error, or with [`ErrorKind::Io`] if
-    /// requests were still running at the end.
+    /// requests or flushes were still running at the end; then threads may go on using devices.
     pub fn run(self) -> Result<()> {
         let Self { listeners, shared } = self;
         let accepted = shared.accept_until_stopped(&listeners);
         drop(listeners);
         let drained = shared.drain();
-        shared.pool.close();
         let flushed = shared.flush_used();
         accepted.and(flushed).and(drained)
     }
@@ -246,12 +247,30 @@ impl Shared {
         waited.unwrap_or_else(PoisonError::into_inner).0.links.len()
     }
 
+    /// Flushes all exports that were used at the same time, so that each has all of the time there
+    /// is.
     fn flush_used(&self) -> Result<()> {
         let used: Vec<_> = guard(&self.used).iter().filter_map(Weak::upgrade).collect();
-        let writable = used.iter().filter(|export| !export.read_only());
-        let results = writable.map(|export| export.device().flush());
-        // All of them, whether or not one fails.
-        results.fold(Ok(()), Result::and)
+        let deadline = Instant::now() + self.config.flush_timeout;
+        let (done, results) = mpsc::channel();
+        for export in used.into_iter().filter(|export| !export.read_only()) {
+            let done = done.clone();
+            let flush = move || drop(done.send(export.device().flush()));
+            let thread = thread::Builder::new().name("nbd-flush".into()).stack_size(STACK);
+            thread.spawn(flush).map_err(|error| Error::io(error, "starting the last flush"))?;
+        }
+        drop(done);
+        let mut outcome = Ok(());
+        loop {
+            match results.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(result) => outcome = outcome.and(result),
+                Err(RecvTimeoutError::Disconnected) => return outcome,
+                Err(RecvTimeoutError::Timeout) => {
+                    let detail = "a flush was still running at shutdown";
+                    return outcome.and(Err(Error::new(ErrorKind::Io, detail)));
+                }
+            }
+        }
     }
 }
 

@@ -227,7 +227,7 @@ fn change(device: &dyn Device, command: Command, payload: &[u8]) -> crate::error
     }
 }
 
-/// Worker threads shared by all connections; started when there is work for them.
+/// Worker threads shared by the connections of an export; started when there is work for them.
 pub(super) struct Pool {
     state: Mutex<Queue>,
     added: Condvar,
