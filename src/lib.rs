@@ -11,6 +11,7 @@ pub mod format;
 pub mod inspect;
 pub mod live;
 pub mod nbd;
+pub mod packed;
 pub mod storage;
 mod sync;
 pub mod types;

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Level of each module; a module may name those of lower levels, and itself.
-const LEVELS: [(&str, u32); 10] = [
+const LEVELS: [(&str, u32); 11] = [
     ("error", 0),
     ("types", 0),
     ("sync", 0),
@@ -12,6 +12,7 @@ const LEVELS: [(&str, u32); 10] = [
     ("storage", 1),
     ("device", 1),
     ("live", 2),
+    ("packed", 2),
     ("chain", 3),
     ("inspect", 3),
     ("nbd", 4),

@@ -86,6 +86,12 @@ fn sizes_of_structs() {
             ("Journal record", 8, 4096),
             ("Journal entry", 2, 12),
             ("Bitmap sector", 2, 512),
+            ("Packed header", 17, 4096),
+            ("Frame entry", 3, 40),
+            ("Group map", 6, 96),
+            ("Map word", 2, 16),
+            ("Directory entry", 5, 56),
+            ("Footer", 10, 128),
         ]
     );
 }

@@ -1,12 +1,12 @@
 //! The chain as a block device.
 
+use super::layer::prefetch;
 use super::map::Kind;
 use super::{Chain, Levels};
 use crate::device::{Detail, Device, Extent, ZeroMode, check_range, push_extent};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::geometry::word_offset;
-use crate::live::{Under, Wait, Writable, ZeroKind, words};
-use crate::storage::failed;
+use crate::live::{Under, Writable, ZeroKind, words};
+use crate::storage::Wait;
 use crate::types::{BLOCK_SIZE, Block};
 
 impl Levels {
@@ -147,14 +147,12 @@ impl Device for Chain {
         let levels = self.levels();
         check_range(levels.size, offset, length)?;
         for (word, from, to) in words(offset, length) {
-            let ask = |file: &dyn crate::storage::Storage, from: u64, to: u64| {
-                let at = word_offset(word).0 + from;
-                file.prefetch(at, to - from).map_err(failed(file, "prefetching", at)).map(|()| true)
-            };
             levels.split(word, from, to, |from, to, top| match top {
-                Some(top) => ask(top.file(), from, to),
+                Some(top) => prefetch(top.file(), word, from, to - from).map(|()| true),
                 None => levels.view().runs(word, from, to, |run| match run.owner {
-                    Some((_, layer)) => ask(layer.file(), run.from, run.to),
+                    Some((_, layer)) => {
+                        layer.prefetch(word, run.from, run.to - run.from).map(|()| true)
+                    }
                     None => Ok(true),
                 }),
             })?;

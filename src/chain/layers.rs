@@ -6,10 +6,12 @@ use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, Weak};
 
+use super::layer::Layer;
 use super::stack::Stack;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::{Header, ParentLink};
-use crate::live::{Sealed, newest_header};
+use crate::format::header::ParentLink;
+use crate::live::newest_header;
+use crate::packed::Packed;
 use crate::storage::{Access, Folder};
 use crate::sync::guard;
 use crate::types::Identity;
@@ -19,13 +21,13 @@ pub const MAX_DEPTH: usize = 1024;
 
 /// A sealed layer and the folder it was found in, where its own parent is looked for first.
 pub(super) struct Found {
-    pub sealed: Sealed,
+    pub layer: Layer,
     pub folder: Arc<dyn Folder>,
 }
 
 impl fmt::Debug for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.sealed.fmt(f)
+        self.layer.fmt(f)
     }
 }
 
@@ -65,14 +67,15 @@ impl Layers {
             }
             let layer = self.layer(&link, &folder)?;
             if found.iter().any(|other| Arc::ptr_eq(other, &layer)) {
-                let path = layer.sealed.file().path();
+                let path = layer.layer.file().path();
                 let error = Error::new(ErrorKind::Corrupt, "the layer is its own ancestor");
                 return Err(error.in_file(path));
             }
             if let Some(child) = found.last() {
-                check_visible_size(&child.sealed, &layer.sealed)?;
+                check_visible(child.layer.visible_parent_size(), layer.layer.virtual_size())
+                    .map_err(|error| error.in_file(child.layer.file().path()))?;
             }
-            next = layer.sealed.header().parent.clone().map(|link| (link, layer.folder.clone()));
+            next = layer.layer.parent().cloned().map(|link| (link, layer.folder.clone()));
             found.push(layer);
         }
         let stack = Arc::new(Stack::new(found));
@@ -87,8 +90,8 @@ impl Layers {
         let mut refused = None;
         for folder in std::iter::once(folder).chain(&self.folders) {
             match open_parent(link, &**folder) {
-                Ok(sealed) => {
-                    let layer = Arc::new(Found { sealed, folder: folder.clone() });
+                Ok(layer) => {
+                    let layer = Arc::new(Found { layer, folder: folder.clone() });
                     remember(&self.layers, link.identity, &layer);
                     return Ok(layer);
                 }
@@ -127,21 +130,25 @@ fn remember<T>(map: &Mutex<HashMap<Identity, Weak<T>>>, identity: Identity, valu
 }
 
 /// Opens the file that the hint names, if it is who the link says.
-fn open_parent(link: &ParentLink, folder: &dyn Folder) -> Result<Sealed> {
+fn open_parent(link: &ParentLink, folder: &dyn Folder) -> Result<Layer> {
     let path = folder.path().join(&link.hint);
     let file = folder.open(&link.hint, Access::Read).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => Error::io(error, "opening the parent").in_file(&path),
         _ => Error::io(error, "opening the parent (a regular file, not a link)").in_file(&path),
     })?;
-    check_identity(link, &newest_header(&*file)?).map_err(|error| error.in_file(&path))?;
-    let sealed = Sealed::open(file)?;
+    if !Packed::recognise(&*file)? {
+        // Looked at without a lock first: somebody else's layer may be in use, which is no news.
+        let identity = newest_header(&*file)?.identity();
+        check_identity(link, identity).map_err(|error| error.in_file(&path))?;
+    }
+    let layer = Layer::open(file)?;
     // The file could have been replaced between the two looks; the lock holds from here on.
-    check_identity(link, sealed.header()).map_err(|error| error.in_file(&path))?;
-    Ok(sealed)
+    check_identity(link, layer.identity()).map_err(|error| error.in_file(&path))?;
+    Ok(layer)
 }
 
-fn check_identity(link: &ParentLink, header: &Header) -> Result<()> {
-    match header.identity() {
+fn check_identity(link: &ParentLink, identity: Option<Identity>) -> Result<()> {
+    match identity {
         Some(identity) if identity == link.identity => Ok(()),
         Some(identity) => Err(Error::new(
             ErrorKind::ParentMismatch,
@@ -155,20 +162,12 @@ fn check_identity(link: &ParentLink, header: &Header) -> Result<()> {
 }
 
 /// A child can't show more of its parent than there is.
-pub(super) fn check_visible_size(child: &Sealed, parent: &Sealed) -> Result<()> {
-    check_visible(child.header(), parent.header().virtual_size)
-        .map_err(|error| error.in_file(child.file().path()))
-}
-
-pub(super) fn check_visible(child: &Header, parent_size: u64) -> Result<()> {
-    if child.visible_parent_size > parent_size {
-        return Err(Error::new(
-            ErrorKind::Corrupt,
-            format!(
-                "shows {} bytes of its parent, which has only {parent_size}",
-                child.visible_parent_size
-            ),
-        ));
+pub(super) fn check_visible(visible_parent_size: u64, parent_size: u64) -> Result<()> {
+    if visible_parent_size > parent_size {
+        let detail = format!(
+            "shows {visible_parent_size} bytes of its parent, which has only {parent_size}"
+        );
+        return Err(Error::new(ErrorKind::Corrupt, detail));
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! Who owns what: the extents of a chain with their layers and holes.
 
+use super::layer::Layer;
 use super::{Chain, Levels};
 use crate::device::{Detail, check_range};
 use crate::error::Result;
@@ -83,7 +84,7 @@ impl Levels {
             }
             self.view().runs(word, from, to, |run| match run.owner {
                 Some((owner, layer)) => {
-                    walk.owned(layer.file(), base + usize::from(owner), word, run.from, run.to)
+                    walk.layer(layer, base + usize::from(owner), word, run.from, run.to)
                 }
                 None => Ok(walk.push(
                     word.guest_offset() + run.from,
@@ -150,6 +151,37 @@ impl Walk<'_> {
         }
     }
 
+    /// A run that a sealed layer owns.
+    fn layer(
+        &mut self,
+        layer: &Layer,
+        depth: usize,
+        word: Word,
+        from: u64,
+        to: u64,
+    ) -> Result<bool> {
+        let packed = match layer {
+            Layer::Packed(packed) if self.detail == Detail::Files => packed,
+            _ => return self.owned(layer.file(), depth, word, from, to),
+        };
+        let data = packed.data(word)?;
+        let mut at = from;
+        while at < to {
+            let bit = at / BLOCK_SIZE;
+            let (kind, same) = match data >> bit & 1 {
+                1 => (Kind::Data, data >> bit),
+                _ => (Kind::Zero, !data >> bit),
+            };
+            let end = to.min((bit + u64::from(same.trailing_ones())) * BLOCK_SIZE);
+            if !self.push(word.guest_offset() + at, end - at, Some(depth), kind) {
+                return Ok(false);
+            }
+            at = end;
+        }
+        Ok(true)
+    }
+
+    /// A run that stands in a live layer's file.
     fn owned(
         &mut self,
         file: &dyn Storage,

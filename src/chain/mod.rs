@@ -5,24 +5,30 @@
 //! - what a layer shows of those below it ends at its visible parent size, to the byte.
 
 mod device;
+mod layer;
 mod layers;
 mod map;
 mod owners;
+mod pack;
 mod setup;
 mod snapshot;
 mod stack;
 
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::{Header, State};
-use crate::live::{Sealed, Writable, newest_header};
+use crate::format::header::{ParentLink, State};
+use crate::live::{Writable, newest_header};
+use crate::packed::Packed;
 use crate::storage::{Access, Folder};
 use layers::{Found, check_visible};
 use stack::View;
 
+pub use layer::Layer;
 pub use layers::{Layers, MAX_DEPTH};
 pub use map::{Kind, MapExtent};
+pub use pack::PackOptions;
 pub use setup::{Parent, create, seal};
 pub use stack::Stack;
 
@@ -70,7 +76,8 @@ impl Chain {
     /// by finishing that snapshot.
     ///
     /// # Errors
-    /// Those of [`Layers::stack`], [`Writable::open`] and [`Sealed::open`].
+    /// Those of [`Layers::stack`], [`Writable::open`] and [`Layer::open`];
+    /// [`ErrorKind::ReadOnly`] for writing to a packed layer.
     pub fn open(
         folder: Arc<dyn Folder>,
         name: &str,
@@ -89,13 +96,12 @@ impl Chain {
         self.state.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The headers of all layers, newest first, each with its file's path.
-    pub fn headers(&self) -> Vec<(std::path::PathBuf, Header)> {
+    /// The files of all layers, newest first.
+    pub fn paths(&self) -> Vec<PathBuf> {
         let levels = self.levels();
-        let top = levels.top.iter().map(|top| (top.file().path().to_owned(), top.header()));
-        let sealed = levels.stack.iter().flat_map(|stack| stack.layers());
-        top.chain(sealed.map(|layer| (layer.file().path().to_owned(), layer.header().clone())))
-            .collect()
+        let top = levels.top.iter().map(Writable::file);
+        let sealed = levels.stack.iter().flat_map(|stack| stack.layers()).map(Layer::file);
+        top.chain(sealed).map(|file| file.path().to_owned()).collect()
     }
 
     /// Changes the virtual size of the top.
@@ -130,15 +136,16 @@ impl Chain {
     }
 }
 
-/// The stack below a layer with this header; checks what it shows of it.
+/// The stack below a layer with this parent; checks what it shows of it.
 fn stack_below(
-    header: &Header,
+    parent: Option<&ParentLink>,
+    visible_parent_size: u64,
     folder: &Arc<dyn Folder>,
     layers: &Layers,
 ) -> Result<Option<Arc<Stack>>> {
-    let Some(link) = &header.parent else { return Ok(None) };
+    let Some(link) = parent else { return Ok(None) };
     let stack = layers.stack(link, folder)?;
-    check_visible(header, stack.virtual_size())?;
+    check_visible(visible_parent_size, stack.virtual_size())?;
     if stack.layers().len() == MAX_DEPTH {
         return Err(Error::new(
             ErrorKind::Limit,
@@ -150,11 +157,11 @@ fn stack_below(
 
 fn open_sealed(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Result<Levels> {
     let path = folder.path().join(name);
-    let sealed = Sealed::open(setup::open_file(&**folder, name, Access::Read)?)?;
-    let below =
-        stack_below(sealed.header(), folder, layers).map_err(|error| error.in_file(path))?;
-    let size = sealed.header().virtual_size;
-    let mut found = vec![Arc::new(Found { sealed, folder: folder.clone() })];
+    let layer = Layer::open(setup::open_file(&**folder, name, Access::Read)?)?;
+    let below = stack_below(layer.parent(), layer.visible_parent_size(), folder, layers)
+        .map_err(|error| error.in_file(path))?;
+    let size = layer.virtual_size();
+    let mut found = vec![Arc::new(Found { layer, folder: folder.clone() })];
     found.extend(below.iter().flat_map(|stack| stack.found().iter().cloned()));
     Ok(Levels { top: None, stack: Some(Arc::new(Stack::new(found))), clip: size, size })
 }
@@ -162,6 +169,10 @@ fn open_sealed(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Result<
 fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Result<Levels> {
     let path = folder.path().join(name);
     let mut file = setup::open_file(&**folder, name, Access::Write)?;
+    if Packed::recognise(&*file)? {
+        let error = Error::new(ErrorKind::ReadOnly, "a packed layer never changes");
+        return Err(error.in_file(path));
+    }
     let mut header = newest_header(&*file)?;
     if matches!(header.state, State::Frozen(_))
         && snapshot::finish(&**folder, name, header.identity())?
@@ -170,7 +181,8 @@ fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Resul
         header = newest_header(&*file)?;
     }
     // The parents come first: a layer that can't be read shall not be marked as in use.
-    let stack = stack_below(&header, folder, layers).map_err(|error| error.in_file(&path))?;
+    let stack = stack_below(header.parent.as_ref(), header.visible_parent_size, folder, layers)
+        .map_err(|error| error.in_file(&path))?;
     let top = Writable::open(file)?;
     if top.header().parent != header.parent {
         let error =

@@ -1,8 +1,8 @@
 //! The owner map of a stack: for each block the layer that answers for it, so that a read costs the
 //! same at any depth. Built a group at a time, on first touch, and common to all children.
 
+use super::layer::Layer;
 use crate::error::Result;
-use crate::live::Sealed;
 use crate::types::{BLOCK_SIZE, GROUP_WORDS, Group, WORD_BLOCKS, Word, runs, touched};
 
 /// A layer's place in its stack, newest first.
@@ -34,7 +34,7 @@ impl GroupOwners {
     /// Asks the layers newest-first. `clips[i]` is how many bytes of layer `i` show.
     pub fn build<'a>(
         group: Group,
-        layers: impl Iterator<Item = &'a Sealed>,
+        layers: impl Iterator<Item = &'a Layer>,
         clips: &[u64],
     ) -> Result<Self> {
         let mut words = Box::new([NOBODY; GROUP_WORDS as usize]);

@@ -6,6 +6,7 @@ use super::{Layers, snapshot};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{ParentLink, State};
 use crate::live::{self, NewLayer, Sealed, Writable, durable_header};
+use crate::packed::Packed;
 use crate::storage::{Access, Folder, Storage};
 
 /// A layer that children may stand on.
@@ -29,7 +30,8 @@ pub(super) fn open_file(
         .map_err(|error| Error::io(error, "opening the file").in_file(folder.path().join(name)))
 }
 
-/// Makes sure that the layer `name` is sealed: a writable one is frozen for ever. A snapshot that
+/// Makes sure that the layer `name` is sealed: a writable one is frozen for ever, a packed one is
+/// sealed as it is. A snapshot that
 /// was cut off is finished first, so that `name` goes on leading to what the answer says.
 ///
 /// # Errors
@@ -37,6 +39,14 @@ pub(super) fn open_file(
 /// [`Writable::freeze`].
 pub fn seal(folder: &dyn Folder, name: &str) -> Result<Parent> {
     let mut file = open_file(folder, name, Access::Read)?;
+    if Packed::recognise(&*file)? {
+        let layer = Packed::open(file)?;
+        return Ok(Parent {
+            link: ParentLink { identity: layer.identity(), hint: name.to_owned() },
+            virtual_size: layer.header().virtual_size,
+            newly_frozen: false,
+        });
+    }
     // A killed process may have left a freeze in the page cache alone; it has to be durable before
     // a child is.
     let mut header = durable_header(&*file)?;

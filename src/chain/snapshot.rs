@@ -3,13 +3,14 @@
 
 use std::sync::{Arc, PoisonError};
 
+use super::layer::Layer;
 use super::layers::Found;
 use super::setup::open_file;
 use super::{Chain, Levels, MAX_DEPTH, Stack};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
-use crate::live::{self, NewLayer, Writable, durable_header, newest_header, take_lock};
-use crate::storage::{Access, Folder, Lock};
+use crate::live::{self, NewLayer, Writable, durable_header, newest_header};
+use crate::storage::{Access, Folder, Lock, take_lock};
 use crate::types::Identity;
 
 /// The new top's name until it takes the old one's.
@@ -76,7 +77,8 @@ impl Chain {
             .map_err(failed(&*self.folder, "renaming the new top"))?;
         self.folder.sync().map_err(failed(&*self.folder, "syncing the folder"))?;
 
-        let found = Arc::new(Found { sealed, folder: self.folder.clone() });
+        let layer = Layer::Live(sealed);
+        let found = Arc::new(Found { layer, folder: self.folder.clone() });
         let older = levels.stack.iter().flat_map(|stack| stack.found().iter().cloned());
         let stack = Arc::new(Stack::new(std::iter::once(found.clone()).chain(older).collect()));
         self.layers.adopt(identity, &found, &stack);

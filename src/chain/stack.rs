@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use super::layer::Layer;
 use super::layers::Found;
 use super::owners::{GroupOwners, NOBODY, Owner, WordOwners, shown};
 use crate::error::Result;
 use crate::format::geometry::group_count;
-use crate::live::{Sealed, Under, Wait, words};
+use crate::live::{Under, words};
+use crate::storage::Wait;
 use crate::sync::LazyTable;
 use crate::types::{BLOCK_SIZE, Word};
 
@@ -22,12 +24,12 @@ pub struct Stack {
 impl Stack {
     /// A stack of at least one layer. Each layer's parent is the next one.
     pub(super) fn new(layers: Vec<Arc<Found>>) -> Self {
-        let size = layers.first().map_or(0, |layer| layer.sealed.header().virtual_size);
+        let size = layers.first().map_or(0, |layer| layer.layer.virtual_size());
         let clips = layers
             .iter()
             .scan(size, |clip, layer| {
                 let shows = *clip;
-                *clip = shows.min(layer.sealed.header().visible_parent_size);
+                *clip = shows.min(layer.layer.visible_parent_size());
                 Some(shows)
             })
             .collect();
@@ -35,8 +37,8 @@ impl Stack {
     }
 
     /// The layers, newest first.
-    pub fn layers(&self) -> impl ExactSizeIterator<Item = &Sealed> {
-        self.layers.iter().map(|found| &found.sealed)
+    pub fn layers(&self) -> impl ExactSizeIterator<Item = &Layer> {
+        self.layers.iter().map(|found| &found.layer)
     }
 
     pub(super) fn found(&self) -> &[Arc<Found>] {
@@ -73,7 +75,7 @@ pub(super) struct Run<'a> {
     /// End, likewise.
     pub to: u64,
     /// The owner's place in the stack and the layer, or nobody: zeros.
-    pub owner: Option<(Owner, &'a Sealed)>,
+    pub owner: Option<(Owner, &'a Layer)>,
 }
 
 impl<'a> View<'a> {
@@ -100,7 +102,7 @@ impl<'a> View<'a> {
             let (layer, clip) = match self.stack {
                 Some(stack) if owner != NOBODY => {
                     let place = usize::from(owner);
-                    (Some((owner, &stack.layers[place].sealed)), stack.clips[place].min(self.clip))
+                    (Some((owner, &stack.layers[place].layer)), stack.clips[place].min(self.clip))
                 }
                 _ => (None, 0),
             };

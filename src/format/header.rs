@@ -8,21 +8,19 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 use super::geometry::{
     GROUP_SLOT_SIZE, GROUP_STRIDE, GROUPS_OFFSET, JOURNAL_OFFSET, JOURNAL_RECORDS, is_virtual_size,
 };
+pub use super::link::{MAX_HINT, ParentLink, check_hint};
+use super::link::{
+    check_features, corrupt, decode_extensions, decode_parent, encode_identity, unsupported,
+};
 use super::{Field, layout};
-use crate::error::{Error, ErrorKind, Result};
-use crate::types::{BLOCK_SIZE, FreezeId, GROUP_BLOCKS, Identity, Root, Uuid};
+use crate::error::Result;
+use crate::types::{BLOCK_SIZE, FreezeId, GROUP_BLOCKS, Identity, Uuid};
 
 /// First bytes of every live layer.
 pub const MAGIC: [u8; 8] = *b"TPLYLIVE";
 /// The version of the layout that this build reads and writes.
 pub const VERSION: u32 = 1;
-/// Longest hint in bytes.
-pub const MAX_HINT: usize = 255;
-
 const EXTENSIONS_SIZE: usize = 3580;
-const MUST_UNDERSTAND: u32 = 1;
-/// Names of the incompatible feature bits that are given out; none is in this version.
-const FEATURE_NAMES: [&str; 2] = ["encryption", "external data file"];
 
 /// The bytes of a header slot.
 pub type SlotBytes = [u8; BLOCK_SIZE as usize];
@@ -62,18 +60,8 @@ struct RawHeader {
     crc: U32,
 }
 
-#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
-#[repr(C)]
-struct RawExtension {
-    kind: U32,
-    flags: U32,
-    length: U32,
-    reserved: U32,
-}
-
 const _: () = assert!(size_of::<RawHeader>() == BLOCK_SIZE as usize);
 const _: () = assert!(std::mem::offset_of!(RawHeader, extensions) == 512);
-const _: () = assert!(size_of::<RawExtension>() == 16);
 
 pub(super) fn raw_layout() -> Vec<Field> {
     layout!(RawHeader {
@@ -110,10 +98,6 @@ pub(super) fn raw_layout() -> Vec<Field> {
     })
 }
 
-pub(super) fn extension_layout() -> Vec<Field> {
-    layout!(RawExtension { kind, flags, length, reserved })
-}
-
 /// What may be done with a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
@@ -123,15 +107,6 @@ pub enum State {
     InUse,
     /// Never written again; may be a parent.
     Frozen(FreezeId),
-}
-
-/// A parent: who it is, and the file name where it was last seen.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ParentLink {
-    /// The content that the child stands on.
-    pub identity: Identity,
-    /// A plain file name, at most [`MAX_HINT`] bytes.
-    pub hint: String,
 }
 
 /// A checked header.
@@ -159,23 +134,6 @@ pub struct Header {
     pub read_only_compatible: u64,
     /// Extensions that this build may ignore, as they stand on disk.
     pub extensions: Vec<u8>,
-}
-
-/// Checks that `hint` can only be a file name: one path component, no URL, no control character.
-pub fn check_hint(hint: &str) -> Result<()> {
-    let bad = hint.is_empty()
-        || hint.len() > MAX_HINT
-        || hint == "."
-        || hint == ".."
-        || hint.contains(['/', '\\', ':'])
-        || hint.chars().any(char::is_control);
-    if bad {
-        return Err(Error::new(
-            ErrorKind::Corrupt,
-            format!("parent hint {hint:?}, expected a plain file name of 1 to {MAX_HINT} bytes"),
-        ));
-    }
-    Ok(())
 }
 
 /// A checksum that also holds the slot's number.
@@ -287,14 +245,6 @@ impl Header {
     }
 }
 
-fn corrupt<T>(detail: String) -> Result<T> {
-    Err(Error::new(ErrorKind::Corrupt, format!("header: {detail}")))
-}
-
-fn unsupported<T>(detail: String) -> Result<T> {
-    Err(Error::new(ErrorKind::Unsupported, format!("header: {detail}")))
-}
-
 /// Whether the bytes begin with the magic of a live layer, valid or not.
 pub fn has_magic(bytes: &SlotBytes) -> bool {
     bytes.starts_with(&MAGIC)
@@ -341,14 +291,7 @@ impl RawHeader {
                 self.version, self.header_size
             ));
         }
-        let incompatible = self.incompatible.get();
-        if incompatible != 0 {
-            let bit = incompatible.trailing_zeros() as usize;
-            let name = FEATURE_NAMES.get(bit).copied().unwrap_or("unknown");
-            return unsupported(format!(
-                "needs the incompatible feature in bit {bit} ({name}), which this build lacks"
-            ));
-        }
+        check_features(self.incompatible.get())?;
         if self.reserved.iter().any(|&byte| byte != 0) {
             return corrupt("reserved bytes are set".into());
         }
@@ -369,16 +312,7 @@ impl RawHeader {
     }
 
     fn set_parent(&mut self, parent: &ParentLink) {
-        let (kind, identity) = match parent.identity {
-            Identity::Frozen(uuid, freeze) => {
-                let mut both = [0; 32];
-                both.iter_mut()
-                    .zip(uuid.0.iter().chain(&freeze.0))
-                    .for_each(|(to, from)| *to = *from);
-                (1, both)
-            }
-            Identity::Packed(root) => (2, root.0),
-        };
+        let (kind, identity) = encode_identity(parent.identity);
         self.parent_kind = U32::new(kind);
         self.parent_identity = identity;
         self.hint_length = U32::new(parent.hint.len() as u32);
@@ -386,65 +320,23 @@ impl RawHeader {
     }
 
     fn parent(&self) -> Result<Option<ParentLink>> {
-        let length = self.hint_length.get() as usize;
-        let Some((hint, rest)) = self.hint.split_at_checked(length) else {
-            return corrupt(format!("parent hint of {length} bytes, expected at most {MAX_HINT}"));
-        };
-        if rest.iter().any(|&byte| byte != 0) {
-            return corrupt("bytes behind the parent hint".into());
-        }
-        let identity = match self.parent_kind.get() {
-            0 if length == 0 && self.parent_identity == [0; 32] => return Ok(None),
-            0 => return corrupt("a parent identity or hint without a parent".into()),
-            1 => {
-                let [uuid, freeze]: [[u8; 16]; 2] = zerocopy::transmute!(self.parent_identity);
-                Identity::Frozen(Uuid(uuid), FreezeId(freeze))
-            }
-            2 => Identity::Packed(Root(self.parent_identity)),
-            other => return unsupported(format!("parent kind {other}, expected 0, 1 or 2")),
-        };
-        let Ok(hint) = std::str::from_utf8(hint) else {
-            return corrupt("parent hint is not UTF-8".into());
-        };
-        check_hint(hint)?;
-        Ok(Some(ParentLink { identity, hint: hint.to_owned() }))
+        decode_parent(
+            self.parent_kind.get(),
+            self.parent_identity,
+            self.hint_length.get(),
+            &self.hint,
+        )
     }
 
-    /// Extensions that may be ignored, kept byte for byte. This version defines none.
     fn extensions(&self) -> Result<Vec<u8>> {
-        let length = self.extensions_length.get() as usize;
-        let Some((used, unused)) = self.extensions.split_at_checked(length) else {
-            return corrupt(format!(
-                "extensions of {length} bytes, expected at most {EXTENSIONS_SIZE}"
-            ));
-        };
-        if unused.iter().any(|&byte| byte != 0) {
-            return corrupt("bytes behind the extensions".into());
-        }
-        let mut rest = used;
-        while !rest.is_empty() {
-            let Ok((extension, body)) = RawExtension::ref_from_prefix(rest) else {
-                return corrupt("an extension is cut short".into());
-            };
-            if extension.flags.get() & MUST_UNDERSTAND != 0 {
-                return unsupported(format!(
-                    "needs header extension {:#x}, which this build lacks",
-                    extension.kind
-                ));
-            }
-            let padded = u64::from(extension.length.get()).next_multiple_of(8) as usize;
-            let Some((_, after)) = body.split_at_checked(padded) else {
-                return corrupt(format!("extension {:#x} reaches too far", extension.kind));
-            };
-            rest = after;
-        }
-        Ok(used.to_vec())
+        decode_extensions(self.extensions_length.get(), &self.extensions)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::{Error, ErrorKind};
 
     fn header() -> Header {
         Header {

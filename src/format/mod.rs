@@ -1,4 +1,4 @@
-//! Bytes ↔ checked values of the live layout; no I/O. `format-spec.md` is normative.
+//! Bytes ↔ checked values of both layouts; no I/O. `format-spec.md` is normative.
 //!
 //! Raw structs mirror the bytes and are private to their modules; the validated types are the only
 //! way out of them, so unchecked numbers can't be used.
@@ -8,18 +8,27 @@ pub mod bitmap;
 pub mod geometry;
 pub mod header;
 pub mod journal;
+mod link;
+pub mod packed;
 
 /// A field of an on-disk struct: name, byte offset, size in bytes.
 pub type Field = (&'static str, usize, usize);
 
 /// Every on-disk struct with its fields, for the test that compares them with `format-spec.md`.
-pub fn layouts() -> [(&'static str, Vec<Field>); 5] {
+pub fn layouts() -> [(&'static str, Vec<Field>); 11] {
+    let [header, frame, map, word, entry, footer] = packed::layouts();
     [
         ("Header slot", header::raw_layout()),
-        ("Extension", header::extension_layout()),
+        ("Extension", link::extension_layout()),
         ("Journal record", journal::record_layout()),
         ("Journal entry", journal::entry_layout()),
         ("Bitmap sector", bitmap::sector_layout()),
+        header,
+        frame,
+        map,
+        word,
+        entry,
+        footer,
     ]
 }
 

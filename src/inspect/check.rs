@@ -49,7 +49,7 @@ impl Report {
         self.findings.is_empty()
     }
 
-    fn finding(&mut self, offset: u64, what: impl Into<String>) {
+    pub(super) fn finding(&mut self, offset: u64, what: impl Into<String>) {
         keep(&mut self.findings, &mut self.left_out, offset, what.into());
     }
 

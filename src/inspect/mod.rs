@@ -8,11 +8,13 @@
 
 mod check;
 mod dump;
+mod packed;
 mod parts;
 mod repair;
 mod torn;
 
 pub use check::{Finding, MAX_FINDINGS, Report, check};
 pub use dump::{Part, dump};
+pub use packed::{check_packed, verify};
 pub use parts::{BitmapPage, FieldValue, RingPlace, RingRecord, Slot, Standing, Value, Verdict};
 pub use repair::{Fate, Loss, Reason, Repaired, repair};

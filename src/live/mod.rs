@@ -21,9 +21,9 @@ mod turn;
 mod writable;
 mod write;
 
-use crate::error::{Error, ErrorKind, Result};
-use crate::storage::{Lock, Storage, failed, holders, read_exact_at, read_exact_cached_at};
-use crate::types::{FileOffset, Word};
+use crate::error::Result;
+use crate::storage::Wait;
+use crate::types::Word;
 
 pub use create::{NewLayer, create, random};
 pub use journal::{RingSlot, read_ring};
@@ -33,15 +33,6 @@ pub use slots::{durable_header, newest_header, read_slots};
 pub use writable::Writable;
 pub use write::{ZeroKind, words};
 
-/// Whether an operation may wait for a disk or for a commit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wait {
-    /// Do all that it takes.
-    Yes,
-    /// Answer `false` instead.
-    No,
-}
-
 /// What a layer's reader sees where the layer owns nothing.
 pub trait Under {
     /// The blocks of a word that somebody below owns and that show at least one byte.
@@ -50,31 +41,4 @@ pub trait Under {
     /// Fills `buf` with what shows at the guest offset; zeros where nobody owns anything. False
     /// where `wait` is [`Wait::No`] and the bytes are not in the page cache.
     fn read(&self, offset: u64, buf: &mut [u8], wait: Wait) -> Result<bool>;
-}
-
-/// Reads owned bytes from a layer's file; as [`Under::read`] with `wait`.
-fn read_owned(file: &dyn Storage, offset: FileOffset, buf: &mut [u8], wait: Wait) -> Result<bool> {
-    let result = match wait {
-        Wait::Yes => read_exact_at(file, buf, offset.0).map(|()| true),
-        Wait::No => read_exact_cached_at(file, buf, offset.0),
-    };
-    result.map_err(failed(file, "reading blocks", offset.0))
-}
-
-/// Takes a lock, or names who stands against it.
-pub fn take_lock(file: &dyn Storage, lock: Lock) -> Result<()> {
-    file.lock(lock).map_err(|error| {
-        if error.kind() != std::io::ErrorKind::WouldBlock {
-            return failed(file, "locking the file", 0)(error);
-        }
-        let who = match holders(file.path()) {
-            names if names.is_empty() => "another open file".into(),
-            names => names.join(", "),
-        };
-        let wanted = match lock {
-            Lock::Shared => "to be read, but is being written",
-            Lock::Exclusive => "to be written, but is in use",
-        };
-        Error::new(ErrorKind::InUse, format!("wanted {wanted} by {who}")).in_file(file.path())
-    })
 }

@@ -5,14 +5,13 @@ use std::sync::Arc;
 
 use super::pages::{next_group, read_page};
 use super::recover::recover;
-use super::{Wait, read_owned, take_lock};
 use crate::error::Result;
 use crate::format::bitmap::Bits;
 use crate::format::geometry::{file_length, word_offset};
 use crate::format::header::{Header, State};
 use crate::live::slots::newest_header;
-use crate::storage::{Lock, Storage, failed};
-use crate::types::{FileOffset, Group, Word};
+use crate::storage::{Lock, Storage, Wait, failed, read_blocks, take_lock};
+use crate::types::{Group, Word};
 
 /// A layer open for reading, under a shared lock. The file is not changed, not even where it was
 /// not closed cleanly: then the journal is replayed in memory.
@@ -78,6 +77,6 @@ impl Sealed {
 
     /// Reads owned bytes, `from` counted from the word's start; false as in [`super::Under::read`].
     pub fn read(&self, word: Word, from: u64, buf: &mut [u8], wait: Wait) -> Result<bool> {
-        read_owned(&*self.file, FileOffset(word_offset(word).0 + from), buf, wait)
+        read_blocks(&*self.file, word_offset(word).0 + from, buf, wait)
     }
 }

@@ -11,16 +11,15 @@ use super::recover::recover;
 use super::sealed::Sealed;
 use super::slots::Slots;
 use super::turn::Turn;
-use super::{Wait, read_owned, take_lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::{
     JOURNAL_OFFSET, JOURNAL_RECORDS, block_offset, file_length, group_count, is_virtual_size,
     word_offset,
 };
 use crate::format::header::{Header, State};
-use crate::storage::{Lock, Storage, failed, write_all_at};
+use crate::storage::{Lock, Storage, Wait, failed, read_blocks, take_lock, write_all_at};
 use crate::sync::guard;
-use crate::types::{BLOCK_SIZE, Block, FileOffset, FreezeId, Identity, Uuid, Word};
+use crate::types::{BLOCK_SIZE, Block, FreezeId, Identity, Uuid, Word};
 
 const STRIPES: usize = 64;
 
@@ -119,7 +118,7 @@ impl Writable {
 
     /// Reads owned bytes, `from` counted from the word's start; false as in [`super::Under::read`].
     pub fn read(&self, word: Word, from: u64, buf: &mut [u8], wait: Wait) -> Result<bool> {
-        read_owned(&*self.file, FileOffset(word_offset(word).0 + from), buf, wait)
+        read_blocks(&*self.file, word_offset(word).0 + from, buf, wait)
     }
 
     /// Makes everything durable and marks the layer as closed. On an error it stays *in use*, to be

@@ -2,12 +2,12 @@
 
 use std::sync::atomic::Ordering;
 
+use super::Under;
 use super::pending::Standing;
 use super::writable::Writable;
-use super::{Under, Wait};
 use crate::error::Result;
 use crate::format::geometry::word_offset;
-use crate::storage::{failed, write_all_at};
+use crate::storage::{Wait, failed, write_all_at};
 use crate::sync::guard;
 use crate::types::{BLOCK_SIZE, WORD_BYTES, Word, covered, runs, touched};
 

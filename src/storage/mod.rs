@@ -12,7 +12,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::error::Error;
+use crate::error::{Error, ErrorKind, Result};
 
 pub use file::{FileFolder, holders};
 pub use memory::MemoryFolder;
@@ -125,6 +125,24 @@ pub fn failed(
     move |error| Error::io(error, operation).at(offset).in_file(storage.path())
 }
 
+/// Whether an operation may wait for a disk or for a commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Do all that it takes.
+    Yes,
+    /// Answer `false` instead.
+    No,
+}
+
+/// Fills `buf`; false where `wait` is [`Wait::No`] and the page cache lacks a byte.
+pub fn read_blocks(file: &dyn Storage, offset: u64, buf: &mut [u8], wait: Wait) -> Result<bool> {
+    let result = match wait {
+        Wait::Yes => read_exact_at(file, buf, offset).map(|()| true),
+        Wait::No => read_exact_cached_at(file, buf, offset),
+    };
+    result.map_err(failed(file, "reading blocks", offset))
+}
+
 /// Fills `buf`, or fails with [`io::ErrorKind::UnexpectedEof`].
 pub fn read_exact_at(storage: &dyn Storage, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
     while !buf.is_empty() {
@@ -184,4 +202,22 @@ fn write_zeros(storage: &dyn Storage, mut offset: u64, mut length: u64) -> io::R
         length -= part;
     }
     Ok(())
+}
+
+/// Takes a lock, or names who stands against it.
+pub fn take_lock(file: &dyn Storage, lock: Lock) -> Result<()> {
+    file.lock(lock).map_err(|error| {
+        if error.kind() != io::ErrorKind::WouldBlock {
+            return failed(file, "locking the file", 0)(error);
+        }
+        let who = match holders(file.path()) {
+            names if names.is_empty() => "another open file".into(),
+            names => names.join(", "),
+        };
+        let wanted = match lock {
+            Lock::Shared => "to be read, but is being written",
+            Lock::Exclusive => "to be written, but is in use",
+        };
+        Error::new(ErrorKind::InUse, format!("wanted {wanted} by {who}")).in_file(file.path())
+    })
 }

@@ -5,6 +5,7 @@ mod contract;
 mod disks;
 mod help;
 mod layers;
+mod packed;
 mod repair;
 mod show;
 mod support;

@@ -8,7 +8,7 @@ use std::process::Command;
 use crate::support::{Folder, Run, output};
 
 /// A run of each subcommand that takes an existing layer, on the file `x.tply`.
-const ON_A_LAYER: [&[&str]; 10] = [
+const ON_A_LAYER: [&[&str]; 11] = [
     &["snapshot", "x.tply", "s.tply"],
     &["info", "x.tply"],
     &["info", "--chain", "x.tply"],
@@ -16,6 +16,7 @@ const ON_A_LAYER: [&[&str]; 10] = [
     &["dump", "x.tply"],
     &["check", "x.tply"],
     &["export", "x.tply", "out"],
+    &["pack", "x.tply", "packed.tply"],
     &["resize", "x.tply", "1G"],
     &["create", "--parent", "x.tply", "child.tply"],
     &["serve", "x.tply", "--socket", "x.sock"],
@@ -117,6 +118,8 @@ fn without_arguments_the_help_comes_and_the_code_is_that_of_an_error() {
         "repair",
         "import",
         "export",
+        "pack",
+        "verify",
         "resize",
         "completions",
         "man",

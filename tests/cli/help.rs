@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::support::Folder;
 
-const VERBS: [&str; 14] = [
+const VERBS: [&str; 16] = [
     "create",
     "snapshot",
     "info",
@@ -15,6 +15,8 @@ const VERBS: [&str; 14] = [
     "repair",
     "import",
     "export",
+    "pack",
+    "verify",
     "resize",
     "serve",
     "demo",

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use clap::Args;
 use serde::Serialize;
-use thinply::chain::Stack;
+use thinply::chain::{self, Stack};
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::inspect::{self, Report};
-use thinply::live::{newest_header, take_lock};
-use thinply::storage::{Access, Lock};
+use thinply::live::newest_header;
+use thinply::packed::Packed;
+use thinply::storage::{Access, Lock, Storage, take_lock};
 
 use crate::args::LayersArg;
 use crate::output::Output;
@@ -88,11 +89,15 @@ impl Check {
     fn check(&self) -> Result<Vec<Layer>> {
         let place = Place::existing(&self.file)?;
         let file = place.open(Access::Read)?;
-        take_lock(&*file, Lock::Shared)?;
-        let mut report = inspect::check(&*file)?;
+        let mut report = if Packed::recognise(&*file)? {
+            inspect::check_packed(file.clone())?
+        } else {
+            take_lock(&*file, Lock::Shared)?;
+            inspect::check(&*file)?
+        };
         let mut below = None;
         if self.chain {
-            match self.parents(&place, &*file) {
+            match self.parents(&place, file.clone()) {
                 Ok(stack) => below = stack,
                 Err(error) if is_damage(&error) => {
                     let what = format!("the chain can't be opened: {error}");
@@ -104,18 +109,23 @@ impl Check {
         let mut layers = vec![Layer::new(place.path().display().to_string(), report)];
         for layer in below.iter().flat_map(|stack| stack.layers()) {
             let path = layer.file().path().display().to_string();
-            layers.push(Layer::new(path, inspect::check(layer.file())?));
+            let report = match layer {
+                chain::Layer::Live(layer) => inspect::check(layer.file())?,
+                chain::Layer::Packed(layer) => inspect::verify(layer)?,
+            };
+            layers.push(Layer::new(path, report));
         }
         Ok(layers)
     }
 
     /// The layers below, opened as every reader opens them, which checks how they fit together.
-    fn parents(
-        &self,
-        place: &Place,
-        file: &dyn thinply::storage::Storage,
-    ) -> Result<Option<Arc<Stack>>> {
-        let Some(link) = newest_header(file)?.parent else { return Ok(None) };
+    fn parents(&self, place: &Place, file: Arc<dyn Storage>) -> Result<Option<Arc<Stack>>> {
+        let parent = if Packed::recognise(&*file)? {
+            Packed::open(file)?.parent().cloned()
+        } else {
+            newest_header(&*file)?.parent
+        };
+        let Some(link) = parent else { return Ok(None) };
         let layers = self.layers.layers()?;
         let stack = layers.stack(&link, &place.folder)?;
         // The stack knows its own layers; the top's view of it is checked by opening the top.

@@ -91,8 +91,7 @@ impl Export {
     /// The canonical path of a file that may be replaced: no folder, and none of the layers.
     fn replaced(&self, chain: &Chain) -> Result<PathBuf> {
         let refuse = |detail| Err(Error::new(ErrorKind::InvalidInput, detail).in_file(&self.dst));
-        let layers = chain.headers();
-        if layers.iter().any(|(path, _)| same_file(path, &self.dst)) {
+        if chain.paths().iter().any(|path| same_file(path, &self.dst)) {
             return refuse("is a layer of the disk that is exported");
         }
         let path = std::fs::canonicalize(&self.dst)

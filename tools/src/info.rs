@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
+use thinply::chain::Layer;
 use thinply::error::{Error, Result};
-use thinply::format::header::{Header, State};
+use thinply::format::header::{Header, ParentLink, State};
 use thinply::live::newest_header;
+use thinply::packed::Packed;
 use thinply::storage::Access;
 use thinply::types::Identity;
 
@@ -41,25 +43,28 @@ pub struct Info {
 }
 
 /// The facts of a layer.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 struct Facts {
     file: String,
     format: &'static str,
     state: &'static str,
     virtual_size: u64,
     disk_size: u64,
-    uuid: String,
+    uuid: Option<String>,
+    root: Option<String>,
+    data_blocks: Option<u64>,
+    zero_blocks: Option<u64>,
     freeze_id: Option<String>,
     parent: Option<String>,
     parent_uuid: Option<String>,
     parent_freeze_id: Option<String>,
     parent_root: Option<String>,
     visible_parent_size: Option<u64>,
-    generation: u64,
-    epoch: u64,
-    journal_tail: u64,
+    generation: Option<u64>,
+    epoch: Option<u64>,
+    journal_tail: Option<u64>,
     compatible_features: u64,
-    read_only_compatible_features: u64,
+    read_only_compatible_features: Option<u64>,
     note: Option<String>,
 }
 
@@ -92,29 +97,33 @@ impl Info {
     fn facts(&self) -> Result<Vec<Facts>> {
         let place = Place::existing(&self.file)?;
         let file = place.open(Access::Read)?;
-        let still = Stillness::of(&*file)?;
-        let header = newest_header(&*file)?;
-        let mut all = vec![facts(&place.path(), &header, still.note())?];
-        if let Some(link) = header.parent.as_ref().filter(|_| self.chain) {
-            let stack = self.layers.layers()?.stack(link, &place.folder)?;
+        let (first, parent) = if Packed::recognise(&*file)? {
+            let layer = Packed::open(file)?;
+            (packed_facts(&layer)?, layer.parent().cloned())
+        } else {
+            let still = Stillness::of(&*file)?;
+            let header = newest_header(&*file)?;
+            (live_facts(&place.path(), &header, still.note())?, header.parent)
+        };
+        let mut all = vec![first];
+        if let Some(link) = parent.filter(|_| self.chain) {
+            let stack = self.layers.layers()?.stack(&link, &place.folder)?;
             for layer in stack.layers() {
-                all.push(facts(layer.file().path(), layer.header(), None)?);
+                all.push(match layer {
+                    Layer::Live(layer) => live_facts(layer.file().path(), layer.header(), None)?,
+                    Layer::Packed(layer) => packed_facts(layer)?,
+                });
             }
         }
         Ok(all)
     }
 }
 
-fn facts(path: &Path, header: &Header, note: Option<String>) -> Result<Facts> {
+/// The facts that both layouts have; the others are for the caller.
+fn common_facts(path: &Path, link: Option<&ParentLink>, visible: u64) -> Result<Facts> {
     let meta = path
         .metadata()
         .map_err(|error| Error::io(error, "asking for the disk size").in_file(path))?;
-    let (state, freeze_id) = match header.state {
-        State::Writable => ("writable", None),
-        State::InUse => ("in use", None),
-        State::Frozen(id) => ("frozen", Some(id.to_string())),
-    };
-    let link = header.parent.as_ref();
     let (mut uuid, mut freeze, mut root) = (None, None, None);
     match link.map(|link| link.identity) {
         Some(Identity::Frozen(layer, id)) => {
@@ -125,22 +134,48 @@ fn facts(path: &Path, header: &Header, note: Option<String>) -> Result<Facts> {
     }
     Ok(Facts {
         file: path.display().to_string(),
-        format: "thinply live layer, version 1",
-        state,
-        virtual_size: header.virtual_size,
         disk_size: meta.blocks() * 512,
-        uuid: header.uuid.to_string(),
-        freeze_id,
         parent: link.map(|link| link.hint.clone()),
         parent_uuid: uuid,
         parent_freeze_id: freeze,
         parent_root: root,
-        visible_parent_size: link.map(|_| header.visible_parent_size),
-        generation: header.generation,
-        epoch: header.epoch,
-        journal_tail: header.journal_tail,
+        visible_parent_size: link.map(|_| visible),
+        ..Facts::default()
+    })
+}
+
+fn live_facts(path: &Path, header: &Header, note: Option<String>) -> Result<Facts> {
+    let (state, freeze_id) = match header.state {
+        State::Writable => ("writable", None),
+        State::InUse => ("in use", None),
+        State::Frozen(id) => ("frozen", Some(id.to_string())),
+    };
+    Ok(Facts {
+        format: "thinply live layer, version 1",
+        state,
+        virtual_size: header.virtual_size,
+        uuid: Some(header.uuid.to_string()),
+        freeze_id,
+        generation: Some(header.generation),
+        epoch: Some(header.epoch),
+        journal_tail: Some(header.journal_tail),
         compatible_features: header.compatible,
-        read_only_compatible_features: header.read_only_compatible,
+        read_only_compatible_features: Some(header.read_only_compatible),
         note,
+        ..common_facts(path, header.parent.as_ref(), header.visible_parent_size)?
+    })
+}
+
+fn packed_facts(layer: &Packed) -> Result<Facts> {
+    let header = layer.header();
+    Ok(Facts {
+        format: "thinply packed layer, version 1",
+        state: "packed",
+        virtual_size: header.virtual_size,
+        root: Some(layer.root().to_string()),
+        data_blocks: Some(layer.footer().data_blocks),
+        zero_blocks: Some(layer.footer().zero_blocks),
+        compatible_features: header.compatible,
+        ..common_facts(layer.file().path(), layer.parent(), header.visible_parent_size)?
     })
 }

@@ -14,6 +14,7 @@ mod info;
 mod man;
 mod map;
 mod output;
+mod pack;
 mod parent;
 mod paths;
 mod progress;
@@ -24,6 +25,7 @@ mod serve;
 mod size;
 mod snapshot;
 mod still;
+mod verify;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -75,7 +75,7 @@ impl Map {
         let place = Place::existing(&self.file)?;
         let chain = place.chain(Access::Read, self.layers.layers()?)?;
         let names: Vec<String> =
-            chain.headers().iter().map(|(path, _)| path.display().to_string()).collect();
+            chain.paths().iter().map(|path| path.display().to_string()).collect();
         let mut output = Output::new();
         let walk = |put: &mut dyn FnMut(&Extent<'_>) -> Result<()>| {
             extents::walk(&chain, &mut |extent| {

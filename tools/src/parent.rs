@@ -7,6 +7,7 @@ use thinply::chain::{Layers, Parent, seal};
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::format::header::{State, check_hint};
 use thinply::live::newest_header;
+use thinply::packed::Packed;
 use thinply::storage::Access;
 
 use crate::args::LayersArg;
@@ -33,11 +34,14 @@ impl ParentArg {
         check_hint(&place.name).map_err(|error| {
             Error::new(ErrorKind::InvalidInput, error.to_string()).in_file(path)
         })?;
-        let header = newest_header(&*place.open(Access::Read)?)?;
-        if !matches!(header.state, State::Frozen(_)) {
-            self.check_found(&place, child)?;
-            if let Some(link) = &header.parent {
-                layers.stack(link, &place.folder)?;
+        let file = place.open(Access::Read)?;
+        if !Packed::recognise(&*file)? {
+            let header = newest_header(&*file)?;
+            if !matches!(header.state, State::Frozen(_)) {
+                self.check_found(&place, child)?;
+                if let Some(link) = &header.parent {
+                    layers.stack(link, &place.folder)?;
+                }
             }
         }
         let parent = seal(&*place.folder, &place.name)?;

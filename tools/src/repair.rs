@@ -7,8 +7,7 @@ use serde::Serialize;
 use thinply::error::{Error, Result};
 use thinply::format::header::State;
 use thinply::inspect::{self, Fate, Repaired};
-use thinply::live::take_lock;
-use thinply::storage::{Access, Lock};
+use thinply::storage::{Access, Lock, take_lock};
 
 use crate::draft::{Draft, Replace};
 use crate::output::Output;

@@ -1,0 +1,114 @@
+//! A sealed layer of either layout, as the stack sees it.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::format::bitmap::Bits;
+use crate::format::geometry::word_offset;
+use crate::format::header::ParentLink;
+use crate::live::Sealed;
+use crate::packed::Packed;
+use crate::storage::{Storage, Wait, failed};
+use crate::types::{Group, Identity, Word};
+
+/// A layer that is only read.
+#[derive(Debug)]
+pub enum Layer {
+    /// Live layout: frozen, or not written while it is open.
+    Live(Sealed),
+    /// Packed layout.
+    Packed(Packed),
+}
+
+impl Layer {
+    /// Opens a layer of whichever layout the file begins with, under a shared lock.
+    ///
+    /// # Errors
+    /// Those of [`Sealed::open`] and [`Packed::open`].
+    pub fn open(file: Arc<dyn Storage>) -> Result<Self> {
+        if Packed::recognise(&*file)? {
+            return Packed::open(file).map(Self::Packed);
+        }
+        Sealed::open(file).map(Self::Live)
+    }
+
+    /// The identity that children link to; none for a layer that is not frozen.
+    pub fn identity(&self) -> Option<Identity> {
+        match self {
+            Self::Live(layer) => layer.header().identity(),
+            Self::Packed(layer) => Some(layer.identity()),
+        }
+    }
+
+    /// Size of the device in bytes.
+    pub fn virtual_size(&self) -> u64 {
+        match self {
+            Self::Live(layer) => layer.header().virtual_size,
+            Self::Packed(layer) => layer.header().virtual_size,
+        }
+    }
+
+    /// How many bytes of the parent show.
+    pub fn visible_parent_size(&self) -> u64 {
+        match self {
+            Self::Live(layer) => layer.header().visible_parent_size,
+            Self::Packed(layer) => layer.header().visible_parent_size,
+        }
+    }
+
+    /// The layer below.
+    pub fn parent(&self) -> Option<&ParentLink> {
+        match self {
+            Self::Live(layer) => layer.header().parent.as_ref(),
+            Self::Packed(layer) => layer.parent(),
+        }
+    }
+
+    /// The file.
+    pub fn file(&self) -> &dyn Storage {
+        match self {
+            Self::Live(layer) => layer.file(),
+            Self::Packed(layer) => layer.file(),
+        }
+    }
+
+    /// The owned blocks of a group; `None` where there are none.
+    pub fn bits(&self, group: Group) -> Result<Option<Box<Bits>>> {
+        match self {
+            Self::Live(layer) => layer.bits(group),
+            Self::Packed(layer) => layer.bits(group),
+        }
+    }
+
+    /// The first group at or after `from` that may own a block.
+    pub fn next_group(&self, from: Group) -> Result<Option<Group>> {
+        match self {
+            Self::Live(layer) => layer.next_group(from),
+            Self::Packed(layer) => Ok(layer.next_group(from)),
+        }
+    }
+
+    /// Reads owned bytes, `from` counted from the word's start; false as in
+    /// [`crate::live::Under::read`].
+    pub fn read(&self, word: Word, from: u64, buf: &mut [u8], wait: Wait) -> Result<bool> {
+        match self {
+            Self::Live(layer) => layer.read(word, from, buf, wait),
+            Self::Packed(layer) => layer.read(word, from, buf, wait),
+        }
+    }
+
+    /// Starts to read owned bytes into the page cache. Those of a packed layer are small enough to
+    /// wait until they are asked for.
+    pub fn prefetch(&self, word: Word, from: u64, length: u64) -> Result<()> {
+        match self {
+            Self::Live(layer) => prefetch(layer.file(), word, from, length),
+            Self::Packed(_) => Ok(()),
+        }
+    }
+}
+
+/// Starts to read blocks of a live layer's file into the page cache.
+pub(super) fn prefetch(file: &dyn Storage, word: Word, from: u64, length: u64) -> Result<()> {
+    let at = word_offset(word).0 + from;
+    file.prefetch(at, length).map_err(failed(file, "prefetching", at))
+}

@@ -1,0 +1,116 @@
+//! `thinply pack`
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::Serialize;
+use thinply::chain::{Chain, PackOptions};
+use thinply::error::{Error, Result};
+use thinply::packed::{Compression, Summary};
+use thinply::storage::Access;
+use thinply::types::BLOCK_SIZE;
+
+use crate::args::LayersArg;
+use crate::draft::{Draft, Replace};
+use crate::output::Output;
+use crate::paths::Place;
+use crate::{Answer, Outcome, progress};
+
+const DEFAULT_LEVEL: i32 = 3;
+const BUFFER: usize = 1 << 20;
+
+const AFTER_HELP: &str = "\
+FILE alone is packed, not what it stands on; OUT has the same parent. OUT appears when it is whole.
+
+Examples:
+  thinply pack base.tply base.packed.tply
+  thinply pack --zstd 19 --drop-equal layer.tply layer.packed.tply
+  thinply pack --uncompressed base.tply - | ssh host 'cat > base.tply'";
+
+/// Pack a layer into a sealed file, addressed by its content, for sharing and shipping.
+#[derive(Args, Debug)]
+#[command(after_help = AFTER_HELP)]
+pub struct Pack {
+    /// Compress by zstd at level N [default: 3]
+    #[arg(long, value_name = "N", conflicts_with = "uncompressed")]
+    zstd: Option<i32>,
+    /// Store blocks as they are, so that runs of them are read with one call
+    #[arg(long)]
+    uncompressed: bool,
+    /// Leave out blocks that are equal to what lies under them
+    #[arg(long)]
+    drop_equal: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    layers: LayersArg,
+    /// The layer
+    file: PathBuf,
+    /// The file to make, which must not exist, or - for standard output
+    out: PathBuf,
+}
+
+/// What was made.
+#[derive(Debug, Serialize)]
+struct Facts {
+    root: String,
+    data_size: u64,
+    zero_size: u64,
+    length: u64,
+}
+
+impl Pack {
+    /// Runs the verb.
+    pub fn run(&self) -> Outcome {
+        let place = Place::existing(&self.file)?;
+        if self.out.as_os_str() == "-" {
+            let chain = place.chain(Access::Read, self.layers.layers()?)?;
+            self.pack(&chain, io::stdout()).map(drop)?;
+            return Ok(Answer::Yes);
+        }
+        let out = Place::vacant(&self.out)?;
+        let chain = place.chain(Access::Read, self.layers.layers()?)?;
+        let draft = Draft::new(&out.directory);
+        let failed = |error, operation: &str| Error::io(error, operation).in_file(&self.out);
+        let file = File::create_new(draft.path()).map_err(|e| failed(e, "creating the file"))?;
+        let (summary, file) = self.pack(&chain, file)?;
+        file.sync_all().map_err(|error| failed(error, "syncing the new file"))?;
+        draft.publish(Path::new(&out.name), Replace::Never)?;
+        out.folder.sync().map_err(|error| failed(error, "syncing the folder"))?;
+        let facts = Facts {
+            root: summary.root.to_string(),
+            data_size: summary.data_blocks * BLOCK_SIZE,
+            zero_size: summary.zero_blocks * BLOCK_SIZE,
+            length: summary.length,
+        };
+        let mut output = Output::new();
+        if self.json {
+            output.json(&facts)?
+        } else {
+            output.facts(&facts)?
+        }
+        output.print()?;
+        Ok(Answer::Yes)
+    }
+
+    fn pack<W: Write>(&self, chain: &Chain, out: W) -> Result<(Summary, W)> {
+        let compression = if self.uncompressed {
+            Compression::None
+        } else {
+            Compression::Zstd(self.zstd.unwrap_or(DEFAULT_LEVEL))
+        };
+        let options = PackOptions { compression, drop_equal: self.drop_equal };
+        let bar = progress::bar(None);
+        let out = BufWriter::with_capacity(BUFFER, out);
+        let packed = chain.pack(out, &options, &mut |blocks| bar.set_position(blocks * BLOCK_SIZE));
+        bar.finish_and_clear();
+        let (summary, out) = packed?;
+        let out = out
+            .into_inner()
+            .map_err(|error| Error::io(error.into_error(), "writing a packed layer"))?;
+        Ok((summary, out))
+    }
+}
