@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::process::Command;
 
-use crate::support::{Folder, Run, output};
+use crate::support::{Folder, Run, VERBS, output};
 
 /// A run of each subcommand that takes an existing layer, on the file `x.tply`.
 const ON_A_LAYER: [&[&str]; 11] = [
@@ -108,22 +108,7 @@ fn without_arguments_the_help_comes_and_the_code_is_that_of_an_error() {
     let run = folder.run(&[]);
     assert_eq!(run.code, 2);
     assert!(run.stderr.contains("Usage: thinply <COMMAND>"), "{run:?}");
-    for verb in [
-        "create",
-        "snapshot",
-        "info",
-        "map",
-        "dump",
-        "check",
-        "repair",
-        "import",
-        "export",
-        "pack",
-        "verify",
-        "resize",
-        "completions",
-        "man",
-    ] {
+    for verb in VERBS.into_iter().filter(|verb| *verb != "demo") {
         let run = folder.run(&[verb]);
         assert!(run.refused().contains("Usage: thinply"), "{run:?}");
         assert!(folder.run(&[verb, "--nonsense"]).refused().contains("--nonsense"));

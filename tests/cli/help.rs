@@ -3,26 +3,7 @@
 
 use std::path::Path;
 
-use crate::support::Folder;
-
-const VERBS: [&str; 16] = [
-    "create",
-    "snapshot",
-    "info",
-    "map",
-    "dump",
-    "check",
-    "repair",
-    "import",
-    "export",
-    "pack",
-    "verify",
-    "resize",
-    "serve",
-    "demo",
-    "completions",
-    "man",
-];
+use crate::support::{Folder, VERBS};
 
 fn pinned(name: &str, text: String) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/cli/help").join(name);

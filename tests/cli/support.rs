@@ -16,6 +16,26 @@ use thinply::storage::{Access, FileFolder, Folder as _, Lock};
 pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;
 
+/// Every subcommand, as the help lists them.
+pub const VERBS: [&str; 16] = [
+    "create",
+    "snapshot",
+    "info",
+    "map",
+    "dump",
+    "check",
+    "repair",
+    "import",
+    "export",
+    "pack",
+    "verify",
+    "resize",
+    "serve",
+    "demo",
+    "completions",
+    "man",
+];
+
 /// Held where a child is started, and where a lock on a layer is taken or given back. A child has
 /// the parent's open files, with their locks, until it has become another program.
 static STARTING: Mutex<()> = Mutex::new(());

@@ -87,6 +87,18 @@ impl Command {
     }
 }
 
+/// What verbs take that print facts of a layer.
+#[derive(Args, Debug)]
+pub struct ShowArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub layers: LayersArg,
+    /// The layer
+    pub file: PathBuf,
+}
+
 /// Where parents are looked for.
 #[derive(Args, Debug)]
 pub struct LayersArg {

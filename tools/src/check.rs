@@ -1,6 +1,5 @@
 //! `thinply check`
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
@@ -12,7 +11,7 @@ use thinply::live::newest_header;
 use thinply::packed::Packed;
 use thinply::storage::{Access, Lock, Storage, take_lock};
 
-use crate::args::LayersArg;
+use crate::args::ShowArgs;
 use crate::output::Output;
 use crate::paths::Place;
 use crate::{Answer, Outcome};
@@ -39,13 +38,8 @@ pub struct Check {
     /// Check the layers below too, and that each is the one its child stands on
     #[arg(long)]
     chain: bool,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
     #[command(flatten)]
-    layers: LayersArg,
-    /// The layer
-    file: PathBuf,
+    show: ShowArgs,
 }
 
 /// What was found in a layer.
@@ -77,7 +71,7 @@ impl Check {
         let layers = self.check()?;
         let all = Layers { clean: layers.iter().all(|layer| layer.clean), layers };
         let mut output = Output::new();
-        if self.json {
+        if self.show.json {
             output.json(&all)?;
         } else {
             all.layers.iter().try_for_each(|layer| layer.lines(&mut output))?;
@@ -87,7 +81,7 @@ impl Check {
     }
 
     fn check(&self) -> Result<Vec<Layer>> {
-        let place = Place::existing(&self.file)?;
+        let place = Place::existing(&self.show.file)?;
         let file = place.open(Access::Read)?;
         let mut report = if Packed::recognise(&*file)? {
             inspect::check_packed(file.clone())?
@@ -126,7 +120,7 @@ impl Check {
             newest_header(&*file)?.parent
         };
         let Some(link) = parent else { return Ok(None) };
-        let layers = self.layers.layers()?;
+        let layers = self.show.layers.layers()?;
         let stack = layers.stack(&link, &place.folder)?;
         // The stack knows its own layers; the top's view of it is checked by opening the top.
         place.chain(Access::Read, layers)?;

@@ -1,7 +1,7 @@
 //! `thinply info`
 
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use clap::Args;
 use serde::Serialize;
@@ -13,7 +13,7 @@ use thinply::packed::Packed;
 use thinply::storage::Access;
 use thinply::types::Identity;
 
-use crate::args::LayersArg;
+use crate::args::ShowArgs;
 use crate::output::Output;
 use crate::paths::Place;
 use crate::still::Stillness;
@@ -33,13 +33,8 @@ pub struct Info {
     /// Show the layers below too, newest first
     #[arg(long)]
     chain: bool,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
     #[command(flatten)]
-    layers: LayersArg,
-    /// The layer
-    file: PathBuf,
+    show: ShowArgs,
 }
 
 /// The facts of a layer.
@@ -78,7 +73,7 @@ impl Info {
     pub fn run(&self) -> Outcome {
         let facts = self.facts()?;
         let mut output = Output::new();
-        match (self.json, self.chain) {
+        match (self.show.json, self.chain) {
             (true, true) => output.json(&Layers { layers: facts })?,
             (true, false) => output.json(&facts[0])?,
             (false, _) => {
@@ -95,7 +90,7 @@ impl Info {
     }
 
     fn facts(&self) -> Result<Vec<Facts>> {
-        let place = Place::existing(&self.file)?;
+        let place = Place::existing(&self.show.file)?;
         let file = place.open(Access::Read)?;
         let (first, parent) = if Packed::recognise(&*file)? {
             let layer = Packed::open(file)?;
@@ -107,7 +102,7 @@ impl Info {
         };
         let mut all = vec![first];
         if let Some(link) = parent.filter(|_| self.chain) {
-            let stack = self.layers.layers()?.stack(&link, &place.folder)?;
+            let stack = self.show.layers.layers()?.stack(&link, &place.folder)?;
             for layer in stack.layers() {
                 all.push(match layer {
                     Layer::Live(layer) => live_facts(layer.file().path(), layer.header(), None)?,

@@ -1,7 +1,5 @@
 //! `thinply map`
 
-use std::path::PathBuf;
-
 use clap::Args;
 use serde::Serialize;
 use thinply::chain::Kind;
@@ -9,7 +7,7 @@ use thinply::device::Device;
 use thinply::error::Result;
 use thinply::storage::Access;
 
-use crate::args::LayersArg;
+use crate::args::ShowArgs;
 use crate::output::Output;
 use crate::paths::Place;
 use crate::{Answer, Outcome, extents};
@@ -29,13 +27,8 @@ Examples:
 #[derive(Args, Debug)]
 #[command(after_help = AFTER_HELP)]
 pub struct Map {
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
     #[command(flatten)]
-    layers: LayersArg,
-    /// The disk
-    file: PathBuf,
+    show: ShowArgs,
 }
 
 #[derive(Debug, Serialize)]
@@ -72,8 +65,8 @@ impl Extent<'_> {
 impl Map {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
-        let place = Place::existing(&self.file)?;
-        let chain = place.chain(Access::Read, self.layers.layers()?)?;
+        let place = Place::existing(&self.show.file)?;
+        let chain = place.chain(Access::Read, self.show.layers.layers()?)?;
         let names: Vec<String> =
             chain.paths().iter().map(|path| path.display().to_string()).collect();
         let mut output = Output::new();
@@ -89,7 +82,7 @@ impl Map {
                 })
             })
         };
-        if self.json {
+        if self.show.json {
             let disk =
                 Disk { file: place.path().display().to_string(), virtual_size: chain.size() };
             let mut list = output.begin_list(&disk, "extents")?;
