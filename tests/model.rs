@@ -2,9 +2,11 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::bench::{BLOCK, Bench, Disk};
 use proptest::prelude::*;
-use thinply::chain::Chain;
+use thinply::chain::{Chain, seal};
 use thinply::device::{Detail, Device, ZeroMode};
 
 /// One group, and a bit of a second one that doesn't end at a block.
@@ -39,6 +41,10 @@ enum Op {
         size: u64,
     },
     Reopen,
+    /// Folds the layers above a snapshot, or all of them, into a new one.
+    Flatten {
+        onto: usize,
+    },
     /// Drops the chain without closing it, after a flush; recovery must bring all back.
     Kill,
 }
@@ -66,6 +72,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Op::Snapshot),
         1 => range().prop_map(|(offset, _)| Op::Resize { size: (offset / 512 * 512).max(512) }),
         1 => Just(Op::Reopen),
+        1 => any::<usize>().prop_map(|onto| Op::Flatten { onto }),
         1 => Just(Op::Kill),
     ]
 }
@@ -117,6 +124,8 @@ struct Run {
     chain: Option<Chain>,
     disk: Disk,
     snapshots: Vec<Disk>,
+    /// What each flattened layer must show.
+    flat: Vec<Disk>,
 }
 
 impl Run {
@@ -124,7 +133,7 @@ impl Run {
         let bench = Bench::default();
         bench.create("top", size);
         let chain = Some(bench.write("top"));
-        Self { bench, chain, disk: Disk::new(size), snapshots: Vec::new() }
+        Self { bench, chain, disk: Disk::new(size), snapshots: Vec::new(), flat: Vec::new() }
     }
 
     fn chain(&self) -> &Chain {
@@ -172,6 +181,7 @@ impl Run {
                 self.chain.take().unwrap().close().unwrap();
                 self.chain = Some(self.bench.write("top"));
             }
+            Op::Flatten { onto } => self.flatten(onto),
             Op::Kill => {
                 self.chain().flush().unwrap();
                 self.chain = None;
@@ -179,6 +189,22 @@ impl Run {
                 self.chain = Some(self.bench.write("top"));
             }
         }
+    }
+
+    fn flatten(&mut self, onto: usize) {
+        self.chain.take().unwrap().close().unwrap();
+        let onto = onto.checked_rem(self.snapshots.len() + 1).filter(|&n| n < self.snapshots.len());
+        let link = onto
+            .map(|number| seal(&*self.bench.folder, &format!("snapshot-{number}")).unwrap().link);
+        let name = format!("flat-{}", self.flat.len());
+        let layers = Arc::default();
+        let still = self.bench.read("top");
+        still.flatten(&self.bench.folder, &name, link.as_ref(), layers, &mut |_| {}).unwrap();
+        drop(still);
+        let depth = onto.map_or(0, |number| number + 1);
+        assert_eq!(self.bench.read(&name).paths().len(), 1 + depth, "{name}");
+        self.flat.push(self.disk.clone());
+        self.chain = Some(self.bench.write("top"));
     }
 
     fn finish(mut self) {
@@ -191,6 +217,10 @@ impl Run {
             // Nobody may have opened it before: all caches empty.
             let fresh = Bench::in_folder(self.bench.folder.clone());
             compare(&fresh.read(&name), disk, &name);
+        }
+        for (number, disk) in self.flat.iter().enumerate() {
+            let name = format!("flat-{number}");
+            compare(&self.bench.read(&name), disk, &name);
         }
     }
 }

@@ -5,6 +5,7 @@
 //! - what a layer shows of those below it ends at its visible parent size, to the byte.
 
 mod device;
+mod flatten;
 mod layer;
 mod layers;
 mod map;

@@ -3,6 +3,7 @@
 
 mod contract;
 mod disks;
+mod flatten;
 mod help;
 mod layers;
 mod packed;

@@ -8,7 +8,7 @@ use std::process::Command;
 use crate::support::{Folder, Run, VERBS, output};
 
 /// A run of each subcommand that takes an existing layer, on the file `x.tply`.
-const ON_A_LAYER: [&[&str]; 11] = [
+const ON_A_LAYER: [&[&str]; 12] = [
     &["snapshot", "x.tply", "s.tply"],
     &["info", "x.tply"],
     &["info", "--chain", "x.tply"],
@@ -17,6 +17,7 @@ const ON_A_LAYER: [&[&str]; 11] = [
     &["check", "x.tply"],
     &["export", "x.tply", "out"],
     &["pack", "x.tply", "packed.tply"],
+    &["flatten", "x.tply", "y.tply"],
     &["resize", "x.tply", "1G"],
     &["create", "--parent", "x.tply", "child.tply"],
     &["serve", "x.tply", "--socket", "x.sock"],
@@ -199,7 +200,8 @@ fn a_name_that_is_taken_stays_as_it_is() {
     let folder = Folder::new();
     folder.ok(&["create", "--size", "1M", "x.tply"]);
     folder.write("taken", b"mine");
-    let runs: [&[&str]; 4] = [
+    let runs: [&[&str]; 5] = [
+        &["flatten", "x.tply", "taken"],
         &["create", "--size", "1M", "taken"],
         &["snapshot", "x.tply", "taken"],
         &["import", "x.tply", "taken"],

@@ -17,7 +17,7 @@ pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;
 
 /// Every subcommand, as the help lists them.
-pub const VERBS: [&str; 16] = [
+pub const VERBS: [&str; 17] = [
     "create",
     "snapshot",
     "info",
@@ -29,6 +29,7 @@ pub const VERBS: [&str; 16] = [
     "export",
     "pack",
     "verify",
+    "flatten",
     "resize",
     "serve",
     "demo",

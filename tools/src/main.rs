@@ -9,6 +9,7 @@ mod draft;
 mod dump;
 mod export;
 mod extents;
+mod flatten;
 mod import;
 mod info;
 mod man;
