@@ -13,5 +13,7 @@ pub mod live;
 pub mod nbd;
 pub mod packed;
 pub mod storage;
+#[cfg(feature = "store")]
+pub mod store;
 mod sync;
 pub mod types;

@@ -21,6 +21,7 @@ impl Catalog for One {
             name: "one".into(),
             description: "an export".into(),
             size: 1 << 40,
+            multi_conn: true,
             read_only: false,
         }
     }

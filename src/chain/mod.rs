@@ -130,6 +130,22 @@ impl Chain {
         Ok(())
     }
 
+    /// Stands the top on another parent, which must read the same as what it stands on now, as far
+    /// as that shows. Both must stay until this has returned, also after an error.
+    ///
+    /// # Errors
+    /// Those of [`Layers::stack`] and [`Writable::relink`].
+    pub fn relink(&self, parent: &ParentLink) -> Result<()> {
+        let mut levels = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        let stack = self.layers.stack(parent, &self.folder)?;
+        let top = levels.top.as_mut();
+        let top = top.ok_or_else(|| Error::new(ErrorKind::ReadOnly, "not open for writing"))?;
+        check_visible(&top.header(), stack.virtual_size())?;
+        top.relink(parent)?;
+        levels.stack = Some(stack);
+        Ok(())
+    }
+
     /// Makes everything durable and the layer cleanly closed; nothing can be written afterwards.
     pub fn close(&self) -> Result<()> {
         let mut levels = self.state.write().unwrap_or_else(PoisonError::into_inner);

@@ -16,7 +16,7 @@ use crate::format::geometry::{
     JOURNAL_OFFSET, JOURNAL_RECORDS, block_offset, file_length, group_count, is_virtual_size,
     word_offset,
 };
-use crate::format::header::{Header, State};
+use crate::format::header::{Header, ParentLink, State};
 use crate::storage::{Lock, Storage, Wait, failed, read_blocks, take_lock, write_all_at};
 use crate::sync::guard;
 use crate::types::{BLOCK_SIZE, Block, FreezeId, Identity, Uuid, Word};
@@ -179,6 +179,19 @@ impl Writable {
         self.virtual_size = size;
         cut_to(&*self.file, file_length(size))?;
         self.sync()
+    }
+
+    /// Gives the layer another parent, which must read the same as far as this layer shows it. Both
+    /// have to stay until this has returned.
+    ///
+    /// # Errors
+    /// Host errors; the layer may stand on either on disk then, and is poisoned here.
+    pub fn relink(&mut self, parent: &ParentLink) -> Result<()> {
+        self.settle(|_| {})?;
+        let relink = |header: &mut Header| header.parent = Some(parent.clone());
+        self.write_header(relink).and_then(|()| self.write_header(relink)).inspect_err(|error| {
+            self.poison.get_or_init(|| error.clone());
+        })
     }
 
     /// Prepares the file for a larger size: all that the growth will show is zeros, durably.

@@ -56,6 +56,10 @@ impl Storage for HostFile {
         Ok(self.file.metadata()?.len())
     }
 
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blocks() * 512)
+    }
+
     fn set_length(&self, length: u64) -> io::Result<()> {
         self.file.set_len(length)
     }
@@ -188,6 +192,13 @@ impl Folder for FileFolder {
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn Storage>> {
         HostFile::open(self.join(name)?, OpenOptions::new().write(true).create_new(true))
+    }
+
+    fn list(&self) -> io::Result<Vec<String>> {
+        let entries = fs::read_dir(&self.path)?;
+        // Nothing is ever stored under a name that is not UTF-8.
+        let name = |entry: fs::DirEntry| entry.file_name().into_string().ok();
+        entries.filter_map(|entry| entry.map(name).transpose()).collect()
     }
 
     fn same_file(&self, a: &str, b: &str) -> io::Result<bool> {

@@ -131,6 +131,10 @@ impl Storage for Handle {
         Ok(self.content().length)
     }
 
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(self.content().data.count_ones() as u64 * PAGE)
+    }
+
     fn set_length(&self, length: u64) -> io::Result<()> {
         self.change(|content| content.set_length(length))
     }
@@ -260,6 +264,10 @@ impl Folder for MemoryFolder {
         let inode = Arc::new(Inode { content: RwLock::new(Content::new()?), locks: Mutex::new(0) });
         self.insert_new(name, inode.clone())?;
         Ok(self.handle(name, inode, Access::Write))
+    }
+
+    fn list(&self) -> io::Result<Vec<String>> {
+        Ok(guard(&self.files).keys().cloned().collect())
     }
 
     fn same_file(&self, a: &str, b: &str) -> io::Result<bool> {

@@ -43,6 +43,9 @@ pub trait Storage: Send + Sync + Debug {
     /// Length in bytes.
     fn length(&self) -> io::Result<u64>;
 
+    /// Bytes of disk that the file takes, metadata of the file system aside.
+    fn allocated(&self) -> io::Result<u64>;
+
     /// Sets the length; new bytes read as zeros.
     fn set_length(&self, length: u64) -> io::Result<()>;
 
@@ -99,6 +102,9 @@ pub trait Folder: Send + Sync + Debug {
 
     /// Creates a file that must not exist, open for writing.
     fn create(&self, name: &str) -> io::Result<Arc<dyn Storage>>;
+
+    /// The names in it, in no order, those of other things than files included.
+    fn list(&self) -> io::Result<Vec<String>>;
 
     /// Whether both names stand for the same file; false where one is missing.
     fn same_file(&self, a: &str, b: &str) -> io::Result<bool>;

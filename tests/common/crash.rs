@@ -300,6 +300,11 @@ impl Folder for CrashFolder {
         Ok(self.handle(name, content))
     }
 
+    fn list(&self) -> io::Result<Vec<String>> {
+        tick(&self.fuse)?;
+        Ok(self.disk.lock().unwrap().names.keys().cloned().collect())
+    }
+
     fn same_file(&self, a: &str, b: &str) -> io::Result<bool> {
         tick(&self.fuse)?;
         Ok(self.find(a).zip(self.find(b)).is_some_and(|(a, b)| Arc::ptr_eq(&a, &b)))
@@ -368,6 +373,13 @@ impl Storage for CrashFile {
 
     fn length(&self) -> io::Result<u64> {
         self.with(|content| content.length())
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        self.with(|content| {
+            let pending = content.pending.keys().filter(|n| !content.durable.contains_key(n));
+            (content.durable.len() + pending.count()) as u64 * SECTOR
+        })
     }
 
     fn set_length(&self, length: u64) -> io::Result<()> {

@@ -43,8 +43,9 @@ const INFO_BLOCK_SIZE: u16 = 3;
 const MIN_BLOCK: u32 = 1;
 const PREFERRED_BLOCK: u32 = 4096;
 
-/// Transmission flags: HAS_FLAGS, SEND_FLUSH, SEND_FUA, CAN_MULTI_CONN, SEND_CACHE.
-const FLAGS_ALWAYS: u16 = 1 | 1 << 2 | 1 << 3 | 1 << 8 | 1 << 10;
+/// Transmission flags: HAS_FLAGS, SEND_FLUSH, SEND_FUA, SEND_CACHE.
+const FLAGS_ALWAYS: u16 = 1 | 1 << 2 | 1 << 3 | 1 << 10;
+const FLAG_MULTI_CONN: u16 = 1 << 8;
 const FLAG_READ_ONLY: u16 = 1 << 1;
 /// Transmission flags: SEND_TRIM, SEND_WRITE_ZEROES, SEND_FAST_ZERO.
 const FLAGS_WRITABLE: u16 = 1 << 5 | 1 << 6 | 1 << 11;
@@ -68,6 +69,8 @@ pub struct Description {
     pub size: u64,
     /// Whether writes, zeros and trims are refused.
     pub read_only: bool,
+    /// Whether several connections may use it at a time.
+    pub multi_conn: bool,
 }
 
 /// Why an export can't be had.
@@ -338,7 +341,8 @@ impl Negotiation {
 
     fn transmission_flags(&self, description: &Description) -> u16 {
         let access = if description.read_only { FLAG_READ_ONLY } else { FLAGS_WRITABLE };
-        FLAGS_ALWAYS | access | if self.structured { FLAG_SEND_DF } else { 0 }
+        let connections = if description.multi_conn { FLAG_MULTI_CONN } else { 0 };
+        FLAGS_ALWAYS | access | connections | if self.structured { FLAG_SEND_DF } else { 0 }
     }
 
     fn meta_context<C: Catalog>(&mut self, opt: &Opt<'_>, catalog: &C, out: &mut Vec<u8>) {
@@ -433,7 +437,7 @@ mod tests {
 
         fn describe(&self, export: &String) -> Description {
             let (name, description) = (export.clone(), "a disk".into());
-            Description { name, description, size: 1 << 20, read_only: false }
+            Description { name, description, size: 1 << 20, read_only: false, multi_conn: true }
         }
 
         fn list(&self) -> Vec<(String, String)> {

@@ -19,6 +19,7 @@ pub struct Export {
     description: String,
     device: Arc<dyn Device>,
     read_only: bool,
+    multi_conn: bool,
     flusher: Arc<Flusher>,
     /// An export has its own workers, so that a device that hangs takes none from others.
     pool: OnceLock<Arc<Pool>>,
@@ -41,6 +42,7 @@ impl Export {
             description: String::new(),
             device,
             read_only,
+            multi_conn: true,
             flusher: Arc::default(),
             pool: OnceLock::new(),
         })
@@ -57,6 +59,19 @@ impl Export {
     pub fn with_read_only(mut self) -> Self {
         self.read_only = true;
         self
+    }
+
+    /// Tells clients that only one connection may use it at a time. That is for [`Exports::find`]
+    /// to see to.
+    #[must_use]
+    pub fn with_one_connection(mut self) -> Self {
+        self.multi_conn = false;
+        self
+    }
+
+    /// Whether several connections may use it at a time.
+    pub fn multi_conn(&self) -> bool {
+        self.multi_conn
     }
 
     /// The name clients ask for.

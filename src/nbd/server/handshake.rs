@@ -40,6 +40,7 @@ impl Catalog for View<'_> {
             description: export.description().into(),
             size: export.device().size(),
             read_only: export.read_only(),
+            multi_conn: export.multi_conn(),
         }
     }
 

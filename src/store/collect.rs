@@ -1,0 +1,332 @@
+//! What is needed, what is not, and taking away the latter.
+
+use std::collections::BTreeSet;
+use std::io;
+
+use serde_json::Value;
+
+use super::disk::{Disk, DiskKind, GONE, LAYER, RECORD, Record, is_layer_of};
+use super::index::{Index, hex_digest, is_hex_digest};
+use super::{Guard, Image, Store, json};
+use crate::error::{Error, ErrorKind, Result};
+use crate::live::newest_header;
+use crate::storage::{Access, Folder, Lock};
+
+/// What a collection took away, or would.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Collected {
+    /// Ids of images without a name and without containers.
+    pub images: Vec<String>,
+    /// Files with their folder in the store, and the bytes of disk that they take.
+    pub files: Vec<(String, u64)>,
+}
+
+impl Collected {
+    /// Bytes of disk in all.
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().map(|(_, bytes)| bytes).sum()
+    }
+}
+
+/// What a kind of thing takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// How many there are.
+    pub total: u64,
+    /// How many are in use.
+    pub active: u64,
+    /// Bytes of disk.
+    pub size: u64,
+    /// Bytes of disk that only those take that are not in use.
+    pub reclaimable: u64,
+}
+
+fn listing(folder: &dyn Folder) -> Result<Vec<String>> {
+    let fail = |error| Error::io(error, "listing the folder").in_file(folder.path());
+    let mut names = folder.list().map_err(fail)?;
+    names.sort();
+    Ok(names)
+}
+
+impl Store {
+    /// Everything that something refers to in the folder of blobs: from the index, from records,
+    /// and from the parent links of layers, those of no record included.
+    pub(super) fn marked(&self, index: &Index) -> Result<BTreeSet<String>> {
+        let mut marked = BTreeSet::new();
+        self.mark_json(index.value(), &mut marked)?;
+        for kind in [DiskKind::Container, DiskKind::Volume] {
+            let folder = &**self.folder(kind);
+            for name in listing(folder)? {
+                if name.ends_with(RECORD) || name.ends_with(GONE) {
+                    let record = json::read_json::<Record>(folder, &name)?.unwrap_or_default();
+                    if is_hex_digest(&record.manifest) {
+                        self.mark_manifest(&record.manifest, &mut marked)?;
+                    }
+                } else if name.ends_with(LAYER) || name.ends_with(".top") {
+                    self.mark_parents(folder, &name, &mut marked)?;
+                }
+            }
+        }
+        // What is being made stands on something too.
+        for name in listing(self.blobs())?.iter().filter(|name| name.starts_with(json::DRAFT)) {
+            self.mark_parents(self.blobs(), name, &mut marked)?;
+        }
+        Ok(marked)
+    }
+
+    /// Marks the digests in JSON and what those blobs refer to in turn, whatever wrote it.
+    fn mark_json(&self, value: &Value, marked: &mut BTreeSet<String>) -> Result<()> {
+        match value {
+            Value::Object(map) => {
+                let text = |key| map.get(key).and_then(Value::as_str);
+                if let Some(digest) = text("digest").and_then(hex_digest) {
+                    let kind = text("mediaType").unwrap_or_default();
+                    if kind.contains("manifest") || kind.contains("index") {
+                        self.mark_manifest(digest, marked)?;
+                    }
+                    marked.insert(digest.to_owned());
+                }
+                map.values().try_for_each(|value| self.mark_json(value, marked))
+            }
+            Value::Array(items) => items.iter().try_for_each(|item| self.mark_json(item, marked)),
+            _ => Ok(()),
+        }
+    }
+
+    fn mark_manifest(&self, digest: &str, marked: &mut BTreeSet<String>) -> Result<()> {
+        if !marked.insert(digest.to_owned()) {
+            return Ok(());
+        }
+        // A missing one is for `check` to tell. One that was altered ends the collection.
+        let Some(bytes) = self.json_blob(digest)? else { return Ok(()) };
+        self.mark_json(&json::parse(&bytes)?, marked)
+    }
+
+    /// Marks the blobs below a layer. A layer that can't be read ends the collection, but a file
+    /// that never became one doesn't.
+    fn mark_parents(
+        &self,
+        folder: &dyn Folder,
+        name: &str,
+        marked: &mut BTreeSet<String>,
+    ) -> Result<()> {
+        let Some(hint) = parent_hint(folder, name)? else { return Ok(()) };
+        let mut next = Some(hint);
+        while let Some(digest) = next.take().filter(|hint| is_hex_digest(hint)) {
+            if marked.insert(digest.clone()) {
+                next = parent_hint(self.blobs(), &digest)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The blobs that only `image` needs, by an index that doesn't have it any more.
+    pub(super) fn garbage_of(&self, index: &Index, image: &Image) -> Result<Vec<String>> {
+        let mut own = BTreeSet::new();
+        self.mark_manifest(&image.id, &mut own)?;
+        let kept = self.marked(index)?;
+        Ok(own.difference(&kept).cloned().collect())
+    }
+
+    /// Takes away what nothing refers to: blobs, images without a name and without containers, and
+    /// what crashes left. With `dry_run` it only tells.
+    ///
+    /// # Errors
+    /// Where anything can't be read that may refer to something, nothing is taken.
+    pub fn collect(&self, dry_run: bool) -> Result<Collected> {
+        let guard = self.lock()?;
+        if !dry_run {
+            self.finish_removals()?;
+        }
+        let mut index = Index::read(self)?;
+        let unnamed = self.unnamed_images(&index)?;
+        index.remove(|entry| unnamed.contains(&entry.digest));
+        let mut found = Collected { images: unnamed, files: Vec::new() };
+        let marked = self.marked(&index)?;
+        let mut doomed = Vec::new();
+        for name in listing(self.blobs())? {
+            let garbage = is_hex_digest(&name) && !marked.contains(&name)
+                || name.starts_with(json::DRAFT);
+            if garbage && self.is_idle(self.blobs(), &name)? {
+                doomed.push((self.blobs(), "blobs/sha256", name));
+            }
+        }
+        for name in listing(self.root())?.into_iter().filter(|n| n.starts_with(json::DRAFT)) {
+            doomed.push((self.root(), ".", name));
+        }
+        for (kind, label) in [(DiskKind::Container, "containers"), (DiskKind::Volume, "volumes")] {
+            let folder = &**self.folder(kind);
+            for name in self.strays(kind)? {
+                doomed.push((folder, label, name));
+            }
+        }
+        for (folder, label, name) in &doomed {
+            let bytes = folder.open(name, Access::Read).and_then(|file| file.allocated());
+            found.files.push((format!("{label}/{name}"), bytes.unwrap_or(0)));
+        }
+        if dry_run {
+            return Ok(found);
+        }
+        // The index first: a blob that it still names may not go.
+        if !found.images.is_empty() {
+            index.write_smaller(self)?;
+        }
+        for (folder, _, name) in &doomed {
+            json::remove(*folder, name)?;
+        }
+        for folder in [&self.folders.root, &self.folders.blobs, &self.folders.containers, &self.folders.volumes] {
+            json::sync(&**folder)?;
+        }
+        self.keep_reserve();
+        drop::<Guard>(guard);
+        Ok(found)
+    }
+
+    fn finish_removals(&self) -> Result<()> {
+        for kind in [DiskKind::Container, DiskKind::Volume] {
+            for name in listing(&**self.folder(kind))? {
+                if let Some(name) = name.strip_suffix(GONE) {
+                    self.finish_removal(&Disk { kind, name: name.to_owned() })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Images whose name went to another one and on which no container stands.
+    fn unnamed_images(&self, index: &Index) -> Result<Vec<String>> {
+        let containers = self.containers()?;
+        let mut unnamed = Vec::new();
+        for entry in index.entries().filter(|e| e.is_manifest && e.reference.is_none()) {
+            let Some(image) = self.load_image(&entry.digest, None)? else { continue };
+            let top = image.top().ok();
+            let used = containers.iter().any(|container| {
+                container.image_id == image.id || (top.is_some() && container.base == top)
+            });
+            if !used {
+                unnamed.push(entry.digest);
+            }
+        }
+        Ok(unnamed)
+    }
+
+    /// Whether nobody has a file open with a lock on it.
+    fn is_idle(&self, folder: &dyn Folder, name: &str) -> Result<bool> {
+        let fail = |error| Error::io(error, "looking at a file").in_file(folder.path().join(name));
+        let file = match folder.open(name, Access::Write) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            other => other.map_err(fail)?,
+        };
+        match file.lock(Lock::Exclusive) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(fail(error)),
+        }
+    }
+
+    /// Files of no record: drafts, and layers that a cut-off creation or commit left.
+    fn strays(&self, kind: DiskKind) -> Result<Vec<String>> {
+        let folder = &**self.folder(kind);
+        let names = listing(folder)?;
+        let mut strays = Vec::new();
+        for name in &names {
+            let stem = name.strip_prefix('.').unwrap_or(name);
+            let stem = stem.strip_suffix(".top").unwrap_or(stem);
+            let stray = if name.starts_with(json::DRAFT) {
+                true
+            } else if let Some(stem) = stem.strip_suffix(LAYER) {
+                !self.is_recorded(kind, stem, name, &names)?
+            } else {
+                false
+            };
+            if stray && self.is_idle(folder, name)? {
+                strays.push(name.clone());
+            }
+        }
+        Ok(strays)
+    }
+
+    /// Whether a layer file belongs to a disk that has a record.
+    fn is_recorded(
+        &self,
+        kind: DiskKind,
+        stem: &str,
+        file: &str,
+        names: &[String],
+    ) -> Result<bool> {
+        let (owner, frozen) = match stem.split_once('@') {
+            Some((owner, _)) => (owner, true),
+            None => (stem, false),
+        };
+        let disk = Disk { kind, name: owner.to_owned() };
+        if names.binary_search(&disk.record_file()).is_err() {
+            return Ok(false);
+        }
+        if !frozen {
+            return Ok(true);
+        }
+        let record = self.record(&disk)?.unwrap_or_default();
+        Ok(!is_layer_of(&disk, file) || record.frozen.iter().any(|frozen| frozen.file == file))
+    }
+
+    /// What images, containers and volumes take, in that order.
+    pub fn usage(&self) -> Result<[Usage; 3]> {
+        let containers = self.containers()?;
+        let mut images = Usage::default();
+        let (mut all, mut held) = (BTreeSet::new(), BTreeSet::new());
+        let mut counted = BTreeSet::new();
+        for image in self.images()? {
+            let layers = image.layers()?;
+            let used = containers.iter().any(|container| {
+                container.image_id == image.id || container.base.as_ref() == layers.last()
+            });
+            if counted.insert(image.id.clone()) {
+                images.total += 1;
+                images.active += u64::from(used);
+            }
+            if used {
+                held.extend(layers.iter().cloned());
+            }
+            all.extend(layers);
+        }
+        for layer in &all {
+            let cost = self.blob_cost(layer)?;
+            images.size += cost;
+            images.reclaimable += if held.contains(layer) { 0 } else { cost };
+        }
+        let disks = |kind| -> Result<Usage> {
+            let mut usage = Usage::default();
+            for name in self.disk_names(kind)? {
+                let disk = Disk { kind, name };
+                let Some(record) = self.record(&disk)? else { continue };
+                let cost = self.disk_cost(&disk, &record)?;
+                let idle = self.is_idle(&**self.folder(kind), &disk.file())?;
+                usage.total += 1;
+                usage.active += u64::from(!idle);
+                usage.size += cost;
+                usage.reclaimable += if idle { cost } else { 0 };
+            }
+            Ok(usage)
+        };
+        Ok([images, disks(DiskKind::Container)?, disks(DiskKind::Volume)?])
+    }
+}
+
+/// The file name that a layer's parent link gives; none where the file is gone, is no layer, or
+/// stands on nothing.
+fn parent_hint(folder: &dyn Folder, name: &str) -> Result<Option<String>> {
+    let path = folder.path().join(name);
+    let file = match folder.open(name, Access::Read) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(|error| Error::io(error, "opening a layer").in_file(path))?,
+    };
+    match newest_header(&*file) {
+        Ok(header) => Ok(header.parent.map(|link| link.hint)),
+        Err(error) if error.kind() == ErrorKind::NotAnImage => Ok(None),
+        // A header whose checksums don't hold, of a creation that was cut off.
+        Err(error) if name.starts_with(json::DRAFT) && error.kind() == ErrorKind::Corrupt => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,353 @@
+//! Containers: live layers over images, and what becomes of them.
+
+use std::collections::BTreeSet;
+
+use super::disk::{Disk, DiskKind, Frozen, LAYER, Record};
+use super::index::is_hex_digest;
+use super::{Image, NewImage, Reference, Store, check_name, json};
+use crate::chain::{Chain, Parent, create};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::header::ParentLink;
+use crate::live::newest_header;
+use crate::storage::Access;
+
+/// A container as its record and its layer tell.
+#[derive(Clone, Debug)]
+pub struct Container {
+    /// Its name.
+    pub name: String,
+    /// RFC 3339.
+    pub created: String,
+    /// The name that its image had.
+    pub image: String,
+    /// Hexadecimal SHA-256 of that image's manifest.
+    pub image_id: String,
+    /// The newest blob that it stands on; none where its layers can't be read.
+    pub base: Option<String>,
+    /// The names of its snapshots, oldest first.
+    pub snapshots: Vec<Saved>,
+}
+
+/// A snapshot of a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Saved {
+    /// Its name.
+    pub name: String,
+    /// RFC 3339.
+    pub created: String,
+}
+
+fn container(name: &str) -> Result<Disk> {
+    Disk::new(DiskKind::Container, name)
+}
+
+impl Store {
+    /// All containers, by name.
+    pub fn containers(&self) -> Result<Vec<Container>> {
+        let names = self.disk_names(DiskKind::Container)?;
+        // One that goes meanwhile is left out.
+        names.iter().filter_map(|name| self.find_container(name).transpose()).collect()
+    }
+
+    /// One container.
+    pub fn container(&self, name: &str) -> Result<Container> {
+        self.find_container(name)?.map_or_else(|| Err(container(name)?.missing()), Ok)
+    }
+
+    fn find_container(&self, name: &str) -> Result<Option<Container>> {
+        let disk = container(name)?;
+        let Some(record) = self.record(&disk)? else { return Ok(None) };
+        let saved = |frozen: &Frozen| {
+            let name = frozen.snapshot.clone()?;
+            Some(Saved { name, created: frozen.created.clone() })
+        };
+        Ok(Some(Container {
+            name: name.to_owned(),
+            snapshots: record.frozen.iter().filter_map(saved).collect(),
+            base: self.base_of(&disk.file()).ok(),
+            created: record.created,
+            image: record.image,
+            image_id: record.manifest,
+        }))
+    }
+
+    /// The first blob below a layer in the folder of containers.
+    fn base_of(&self, file: &str) -> Result<String> {
+        let (_, base) = self.own_layers(file)?;
+        base.ok_or_else(|| Error::new(ErrorKind::Corrupt, "a container without an image"))
+    }
+
+    /// The files below `file` in the folder of containers, newest first, and the blob they stand
+    /// on.
+    fn own_layers(&self, file: &str) -> Result<(Vec<String>, Option<String>)> {
+        let folder = self.folder(DiskKind::Container);
+        let (mut own, mut next) = (Vec::new(), file.to_owned());
+        loop {
+            let path = folder.path().join(&next);
+            let opened = folder
+                .open(&next, Access::Read)
+                .map_err(|error| Error::io(error, "opening the layer").in_file(&path))?;
+            let hint = newest_header(&*opened)?.parent.map(|link| link.hint);
+            match hint {
+                None => return Ok((own, None)),
+                Some(hint) if is_hex_digest(&hint) => return Ok((own, Some(hint))),
+                Some(hint) if own.contains(&hint) || hint == file => {
+                    let error = Error::new(ErrorKind::Corrupt, "the layer is its own ancestor");
+                    return Err(error.in_file(path));
+                }
+                Some(hint) => {
+                    own.push(hint.clone());
+                    next = hint;
+                }
+            }
+        }
+    }
+
+    /// Makes a container over an image.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`]; [`ErrorKind::InvalidInput`] for a name or size that can't be;
+    /// [`ErrorKind::NotFound`] if the image was removed meanwhile.
+    pub fn create_container(&self, name: &str, image: &Image, size: Option<u64>) -> Result<()> {
+        let disk = container(name)?;
+        let guard = self.lock()?;
+        let parent = self.parent(&image.top()?)?;
+        let record = Record {
+            created: json::now(),
+            image: image.name(),
+            manifest: image.id.clone(),
+            frozen: Vec::new(),
+        };
+        self.create_disk(&disk, size, Some(&parent), &record, &guard)
+    }
+
+    /// Bytes of disk that a container's own layers take.
+    pub fn container_cost(&self, name: &str) -> Result<u64> {
+        let disk = container(name)?;
+        let record = self.record(&disk)?.ok_or_else(|| disk.missing())?;
+        self.disk_cost(&disk, &record)
+    }
+
+    /// Size of a container's device in bytes.
+    pub fn container_size(&self, name: &str) -> Result<u64> {
+        self.disk_size(&container(name)?)
+    }
+
+    /// Opens a container's own disk, or a snapshot of it for reading.
+    pub fn open_snapshot(&self, name: &str, snapshot: &str) -> Result<Chain> {
+        let disk = container(name)?;
+        let record = self.record(&disk)?.ok_or_else(|| disk.missing())?;
+        let frozen = find_snapshot(&disk, &record, snapshot)?;
+        let folder = self.folder(DiskKind::Container).clone();
+        Chain::open(folder, &frozen.file, Access::Read, self.layers.clone())
+    }
+
+    /// Freezes what a container holds under a new file name, which the record has from before; the
+    /// container goes on over it.
+    fn freeze(&self, disk: &Disk, chain: &Chain, snapshot: Option<&str>) -> Result<String> {
+        let guard = self.lock()?;
+        let mut record = self.record(disk)?.ok_or_else(|| disk.missing())?;
+        if let Some(name) = snapshot
+            && record.frozen.iter().any(|frozen| frozen.snapshot.as_deref() == Some(name))
+        {
+            let detail = format!("container {:?} has a snapshot {name:?} already", disk.name);
+            return Err(Error::new(ErrorKind::Exists, detail));
+        }
+        self.forget_unmade(disk, &mut record)?;
+        let taken = |n: &u64| {
+            let file = format!("{}@{n}{LAYER}", disk.name);
+            !record.frozen.iter().any(|frozen| frozen.file == file)
+        };
+        let number = (1..).find(taken).unwrap_or_default();
+        let file = format!("{}@{number}{LAYER}", disk.name);
+        // What a removed container of that name may have left.
+        json::remove(&**self.folder(disk.kind), &file)?;
+        record.frozen.push(Frozen {
+            file: file.clone(),
+            created: json::now(),
+            snapshot: snapshot.map(str::to_owned),
+        });
+        self.write_record(disk, &record)?;
+        drop(guard);
+        chain.snapshot(&file)?;
+        Ok(file)
+    }
+
+    /// Takes layers out of the record that a crash kept from being made: their file is not there,
+    /// or it is the writable one still.
+    fn forget_unmade(&self, disk: &Disk, record: &mut Record) -> Result<()> {
+        let folder = self.folder(disk.kind);
+        let mut unmade = Vec::new();
+        for frozen in &record.frozen {
+            let same = folder.same_file(&frozen.file, &disk.file()).map_err(|error| {
+                Error::io(error, "looking at layers").in_file(folder.path())
+            })?;
+            let made = !same && self.own_layers(&frozen.file).is_ok();
+            if !made {
+                json::remove(&**folder, &frozen.file)?;
+                unmade.push(frozen.file.clone());
+            }
+        }
+        record.frozen.retain(|frozen| !unmade.contains(&frozen.file));
+        Ok(())
+    }
+
+    /// Keeps the present state of a container, which `chain` has open for writing, under a name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`]; those of [`Chain::snapshot`].
+    pub fn snapshot_container(&self, name: &str, chain: &Chain, snapshot: &str) -> Result<()> {
+        check_name("a snapshot", snapshot)?;
+        self.freeze(&container(name)?, chain, Some(snapshot)).map(drop)
+    }
+
+    /// Makes an image of a container, which `chain` has open for writing. The container goes on
+    /// over the new image: what it wrote is the image's newest layer then, and is kept once.
+    ///
+    /// # Errors
+    /// Those of [`Store::publish`] and [`Chain::snapshot`]. After an error the container holds what
+    /// it held.
+    pub fn commit(&self, name: &str, chain: &Chain, reference: &Reference, comment: &str) -> Result<Image> {
+        let disk = container(name)?;
+        let file = self.freeze(&disk, chain, None)?;
+        let folder = self.folder(DiskKind::Container).clone();
+        let frozen = Chain::open(folder.clone(), &file, Access::Read, self.layers.clone())?;
+        let (below, base) = self.own_layers(&file)?;
+        let base = base.ok_or_else(|| Error::new(ErrorKind::Corrupt, "stands on no image"))?;
+        let record = self.record(&disk)?.ok_or_else(|| disk.missing())?;
+        let image = self.image_over(&record, &base)?;
+
+        let draft = self.draft(Some(frozen.headers().first().map_or(0, |(_, h)| h.virtual_size)), Some(&image))?;
+        draft.copy_from(&frozen, below.len() + 1)?;
+        let new = NewImage {
+            reference: reference.clone(),
+            created_by: format!("commit {name}"),
+            comment: comment.to_owned(),
+        };
+        let made = self.publish(draft, Some(&image), &new)?;
+        let parent = self.parent(&made.top()?)?;
+        drop(frozen);
+        chain.relink(&parent.link)?;
+        self.settle(&disk, &made)?;
+        Ok(made)
+    }
+
+    /// The image that a container stands on: its record may be behind its layer.
+    fn image_over(&self, record: &Record, base: &str) -> Result<Image> {
+        if let Some(image) = self.load_image(&record.manifest, None)?
+            && image.top()? == base
+        {
+            return Ok(image);
+        }
+        let found = self.images()?.into_iter().find(|image| image.top().is_ok_and(|t| t == base));
+        found.ok_or_else(|| {
+            let detail = format!("no image has the layer {base} that the container stands on");
+            Error::new(ErrorKind::NotFound, detail)
+        })
+    }
+
+    /// Brings the record of a container in line with the image it stands on now, and removes its
+    /// frozen layers that nothing stands on any more.
+    fn settle(&self, disk: &Disk, image: &Image) -> Result<()> {
+        let _guard = self.lock()?;
+        let mut record = self.record(disk)?.ok_or_else(|| disk.missing())?;
+        record.image = image.name();
+        record.manifest = image.id.clone();
+        let needed = self.needed_layers(disk, &record)?;
+        let (kept, dropped): (Vec<_>, Vec<_>) =
+            record.frozen.into_iter().partition(|frozen| needed.contains(&frozen.file));
+        record.frozen = kept;
+        self.write_record(disk, &record)?;
+        let folder = &**self.folder(disk.kind);
+        for frozen in dropped {
+            json::remove(folder, &frozen.file)?;
+        }
+        json::sync(folder)
+    }
+
+    /// The frozen layers that a container's top or one of its snapshots stands on.
+    fn needed_layers(&self, disk: &Disk, record: &Record) -> Result<BTreeSet<String>> {
+        let mut needed: BTreeSet<_> = self.own_layers(&disk.file())?.0.into_iter().collect();
+        for frozen in record.frozen.iter().filter(|frozen| frozen.snapshot.is_some()) {
+            needed.extend(self.own_layers(&frozen.file)?.0);
+            needed.insert(frozen.file.clone());
+        }
+        Ok(needed)
+    }
+
+    /// Throws away what a container wrote: it holds what its image holds again, or what a snapshot
+    /// of it does. Snapshots stay.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] with who has it open.
+    pub fn reset_container(&self, name: &str, snapshot: Option<&str>) -> Result<()> {
+        let disk = container(name)?;
+        let guard = self.lock()?;
+        let mut record = self.record(&disk)?.ok_or_else(|| disk.missing())?;
+        let claim = self.claim(&disk, &guard)?;
+        let size = match &claim {
+            Some(file) => Some(newest_header(&**file)?.virtual_size),
+            None => None,
+        };
+        let folder = self.folder(disk.kind);
+        // A snapshot that was cut off may not have its name yet.
+        self.forget_unmade(&disk, &mut record)?;
+        let parent = match snapshot {
+            Some(snapshot) => {
+                let file = &find_snapshot(&disk, &record, snapshot)?.file;
+                crate::chain::seal(&**folder, file)?
+            }
+            None => self.parent(&self.image_of_reset(&disk, &record)?)?,
+        };
+        let draft = json::draft_name()?;
+        create(folder, &draft, size.or(Some(parent.virtual_size)), Some(&parent), &self.layers)?;
+        folder.rename(&draft, &disk.file()).map_err(|error| {
+            let _ = folder.remove(&draft);
+            Error::io(error, "replacing the layer").in_file(folder.path().join(disk.file()))
+        })?;
+        json::remove(&**folder, &disk.new_top_file())?;
+        json::sync(&**folder)?;
+        let needed = self.needed_layers(&disk, &record)?;
+        let (kept, dropped): (Vec<_>, Vec<_>) =
+            record.frozen.into_iter().partition(|frozen| needed.contains(&frozen.file));
+        record.frozen = kept;
+        self.write_record(&disk, &record)?;
+        for frozen in dropped {
+            json::remove(&**folder, &frozen.file)?;
+        }
+        json::sync(&**folder)
+    }
+
+    /// The blob that a container is reset to: that of its layer, or of its record where the layer
+    /// can't be read.
+    fn image_of_reset(&self, disk: &Disk, record: &Record) -> Result<String> {
+        if let Ok(base) = self.base_of(&disk.file()) {
+            return Ok(base);
+        }
+        let image = self.load_image(&record.manifest, None)?;
+        let missing = || {
+            let detail = format!("the image {} of the container is missing", record.image);
+            Error::new(ErrorKind::NotFound, detail)
+        };
+        image.ok_or_else(missing)?.top()
+    }
+
+    /// How many of the layers of a container's chain are its own, for reading what it changed.
+    pub fn own_depth(&self, name: &str) -> Result<usize> {
+        Ok(self.own_layers(&container(name)?.file())?.0.len() + 1)
+    }
+
+    /// What children of a blob name it by, and its size.
+    pub fn parent_of(&self, image: &Image) -> Result<(ParentLink, u64)> {
+        let Parent { link, virtual_size, .. } = self.parent(&image.top()?)?;
+        Ok((link, virtual_size))
+    }
+}
+
+fn find_snapshot<'a>(disk: &Disk, record: &'a Record, name: &str) -> Result<&'a Frozen> {
+    let found = record.frozen.iter().find(|frozen| frozen.snapshot.as_deref() == Some(name));
+    found.ok_or_else(|| {
+        let detail = format!("container {:?} has no snapshot {name:?}", disk.name);
+        Error::new(ErrorKind::NotFound, detail)
+    })
+}

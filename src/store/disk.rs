@@ -1,0 +1,276 @@
+//! Writable disks of the store: a live layer and a record beside it. Containers and volumes are
+//! both that.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Guard, Store, check_name, json};
+use crate::chain::{Chain, Parent, create};
+use crate::error::{Error, ErrorKind, Result};
+use crate::live::{newest_header, take_lock};
+use crate::storage::{Access, Folder, Lock, Storage};
+
+/// What a disk is to people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum DiskKind {
+    /// A live layer over an image.
+    Container,
+    /// A live layer without a parent.
+    Volume,
+}
+
+impl DiskKind {
+    /// The word for it.
+    pub fn noun(self) -> &'static str {
+        match self {
+            Self::Container => "container",
+            Self::Volume => "volume",
+        }
+    }
+}
+
+/// A container or volume by name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Disk {
+    /// Which of the two.
+    pub kind: DiskKind,
+    /// Its name.
+    pub name: String,
+}
+
+/// What is kept beside a layer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Record {
+    /// RFC 3339.
+    pub created: String,
+    /// The image's name when the container was made.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub image: String,
+    /// Hexadecimal SHA-256 of the image's manifest.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub manifest: String,
+    /// Frozen layers of its own, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub frozen: Vec<Frozen>,
+}
+
+/// A frozen layer of a container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Frozen {
+    /// File name.
+    pub file: String,
+    /// RFC 3339.
+    pub created: String,
+    /// The snapshot's name; none for what an interrupted commit left.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
+}
+
+pub(super) const RECORD: &str = ".json";
+/// The record's name while the disk is being removed.
+pub(super) const GONE: &str = ".gone";
+pub(super) const LAYER: &str = ".tply";
+
+impl Disk {
+    /// A disk's name, checked.
+    pub fn new(kind: DiskKind, name: &str) -> Result<Self> {
+        let what = match kind {
+            DiskKind::Container => "a container",
+            DiskKind::Volume => "a volume",
+        };
+        check_name(what, name)?;
+        Ok(Self { kind, name: name.to_owned() })
+    }
+
+    pub(super) fn record_file(&self) -> String {
+        format!("{}{RECORD}", self.name)
+    }
+
+    fn gone_file(&self) -> String {
+        format!("{}{GONE}", self.name)
+    }
+
+    /// The layer's file name.
+    pub(super) fn file(&self) -> String {
+        format!("{}{LAYER}", self.name)
+    }
+
+    /// The file that a snapshot of the layer goes through.
+    pub(super) fn new_top_file(&self) -> String {
+        format!(".{}.top", self.file())
+    }
+
+    pub(super) fn missing(&self) -> Error {
+        let detail = format!("there is no {} {:?}", self.kind.noun(), self.name);
+        Error::new(ErrorKind::NotFound, detail)
+    }
+}
+
+impl Store {
+    pub(super) fn folder(&self, kind: DiskKind) -> &Arc<dyn Folder> {
+        match kind {
+            DiskKind::Container => &self.folders.containers,
+            DiskKind::Volume => &self.folders.volumes,
+        }
+    }
+
+    /// The names of all disks of a kind, sorted.
+    pub fn disk_names(&self, kind: DiskKind) -> Result<Vec<String>> {
+        let folder = self.folder(kind);
+        let names = folder.list().map_err(|error| {
+            Error::io(error, "listing the folder").in_file(folder.path())
+        })?;
+        let mut names: Vec<_> =
+            names.iter().filter_map(|name| name.strip_suffix(RECORD)).map(str::to_owned).collect();
+        names.retain(|name| check_name("a disk", name).is_ok());
+        names.sort();
+        Ok(names)
+    }
+
+    /// The record of a disk; none where there is no such disk.
+    pub(super) fn record(&self, disk: &Disk) -> Result<Option<Record>> {
+        json::read_json(&**self.folder(disk.kind), &disk.record_file())
+    }
+
+    pub(super) fn write_record(&self, disk: &Disk, record: &Record) -> Result<()> {
+        let folder = &**self.folder(disk.kind);
+        json::replace(folder, &disk.record_file(), &json::canonical(record)?)
+    }
+
+    /// Makes a disk: first the layer, then the record that says that it is there.
+    pub(super) fn create_disk(
+        &self,
+        disk: &Disk,
+        size: Option<u64>,
+        parent: Option<&Parent>,
+        record: &Record,
+        _: &Guard,
+    ) -> Result<()> {
+        let folder = self.folder(disk.kind);
+        if self.record(disk)?.is_some() {
+            let detail = format!("there is a {} {:?} already", disk.kind.noun(), disk.name);
+            return Err(Error::new(ErrorKind::Exists, detail));
+        }
+        self.finish_removal(disk)?;
+        // What a creation left that was cut off before its record.
+        json::remove(&**folder, &disk.file())?;
+        json::remove(&**folder, &disk.new_top_file())?;
+        let made = create(folder, &disk.file(), size, parent, &self.layers)
+            .and_then(|()| self.write_record(disk, record));
+        made.inspect_err(|_| {
+            // A layer without a record means nothing.
+            let _ = folder.remove(&disk.file());
+        })
+    }
+
+    /// Opens a disk. Under the lock, so that nobody replaces the layer at the same time.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] with who has it; those of [`Chain::open`].
+    pub fn open_disk(&self, disk: &Disk, access: Access) -> Result<Chain> {
+        let _guard = self.lock()?;
+        if self.record(disk)?.is_none() {
+            return Err(disk.missing());
+        }
+        let folder = self.folder(disk.kind).clone();
+        Chain::open(folder, &disk.file(), access, self.layers.clone())
+    }
+
+    /// Bytes of disk that a disk's own files take.
+    pub(super) fn disk_cost(&self, disk: &Disk, record: &Record) -> Result<u64> {
+        let folder = self.folder(disk.kind);
+        let files = record.frozen.iter().map(|frozen| frozen.file.clone());
+        let names = files.chain([disk.file(), disk.record_file()]);
+        let cost = |name: String| match folder.open(&name, Access::Read) {
+            Ok(file) => file.allocated(),
+            // A frozen layer that was never made, or has gone meanwhile.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(0),
+            Err(error) => Err(error),
+        };
+        names
+            .map(|name| {
+                let path = folder.path().join(&name);
+                cost(name).map_err(|error| Error::io(error, "looking at a layer").in_file(path))
+            })
+            .sum()
+    }
+
+    /// The disk's virtual size.
+    pub(super) fn disk_size(&self, disk: &Disk) -> Result<u64> {
+        let folder = self.folder(disk.kind);
+        let file = folder.open(&disk.file(), Access::Read).map_err(|error| {
+            Error::io(error, "opening the layer").in_file(folder.path().join(disk.file()))
+        })?;
+        Ok(newest_header(&*file)?.virtual_size)
+    }
+
+    /// Locks a disk's layer against everybody, under the store's lock.
+    pub(super) fn claim(&self, disk: &Disk, _: &Guard) -> Result<Option<Arc<dyn Storage>>> {
+        let folder = self.folder(disk.kind);
+        let file = match folder.open(&disk.file(), Access::Write) {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => {
+                let path = folder.path().join(disk.file());
+                return Err(Error::io(error, "opening the layer").in_file(path));
+            }
+        };
+        take_lock(&*file, Lock::Exclusive).map_err(|error| {
+            let detail = format!("{} {:?} is in use: {error}", disk.kind.noun(), disk.name);
+            Error::new(error.kind(), detail)
+        })?;
+        Ok(Some(file))
+    }
+
+    /// Removes a disk with all its layers. Needs no free space.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] with who has it open.
+    pub fn remove_disk(&self, disk: &Disk) -> Result<()> {
+        let guard = self.lock()?;
+        let folder = &**self.folder(disk.kind);
+        // A record that can't be read is no reason to keep the disk.
+        let found = json::read_small(folder, &disk.record_file())?.is_some();
+        if !found && !self.finish_removal(disk)? {
+            return Err(disk.missing());
+        }
+        if !found {
+            return Ok(());
+        }
+        let _claim = self.claim(disk, &guard)?;
+        folder.rename(&disk.record_file(), &disk.gone_file()).map_err(|error| {
+            let path = folder.path().join(disk.record_file());
+            Error::io(error, "marking as removed").in_file(path)
+        })?;
+        json::sync(folder)?;
+        self.finish_removal(disk)?;
+        Ok(())
+    }
+
+    /// Removes the layers of a disk whose record is marked as gone, and then the mark; false where
+    /// there is no mark.
+    pub(super) fn finish_removal(&self, disk: &Disk) -> Result<bool> {
+        let folder = &**self.folder(disk.kind);
+        let Some(bytes) = json::read_small(folder, &disk.gone_file())? else { return Ok(false) };
+        // Where it is no record, `gc` finds the layers that no record has.
+        let record: Record = json::parse(&bytes).unwrap_or_default();
+        json::remove(folder, &disk.file())?;
+        json::remove(folder, &disk.new_top_file())?;
+        for frozen in &record.frozen {
+            if is_layer_of(disk, &frozen.file) {
+                json::remove(folder, &frozen.file)?;
+            }
+        }
+        json::sync(folder)?;
+        json::remove(folder, &disk.gone_file())?;
+        json::sync(folder)?;
+        Ok(true)
+    }
+}
+
+/// Whether a file name is one that this disk gives its frozen layers.
+pub(super) fn is_layer_of(disk: &Disk, file: &str) -> bool {
+    let rest = file.strip_prefix(&disk.name).and_then(|rest| rest.strip_prefix('@'));
+    rest.is_some_and(|rest| rest.ends_with(LAYER) && !rest.contains('/'))
+}

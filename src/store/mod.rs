@@ -1,0 +1,175 @@
+//! Images, containers and volumes in a folder, safe across crashes and between processes
+//! (`docs/store.md`).
+//!
+//! Invariants:
+//! - a file under its final name is whole and durable before anything refers to it, and goes only
+//!   after nothing does;
+//! - every change of names happens under the one lock; readers take no lock, and see the state
+//!   before a change or the one after it;
+//! - the parent link in a layer decides what it stands on, records and names only describe it.
+
+mod collect;
+mod container;
+mod disk;
+mod draft;
+mod image;
+mod index;
+mod json;
+mod name;
+mod verify;
+mod volume;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::chain::Layers;
+use crate::error::{Error, ErrorKind, Result};
+use crate::live::take_lock;
+use crate::storage::{Access, FileFolder, Folder, Lock, Storage};
+
+pub use collect::{Collected, Usage};
+pub use container::{Container, Saved};
+pub use disk::{Disk, DiskKind};
+pub use draft::Draft;
+pub use image::{HistoryEntry, Image, NewImage};
+pub use name::{MAX_NAME, Reference, check_name};
+pub use verify::Finding;
+pub use volume::Volume;
+
+const LAYOUT_FILE: &str = "oci-layout";
+const LAYOUT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
+const LOCK_FILE: &str = "lock";
+/// Space that is given back where a removal finds the disk full: it has to write the index.
+const RESERVE_FILE: &str = "reserve";
+const RESERVE: u64 = 1 << 20;
+/// How long a change waits for others.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The folders of a store.
+#[derive(Clone, Debug)]
+pub struct Folders {
+    /// The OCI layout's root, with the index and the lock.
+    pub root: Arc<dyn Folder>,
+    /// `blobs/sha256` in it.
+    pub blobs: Arc<dyn Folder>,
+    /// `containers` in it.
+    pub containers: Arc<dyn Folder>,
+    /// `volumes` in it.
+    pub volumes: Arc<dyn Folder>,
+}
+
+/// An open store. Cheap to clone; clones share the layers that are open.
+#[derive(Clone, Debug)]
+pub struct Store {
+    folders: Folders,
+    layers: Arc<Layers>,
+}
+
+/// The right to change names in the store, until it is dropped.
+struct Guard(#[allow(dead_code, reason = "held for its lock")] Arc<dyn Storage>);
+
+impl Store {
+    /// Opens the store in a folder of the host, which is made where it is missing.
+    pub fn open(path: &std::path::Path) -> Result<Self> {
+        let fail = |error| Error::io(error, "making the store's folders").in_file(path);
+        let folder = |name: &str| {
+            let path = path.join(name);
+            std::fs::create_dir_all(&path).map_err(fail)?;
+            Ok::<_, Error>(Arc::new(FileFolder::new(path)) as Arc<dyn Folder>)
+        };
+        // The root comes last, so that its path carries no trailing slash.
+        let (blobs, containers, volumes) =
+            (folder("blobs/sha256")?, folder("containers")?, folder("volumes")?);
+        let root = Arc::new(FileFolder::new(path));
+        Self::over(Folders { root, blobs, containers, volumes })
+    }
+
+    /// Opens the store in these folders, which is made where it is missing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for an OCI layout of another version; host errors.
+    pub fn over(folders: Folders) -> Result<Self> {
+        let layers = Arc::new(Layers::new(vec![folders.blobs.clone()]));
+        let store = Self { folders, layers };
+        match json::read_small(store.root(), LAYOUT_FILE)? {
+            Some(found) => store.check_layout(&found)?,
+            None => store.initialise()?,
+        }
+        Ok(store)
+    }
+
+    fn check_layout(&self, found: &[u8]) -> Result<()> {
+        let layout: serde_json::Value = json::parse(found)?;
+        match layout.get("imageLayoutVersion").and_then(|version| version.as_str()) {
+            Some(version) if version.starts_with("1.") => Ok(()),
+            other => {
+                let detail = format!("image layout version {other:?}, expected 1.0.0");
+                let error = Error::new(ErrorKind::Unsupported, detail);
+                Err(error.in_file(self.root().path().join(LAYOUT_FILE)))
+            }
+        }
+    }
+
+    /// The layout file comes last: with it everything is there.
+    fn initialise(&self) -> Result<()> {
+        match self.root().create(LOCK_FILE) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(Error::io(error, "creating the lock").in_file(self.root().path()));
+            }
+            _ => {}
+        }
+        let _guard = self.lock()?;
+        if json::read_small(self.root(), index::FILE)?.is_none() {
+            index::Index::default().write(self)?;
+        }
+        self.keep_reserve();
+        json::replace(self.root(), LAYOUT_FILE, LAYOUT)
+    }
+
+    /// Sets space aside for a removal on a full disk. Where there is none now, later changes try
+    /// again.
+    fn keep_reserve(&self) {
+        if let Ok(file) = self.root().create(RESERVE_FILE)
+            && file.allocate(0, RESERVE).is_err()
+        {
+            let _ = self.root().remove(RESERVE_FILE);
+        }
+    }
+
+    fn root(&self) -> &dyn Folder {
+        &*self.folders.root
+    }
+
+    fn blobs(&self) -> &dyn Folder {
+        &*self.folders.blobs
+    }
+
+    /// The store's folder.
+    pub fn path(&self) -> &std::path::Path {
+        self.root().path()
+    }
+
+    /// Waits for the right to change names.
+    fn lock(&self) -> Result<Guard> {
+        let path = self.root().path().join(LOCK_FILE);
+        let file = self
+            .root()
+            .open(LOCK_FILE, Access::Write)
+            .map_err(|error| Error::io(error, "opening the lock").in_file(&path))?;
+        let start = Instant::now();
+        let mut pause = Duration::from_micros(100);
+        loop {
+            match file.lock(Lock::Exclusive) {
+                Ok(()) => return Ok(Guard(file)),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(Error::io(error, "locking the store").in_file(path)),
+            }
+            if start.elapsed() > PATIENCE {
+                // Fails with the holder's name, or succeeds after all.
+                return take_lock(&*file, Lock::Exclusive).map(|()| Guard(file));
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(10));
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! `store check`: whether everything is there and is what its name says.
+
+use super::disk::{Disk, DiskKind};
+use super::index::{Index, is_hex_digest};
+use super::{Store, json};
+use crate::chain::Chain;
+use crate::error::{Error, Result};
+use crate::inspect;
+use crate::storage::Access;
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// What it is about.
+    pub subject: String,
+    /// What was found.
+    pub detail: String,
+}
+
+impl Store {
+    /// Reads everything: blobs against their digests, images against their layers, disks against
+    /// their records, every layer against the format.
+    pub fn verify(&self) -> Result<Vec<Finding>> {
+        let mut findings = Vec::new();
+        let mut note = |subject: String, detail: String| findings.push(Finding { subject, detail });
+        self.verify_blobs(&mut note)?;
+        self.verify_images(&mut note)?;
+        for kind in [DiskKind::Container, DiskKind::Volume] {
+            for name in self.disk_names(kind)? {
+                let disk = Disk { kind, name };
+                if let Err(error) = self.verify_disk(&disk, &mut note) {
+                    note(format!("{} {}", kind.noun(), disk.name), error.to_string());
+                }
+            }
+        }
+        Ok(findings)
+    }
+
+    fn verify_blobs(&self, note: &mut impl FnMut(String, String)) -> Result<()> {
+        let fail = |error| Error::io(error, "listing the blobs").in_file(self.blobs().path());
+        let mut names = self.blobs().list().map_err(fail)?;
+        names.sort();
+        for name in names.iter().filter(|name| is_hex_digest(name)) {
+            let file = match self.blobs().open(name, Access::Read) {
+                Ok(file) => file,
+                Err(error) => {
+                    note(format!("blob {name}"), error.to_string());
+                    continue;
+                }
+            };
+            match json::sha256_file(&*file) {
+                Ok((digest, _)) if digest == *name => {}
+                Ok((digest, _)) => note(format!("blob {name}"), format!("its SHA-256 is {digest}")),
+                Err(error) => note(format!("blob {name}"), error.to_string()),
+            }
+        }
+        Ok(())
+    }
+
+    fn verify_images(&self, note: &mut impl FnMut(String, String)) -> Result<()> {
+        for entry in Index::read(self)?.entries().filter(|entry| entry.is_manifest) {
+            let name = entry.reference.as_ref().map_or_else(
+                || format!("image {}", entry.digest),
+                |reference| format!("image {reference}"),
+            );
+            match self.load_image(&entry.digest, entry.reference) {
+                Ok(Some(image)) => {
+                    for layer in image.manifest.layers() {
+                        let digest = layer.digest().digest();
+                        let length = self
+                            .blobs()
+                            .open(digest, Access::Read)
+                            .and_then(|file| file.length());
+                        match length {
+                            Ok(length) if length == layer.size() => {}
+                            Ok(length) => note(
+                                name.clone(),
+                                format!("layer {digest} of {length} bytes, expected {}", layer.size()),
+                            ),
+                            Err(error) => note(name.clone(), format!("layer {digest}: {error}")),
+                        }
+                    }
+                    if let Err(error) = self.open_image(&image) {
+                        note(name, error.to_string());
+                    }
+                }
+                Ok(None) => note(name, format!("manifest {} is missing", entry.digest)),
+                Err(error) => note(name, error.to_string()),
+            }
+        }
+        Ok(())
+    }
+
+    fn verify_disk(&self, disk: &Disk, note: &mut impl FnMut(String, String)) -> Result<()> {
+        if self.record(disk)?.is_none() {
+            return Ok(());
+        }
+        let folder = self.folder(disk.kind);
+        let file = folder.open(&disk.file(), Access::Read).map_err(|error| {
+            Error::io(error, "opening the layer").in_file(folder.path().join(disk.file()))
+        })?;
+        for finding in inspect::check(&*file)?.findings {
+            note(format!("{} {}", disk.kind.noun(), disk.name), format!("{finding:?}"));
+        }
+        drop(file);
+        match Chain::open(folder.clone(), &disk.file(), Access::Read, self.layers.clone()) {
+            // Somebody writes it, and has opened its chain.
+            Err(error) if error.kind() == crate::error::ErrorKind::InUse => Ok(()),
+            other => other.map(drop),
+        }
+    }
+}
