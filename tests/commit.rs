@@ -53,7 +53,7 @@ fn a_flush_with_nothing_fresh_writes_no_record() {
     let folder = memory();
     let chain = disk(&folder);
     chain.flush().unwrap();
-    assert_eq!(stands(&folder).0, []);
+    assert_eq!(stands(&folder).0, [0usize; 0]);
     chain.write(0, &[1; 4096]).unwrap();
     for _ in 0..3 {
         chain.flush().unwrap();

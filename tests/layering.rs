@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Level of each module; a module may name those of lower levels, and itself.
-const LEVELS: [(&str, u32); 11] = [
+const LEVELS: [(&str, u32); 12] = [
     ("error", 0),
     ("types", 0),
     ("sync", 0),

@@ -140,7 +140,7 @@ impl Chain {
         let stack = self.layers.stack(parent, &self.folder)?;
         let top = levels.top.as_mut();
         let top = top.ok_or_else(|| Error::new(ErrorKind::ReadOnly, "not open for writing"))?;
-        check_visible(&top.header(), stack.virtual_size())?;
+        check_visible(top.header().visible_parent_size, stack.virtual_size())?;
         top.relink(parent)?;
         levels.stack = Some(stack);
         Ok(())

@@ -146,9 +146,9 @@ mod tests {
 
     #[test]
     fn records_count_from_the_tail_while_they_follow_each_other() {
-        assert_eq!(sequences(&[]).unwrap(), []);
+        assert_eq!(sequences(&[]).unwrap(), [0u64; 0]);
         assert_eq!(sequences(&[(5, 301), (5, 300), (5, 302)]).unwrap(), [300, 301, 302]);
-        assert_eq!(sequences(&[(5, 299), (5, 298), (4, 301), (4, 900)]).unwrap(), []);
+        assert_eq!(sequences(&[(5, 299), (5, 298), (4, 301), (4, 900)]).unwrap(), [0u64; 0]);
         assert_eq!(sequences(&[(4, 299), (5, 300), (4, 301)]).unwrap(), [300]);
     }
 

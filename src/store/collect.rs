@@ -10,6 +10,7 @@ use super::index::{Index, hex_digest, is_hex_digest};
 use super::{Guard, Image, Store, json};
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::newest_header;
+use crate::packed::Packed;
 use crate::storage::{Access, Folder, Lock};
 
 /// What a collection took away, or would.
@@ -145,8 +146,8 @@ impl Store {
         let marked = self.marked(&index)?;
         let mut doomed = Vec::new();
         for name in listing(self.blobs())? {
-            let garbage = is_hex_digest(&name) && !marked.contains(&name)
-                || name.starts_with(json::DRAFT);
+            let garbage =
+                is_hex_digest(&name) && !marked.contains(&name) || name.starts_with(json::DRAFT);
             if garbage && self.is_idle(self.blobs(), &name)? {
                 doomed.push((self.blobs(), "blobs/sha256", name));
             }
@@ -174,7 +175,12 @@ impl Store {
         for (folder, _, name) in &doomed {
             json::remove(*folder, name)?;
         }
-        for folder in [&self.folders.root, &self.folders.blobs, &self.folders.containers, &self.folders.volumes] {
+        for folder in [
+            &self.folders.root,
+            &self.folders.blobs,
+            &self.folders.containers,
+            &self.folders.volumes,
+        ] {
             json::sync(&**folder)?;
         }
         self.keep_reserve();
@@ -320,6 +326,14 @@ fn parent_hint(folder: &dyn Folder, name: &str) -> Result<Option<String>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.map_err(|error| Error::io(error, "opening a layer").in_file(path))?,
     };
+    if Packed::recognise(&*file)? {
+        return match Packed::open(file) {
+            Ok(layer) => Ok(layer.parent().map(|link| link.hint.clone())),
+            // One that is being written; the layer that it is made from keeps the parents.
+            Err(_) if name.starts_with(json::DRAFT) => Ok(None),
+            Err(error) => Err(error),
+        };
+    }
     match newest_header(&*file) {
         Ok(header) => Ok(header.parent.map(|link| link.hint)),
         Err(error) if error.kind() == ErrorKind::NotAnImage => Ok(None),

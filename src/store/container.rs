@@ -6,6 +6,7 @@ use super::disk::{Disk, DiskKind, Frozen, LAYER, Record};
 use super::index::is_hex_digest;
 use super::{Image, NewImage, Reference, Store, check_name, json};
 use crate::chain::{Chain, Parent, create};
+use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
 use crate::live::newest_header;
@@ -179,9 +180,9 @@ impl Store {
         let folder = self.folder(disk.kind);
         let mut unmade = Vec::new();
         for frozen in &record.frozen {
-            let same = folder.same_file(&frozen.file, &disk.file()).map_err(|error| {
-                Error::io(error, "looking at layers").in_file(folder.path())
-            })?;
+            let same = folder
+                .same_file(&frozen.file, &disk.file())
+                .map_err(|error| Error::io(error, "looking at layers").in_file(folder.path()))?;
             let made = !same && self.own_layers(&frozen.file).is_ok();
             if !made {
                 json::remove(&**folder, &frozen.file)?;
@@ -207,7 +208,13 @@ impl Store {
     /// # Errors
     /// Those of [`Store::publish`] and [`Chain::snapshot`]. After an error the container holds what
     /// it held.
-    pub fn commit(&self, name: &str, chain: &Chain, reference: &Reference, comment: &str) -> Result<Image> {
+    pub fn commit(
+        &self,
+        name: &str,
+        chain: &Chain,
+        reference: &Reference,
+        comment: &str,
+    ) -> Result<Image> {
         let disk = container(name)?;
         let file = self.freeze(&disk, chain, None)?;
         let folder = self.folder(DiskKind::Container).clone();
@@ -217,7 +224,7 @@ impl Store {
         let record = self.record(&disk)?.ok_or_else(|| disk.missing())?;
         let image = self.image_over(&record, &base)?;
 
-        let draft = self.draft(Some(frozen.headers().first().map_or(0, |(_, h)| h.virtual_size)), Some(&image))?;
+        let draft = self.draft(Some(frozen.size()), Some(&image))?;
         draft.copy_from(&frozen, below.len() + 1)?;
         let new = NewImage {
             reference: reference.clone(),

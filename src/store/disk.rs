@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::{Guard, Store, check_name, json};
 use crate::chain::{Chain, Parent, create};
 use crate::error::{Error, ErrorKind, Result};
-use crate::live::{newest_header, take_lock};
-use crate::storage::{Access, Folder, Lock, Storage};
+use crate::live::newest_header;
+use crate::storage::{Access, Folder, Lock, Storage, take_lock};
 
 /// What a disk is to people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -118,9 +118,9 @@ impl Store {
     /// The names of all disks of a kind, sorted.
     pub fn disk_names(&self, kind: DiskKind) -> Result<Vec<String>> {
         let folder = self.folder(kind);
-        let names = folder.list().map_err(|error| {
-            Error::io(error, "listing the folder").in_file(folder.path())
-        })?;
+        let names = folder
+            .list()
+            .map_err(|error| Error::io(error, "listing the folder").in_file(folder.path()))?;
         let mut names: Vec<_> =
             names.iter().filter_map(|name| name.strip_suffix(RECORD)).map(str::to_owned).collect();
         names.retain(|name| check_name("a disk", name).is_ok());

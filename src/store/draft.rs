@@ -1,25 +1,34 @@
 //! Layers in the making: files in the folder of blobs that mean nothing until they get their
 //! digest for a name.
 
+use std::io::{self, BufWriter, Write};
 use std::sync::Arc;
 
+use sha2::{Digest as _, Sha256};
+
 use super::{Store, json};
-use crate::chain::{Chain, Kind, Parent, create, seal};
+use crate::chain::{Chain, Kind, PackOptions, Parent, create, seal};
 use crate::device::{Detail, Device, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
+use crate::packed::Compression;
 use crate::storage::{Access, Lock, Storage};
 use crate::types::{BLOCK_SIZE, Identity};
 
 const CHUNK: u64 = 1 << 20;
+/// zstd's own default.
+const LEVEL: i32 = 3;
 
-/// A layer that is being made. While it lives its file is locked, which keeps [`Store::collect`]
-/// from it; dropping it removes the file.
+/// A layer that is being made: first of the live layout, to be filled, then packed. While it lives
+/// its files are locked, which keeps [`Store::collect`]
+/// from it; dropping it removes them.
 #[derive(Debug)]
 pub struct Draft {
     store: Store,
     name: String,
     chain: Option<Chain>,
-    /// Holds the lock once the chain is closed.
+    /// The name of the packed layer, once there is one.
+    packed: Option<String>,
+    /// Holds the packed layer's lock.
     file: Option<Arc<dyn Storage>>,
 }
 
@@ -37,7 +46,7 @@ impl Draft {
         // Under the lock, since nobody holds the file for a moment.
         let _guard = store.lock()?;
         let (folder, name) = (&store.folders.blobs, json::draft_name()?);
-        let mut draft = Self { store: store.clone(), name, chain: None, file: None };
+        let mut draft = Self { store: store.clone(), name, chain: None, packed: None, file: None };
         create(folder, &draft.name, size, parent, &store.layers)?;
         let chain = Chain::open(folder.clone(), &draft.name, Access::Write, store.layers.clone())?;
         draft.chain = Some(chain);
@@ -78,33 +87,80 @@ impl Draft {
         Ok(())
     }
 
-    /// Freezes the layer and takes its digest. It stays a draft.
+    /// Packs what the layer holds and takes the digest of that. It stays a draft.
     pub(super) fn finish(&mut self) -> Result<Blob> {
-        let folder = &*self.store.folders.blobs;
+        let folder = self.store.folders.blobs.clone();
         // Most of the work comes before the lock.
         self.chain()?.flush()?;
         let guard = self.store.lock()?;
         if let Some(chain) = self.chain.take() {
             chain.close()?;
         }
-        let parent = seal(folder, &self.name)?;
-        let open = || folder.open(&self.name, Access::Read);
-        let fail = |error| Error::io(error, "opening the new layer").in_file(folder.path());
-        let file = open().map_err(fail)?;
+        seal(&*folder, &self.name)?;
+        // A chain that is open for reading holds a lock too.
+        let source =
+            Chain::open(folder.clone(), &self.name, Access::Read, self.store.layers.clone())?;
+        let fail = |error| Error::io(error, "writing the new layer").in_file(folder.path());
+        let name = json::draft_name()?;
+        let file = folder.create(&name).map_err(fail)?;
+        self.packed = Some(name);
         file.lock(Lock::Shared).map_err(fail)?;
-        self.file = Some(file.clone());
         drop(guard);
-        let (digest, length) = json::sha256_file(&*file)?;
-        let (identity, virtual_size) = (parent.link.identity, parent.virtual_size);
-        Ok(Blob { digest, length, identity, virtual_size })
+        let options = PackOptions { compression: Compression::Zstd(LEVEL), drop_equal: true };
+        let sink = BufWriter::with_capacity(CHUNK as usize, Sink::new(file.clone()));
+        let (summary, sink) = source.pack(sink, &options, &mut |_| {})?;
+        let sink = sink.into_inner().map_err(|error| fail(error.into_error()))?;
+        file.sync_data().map_err(fail)?;
+        self.file = Some(file);
+        Ok(Blob {
+            digest: sink.digest(),
+            length: summary.length,
+            identity: Identity::Packed(summary.root),
+            virtual_size: source.size(),
+        })
     }
 
-    /// Gives the layer its digest for a name; under the store's lock. The folder is not synced.
-    pub(super) fn publish(self, blob: &Blob) -> Result<()> {
+    /// Gives the packed layer its digest for a name; under the store's lock. The folder is not
+    /// synced.
+    pub(super) fn publish(mut self, blob: &Blob) -> Result<()> {
         let folder = &*self.store.folders.blobs;
-        folder
-            .rename(&self.name, &blob.digest)
-            .map_err(|error| Error::io(error, "naming the new layer").in_file(folder.path()))
+        let Some(name) = self.packed.take() else {
+            return Err(Error::new(ErrorKind::InvalidInput, "the layer is not finished"));
+        };
+        folder.rename(&name, &blob.digest).map_err(|error| {
+            let _ = folder.remove(&name);
+            Error::io(error, "naming the new layer").in_file(folder.path())
+        })
+    }
+}
+
+/// Writes a file from its beginning, and takes its digest.
+struct Sink {
+    file: Arc<dyn Storage>,
+    at: u64,
+    hasher: Sha256,
+}
+
+impl Sink {
+    fn new(file: Arc<dyn Storage>) -> Self {
+        Self { file, at: 0, hasher: Sha256::new() }
+    }
+
+    fn digest(self) -> String {
+        json::hex(&self.hasher.finalize())
+    }
+}
+
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.file.write_at(bytes, self.at)?;
+        self.hasher.update(bytes.get(..count).unwrap_or_default());
+        self.at += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -137,6 +193,8 @@ impl Drop for Draft {
     fn drop(&mut self) {
         // It has been renamed, or can't be helped; `gc` finds what stays.
         drop(self.chain.take());
-        let _ = self.store.folders.blobs.remove(&self.name);
+        for name in std::iter::once(&self.name).chain(&self.packed) {
+            let _ = self.store.folders.blobs.remove(name);
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, Read};
+use std::sync::Arc;
 
 use oci_spec::image::{
     Descriptor, DescriptorBuilder, History, HistoryBuilder, ImageConfiguration,
@@ -14,15 +15,14 @@ use sha2::{Digest as _, Sha256};
 use super::draft::{Blob, Draft};
 use super::index::{Index, MANIFEST_TYPE, hex_digest, is_hex_digest};
 use super::{Reference, Store, json};
-use crate::chain::{Chain, Parent};
+use crate::chain::{Chain, Layer, Parent};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
-use crate::live::newest_header;
-use crate::storage::{Access, Lock, write_all_at};
+use crate::storage::{Access, Lock, Storage, take_lock, write_all_at};
 use crate::types::Identity;
 
-/// Media type of a layer blob.
-pub const LAYER_TYPE: &str = "application/vnd.thinply.layer.v1";
+/// Media type of a layer blob: a packed layer.
+pub const LAYER_TYPE: &str = "application/vnd.thinply.layer.packed.v1";
 /// Annotation of a layer: what children name it by.
 const IDENTITY: &str = "io.thinply.layer.identity";
 /// Annotation of a layer: the identity of the layer it stands on.
@@ -157,8 +157,7 @@ impl Store {
     ) -> Result<Option<Image>> {
         let Some(bytes) = self.json_blob(digest)? else { return Ok(None) };
         let path = self.blobs().path().join(digest);
-        let manifest: ImageManifest =
-            json::parse(&bytes).map_err(|error| error.in_file(&path))?;
+        let manifest: ImageManifest = json::parse(&bytes).map_err(|error| error.in_file(&path))?;
         let config = hex_of(manifest.config()).map_err(|error| error.in_file(&path))?;
         let Some(bytes) = self.json_blob(&config)? else {
             let detail = format!("the configuration {config} of the image is missing");
@@ -183,16 +182,16 @@ impl Store {
     /// What a child of a layer blob has to know.
     pub(super) fn parent(&self, digest: &str) -> Result<Parent> {
         let path = self.blobs().path().join(digest);
-        let file = self.blobs().open(digest, Access::Read).map_err(|error| {
-            Error::io(error, "opening a layer of the image").in_file(&path)
-        })?;
-        let header = newest_header(&*file)?;
-        let identity = header
-            .identity()
-            .ok_or_else(|| bad("a layer that is not sealed").in_file(&path))?;
+        let file = self
+            .blobs()
+            .open(digest, Access::Read)
+            .map_err(|error| Error::io(error, "opening a layer of the image").in_file(&path))?;
+        let layer = Layer::open(file)?;
+        let identity =
+            layer.identity().ok_or_else(|| bad("a layer that is not sealed").in_file(&path))?;
         Ok(Parent {
             link: ParentLink { identity, hint: digest.to_owned() },
-            virtual_size: header.virtual_size,
+            virtual_size: layer.virtual_size(),
             newly_frozen: false,
         })
     }
@@ -284,11 +283,8 @@ impl Store {
             let some: Vec<_> = users.iter().take(5).map(String::as_str).collect();
             let more = users.len().saturating_sub(some.len());
             let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-            let detail = format!(
-                "image {} is used by container {}{more}",
-                image.name(),
-                some.join(", ")
-            );
+            let detail =
+                format!("image {} is used by container {}{more}", image.name(), some.join(", "));
             return Err(Error::new(ErrorKind::InUse, detail));
         }
         index.remove(|entry| entry.digest == image.id);
@@ -296,7 +292,7 @@ impl Store {
         for blob in &garbage {
             let file = self.blobs().open(blob, Access::Write);
             if let Ok(file) = file {
-                crate::live::take_lock(&*file, Lock::Exclusive).map_err(|error| {
+                take_lock(&*file, Lock::Exclusive).map_err(|error| {
                     let detail = format!("image {} is being read: {error}", image.name());
                     Error::new(ErrorKind::InUse, detail)
                 })?;
@@ -434,15 +430,44 @@ impl Store {
         Ok(images)
     }
 
+    /// The digests of all blobs of an image: manifest, configuration, layers.
+    pub fn blobs_of(&self, image: &Image) -> Result<Vec<String>> {
+        let mut blobs = vec![image.id.clone(), hex_of(image.manifest.config())?];
+        blobs.extend(image.layers()?);
+        Ok(blobs)
+    }
+
+    /// Opens a blob for reading.
+    pub fn blob(&self, digest: &str) -> Result<Arc<dyn Storage>> {
+        let fail =
+            |error| Error::io(error, "opening a blob").in_file(self.blobs().path().join(digest));
+        self.blobs().open(digest, Access::Read).map_err(fail)
+    }
+
+    /// An index of these images alone, as a layout of its own has it.
+    pub fn index_of(&self, images: &[Image]) -> Result<Vec<u8>> {
+        let own = Index::read(self)?;
+        let mut index = Index::default();
+        for image in images {
+            let descriptor = own.descriptor(&image.id).cloned();
+            let descriptor = descriptor.ok_or_else(|| bad("the image was removed meanwhile"))?;
+            let reference = image.reference.as_ref().ok_or_else(|| {
+                Error::new(ErrorKind::InvalidInput, "an image without a name can't be saved")
+            })?;
+            index.set(reference, descriptor);
+        }
+        json::canonical(index.value())
+    }
+
     /// Opens the whole chain, and compares it with the manifest.
     fn check_layers(&self, image: &Image) -> Result<()> {
         let layers = image.layers()?;
         let chain = self.open_image(image)?;
         let files: Vec<_> = chain
-            .headers()
+            .paths()
             .iter()
             .rev()
-            .filter_map(|(path, _)| path.file_name()?.to_str().map(str::to_owned))
+            .filter_map(|path| path.file_name()?.to_str().map(str::to_owned))
             .collect();
         if files != layers {
             return Err(bad("the layers of the manifest are not the chain of its newest layer"));
@@ -517,7 +542,8 @@ fn describe(
     let mut history = base.and_then(|base| base.config.history().clone()).unwrap_or_default();
     history.push(step);
     let diff_ids: Vec<_> = layers.iter().map(|layer| layer.digest().to_string()).collect();
-    let root = RootFsBuilder::default().typ("layers").diff_ids(diff_ids).build().map_err(invalid)?;
+    let root =
+        RootFsBuilder::default().typ("layers").diff_ids(diff_ids).build().map_err(invalid)?;
     let config = ImageConfigurationBuilder::default()
         .created(created)
         .rootfs(root)

@@ -127,9 +127,9 @@ impl Index {
     /// The raw entry of a manifest.
     pub fn descriptor(&self, digest: &str) -> Option<&Value> {
         let digest = format!("sha256:{digest}");
-        self.raw().iter().find(|entry| {
-            entry.get("digest").and_then(Value::as_str) == Some(digest.as_str())
-        })
+        self.raw()
+            .iter()
+            .find(|entry| entry.get("digest").and_then(Value::as_str) == Some(digest.as_str()))
     }
 
     /// Takes out the entries that `drop` says.

@@ -48,7 +48,7 @@ pub(super) fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |mut text, byte| {
         // Writing to a String never fails.
         let _ = write!(text, "{byte:02x}");
@@ -138,9 +138,7 @@ pub(super) fn remove(folder: &dyn Folder, name: &str) -> Result<bool> {
     match folder.remove(name) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => {
-            Err(Error::io(error, "removing the file").in_file(folder.path().join(name)))
-        }
+        Err(error) => Err(Error::io(error, "removing the file").in_file(folder.path().join(name))),
     }
 }
 

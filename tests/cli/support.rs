@@ -17,7 +17,7 @@ pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;
 
 /// Every subcommand, as the help lists them.
-pub const VERBS: [&str; 17] = [
+pub const VERBS: [&str; 23] = [
     "create",
     "snapshot",
     "info",
@@ -32,6 +32,12 @@ pub const VERBS: [&str; 17] = [
     "flatten",
     "resize",
     "serve",
+    "image",
+    "container",
+    "volume",
+    "df",
+    "gc",
+    "store",
     "demo",
     "completions",
     "man",
@@ -143,6 +149,7 @@ impl Folder {
         let mut command = Command::new(env!("CARGO_BIN_EXE_thinply"));
         command.args(args).current_dir(self.path());
         command.env_remove("THINPLY_LAYERS").env_remove("COLUMNS");
+        command.env("THINPLY_ROOT", self.join("store"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }

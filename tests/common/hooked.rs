@@ -88,6 +88,10 @@ impl Folder for Hooked {
         Ok(self.wrap(self.inner.create(name)?))
     }
 
+    fn list(&self) -> io::Result<Vec<String>> {
+        self.inner.list()
+    }
+
     fn same_file(&self, a: &str, b: &str) -> io::Result<bool> {
         self.inner.same_file(a, b)
     }
@@ -143,6 +147,10 @@ impl Storage for File {
 
     fn length(&self) -> io::Result<u64> {
         self.inner.length()
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        self.inner.allocated()
     }
 
     fn set_length(&self, length: u64) -> io::Result<()> {

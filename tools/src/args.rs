@@ -23,6 +23,8 @@ Exit codes:
 Environment:
   THINPLY_LAYERS  folders where parents are looked for, separated by colons,
                   after those of --layers
+  THINPLY_ROOT    the store's folder, where --root does not name one; else
+                  thinply in XDG_DATA_HOME, or in ~/.local/share
 
 Example:
   thinply create --size 10G disk.tply
@@ -59,6 +61,12 @@ pub enum Command {
     Flatten(crate::flatten::Flatten),
     Resize(crate::resize::Resize),
     Serve(crate::serve::Serve),
+    Image(crate::image::ImageVerbs),
+    Container(crate::container::ContainerVerbs),
+    Volume(crate::volume::VolumeVerbs),
+    Df(crate::store::Df),
+    Gc(crate::store::Gc),
+    Store(crate::store::StoreVerbs),
     Demo(crate::demo::Demo),
     Completions(crate::completions::Completions),
     Man(crate::man::Man),
@@ -82,6 +90,12 @@ impl Command {
             Self::Flatten(verb) => verb.run(),
             Self::Resize(verb) => verb.run(),
             Self::Serve(verb) => verb.run(),
+            Self::Image(verbs) => verbs.run(),
+            Self::Container(verbs) => verbs.run(),
+            Self::Volume(verbs) => verbs.run(),
+            Self::Df(verb) => verb.run(),
+            Self::Gc(verb) => verb.run(),
+            Self::Store(verbs) => verbs.run(),
             Self::Demo(verb) => verb.run(),
             Self::Completions(verb) => verb.run(),
             Self::Man(verb) => verb.run(),

@@ -60,27 +60,20 @@ impl Import {
         let place = Place::vacant(&self.file)?;
         size::check(self.size)?;
         let source = Source::open(&self.src)?;
-        if let (Some(length), Some(size)) = (source.length, self.size) {
-            check_fits(length, size)?;
-        }
+        source.check_fits(self.size)?;
         let (parent, layers) = self.parent.prepare(&place)?;
         let visible = parent.as_ref().map_or(0, |parent| parent.virtual_size);
-        let padded = source.length.map(|n| n.max(1).next_multiple_of(SECTOR_SIZE));
-        let size = self.size.or(padded).unwrap_or(FIRST_SIZE.max(visible));
+        let size = source.first_size(self.size, visible);
 
         let draft = Draft::new(&place.directory);
         create(&place.folder, draft.name(), Some(size), parent.as_ref(), &layers)?;
         let made = Place { name: draft.name().to_owned(), ..place.clone() };
-        let bar = progress::bar(source.length);
         closing(made.chain(Access::Write, layers)?, |chain| {
-            let mut sink = Sink { chain, fixed: self.size, visible, end: 0, below: Vec::new() };
-            pump(|feeder| source.read(feeder), |piece| sink.put(piece, &bar))?;
-            sink.finish(padded)
+            source.copy_to(chain, self.size, visible)
         })?;
         if !self.writable {
             seal(&*made.folder, &made.name)?;
         }
-        bar.finish_and_clear();
         draft.publish(Path::new(&place.name), Replace::Never)?;
         place
             .folder
@@ -99,7 +92,7 @@ fn check_fits(length: u64, size: u64) -> Result<()> {
 }
 
 /// Where the bytes come from.
-struct Source {
+pub struct Source {
     path: PathBuf,
     file: File,
     /// Unknown for what can only be read from beginning to end.
@@ -107,7 +100,8 @@ struct Source {
 }
 
 impl Source {
-    fn open(path: &Path) -> Result<Self> {
+    /// A raw file or block device, or `-` for standard input.
+    pub fn open(path: &Path) -> Result<Self> {
         let failed = |error: io::Error| Error::io(error, "opening the source").in_file(path);
         let file = if path.as_os_str() == "-" {
             File::from(io::stdin().as_fd().try_clone_to_owned().map_err(failed)?)
@@ -127,6 +121,35 @@ impl Source {
             let _ = fadvise(&file, 0, None, Advice::Sequential);
         }
         Ok(Self { path: path.to_owned(), file, length })
+    }
+
+    /// Refuses a size that is too small for it.
+    pub fn check_fits(&self, size: Option<u64>) -> Result<()> {
+        match (self.length, size) {
+            (Some(length), Some(size)) => check_fits(length, size),
+            _ => Ok(()),
+        }
+    }
+
+    /// The length in whole sectors, if it is known.
+    fn padded(&self) -> Option<u64> {
+        self.length.map(|length| length.max(1).next_multiple_of(SECTOR_SIZE))
+    }
+
+    /// The size that a disk shall have before [`Source::copy_to`] fills it, where `fixed` is the
+    /// size that was asked for and `visible` bytes of a parent show.
+    pub fn first_size(&self, fixed: Option<u64>, visible: u64) -> u64 {
+        fixed.or(self.padded()).unwrap_or(FIRST_SIZE.max(visible))
+    }
+
+    /// Makes the disk hold these bytes and nothing else.
+    pub fn copy_to(&self, chain: &Chain, fixed: Option<u64>, visible: u64) -> Result<()> {
+        let bar = progress::bar(self.length);
+        let mut sink = Sink { chain, fixed, visible, end: 0, below: Vec::new() };
+        pump(|feeder| self.read(feeder), |piece| sink.put(piece, &bar))?;
+        sink.finish(self.padded())?;
+        bar.finish_and_clear();
+        Ok(())
     }
 
     fn failed(&self, error: io::Error, offset: u64) -> Error {

@@ -1,19 +1,27 @@
 //! `thinply serve`: a layer as a block device over NBD.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
 use thinply::error::{Error, ErrorKind, Result};
-use thinply::nbd::server::{Export, ExportTable, Handle, Listener, Server, ServerConfig};
+use thinply::nbd::server::{
+    Export, ExportTable, Exports, Handle, Listener, Log, Server, ServerConfig,
+};
 use thinply::storage::Access;
 
 use crate::args::LayersArg;
 use crate::paths::Place;
+use crate::serve_all::{Control, Shared, StoreExports};
+use crate::store::StoreArg;
 use crate::{Answer, Outcome};
 
-/// Serve a layer as a block device over NBD.
+/// Serve a layer, or all of the store, as block devices over NBD.
+///
+/// With --all every container, volume and image of the store is an export by name, also those that
+/// come while it runs: container/NAME, container/NAME@SNAP, volume/NAME for one writer,
+/// volume/NAME:ro for many readers, image/NAME:TAG. A disk is open only while a client has it.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Prints the NBD URI once clients can connect, then serves until SIGTERM or SIGINT: requests under
@@ -21,10 +29,17 @@ way are finished, everything is made durable, the layer is closed.
 
 Example:
   thinply serve vm.tply --socket /run/vm.sock &
-  nbdinfo 'nbd+unix:///?socket=/run/vm.sock'")]
+  nbdinfo 'nbd+unix:///?socket=/run/vm.sock'
+  thinply serve --all --socket /run/thinply.sock")]
 pub struct Serve {
     /// The layer to serve.
-    file: PathBuf,
+    #[arg(required_unless_present = "all")]
+    file: Option<PathBuf>,
+    /// Serve all of the store.
+    #[arg(long, conflicts_with_all = ["file", "read_only", "name", "folders"])]
+    all: bool,
+    #[command(flatten)]
+    store: StoreArg,
     /// Listen on a Unix socket.
     #[arg(long, value_name = "PATH")]
     socket: Vec<PathBuf>,
@@ -53,16 +68,37 @@ pub struct Serve {
 impl Serve {
     /// Serves until told to stop.
     pub fn run(&self) -> Outcome {
+        match &self.file {
+            Some(file) => self.run_layer(file),
+            None => self.run_store(),
+        }
+    }
+
+    fn run_layer(&self, file: &Path) -> Outcome {
         let listeners = self.listeners()?;
-        let place = Place::existing(&self.file)?;
+        let place = Place::existing(file)?;
         let access = if self.read_only { Access::Read } else { Access::Write };
         let chain = Arc::new(place.chain(access, self.layers.layers()?)?);
         let exports = Arc::new(ExportTable::new());
         exports.insert(Export::new(self.name.clone(), chain.clone())?)?;
+        self.serve(listeners, exports)?;
+        // Not after an error: something may hang in the device still, and closing would wait for
+        // it. What was flushed is safe, and the next open recovers the layer.
+        chain.close().map(|()| Answer::Yes)
+    }
+
+    fn run_store(&self) -> Outcome {
+        let listeners = self.listeners()?;
+        let exports = StoreExports::new(self.store.open()?, log());
+        let _control = Control::start(exports.clone())?;
+        self.serve(listeners, Arc::new(Shared(exports))).map(|()| Answer::Yes)
+    }
+
+    fn serve(&self, listeners: Vec<Listener>, exports: Arc<dyn Exports>) -> Result<()> {
         let config = ServerConfig {
             max_connections: self.max_connections,
             stop_with_last_client: self.once,
-            log: Arc::new(|line| eprintln!("thinply: {line}")),
+            log: log(),
             ..ServerConfig::default()
         };
         let server = Server::new(listeners, exports, config)?;
@@ -76,13 +112,10 @@ impl Serve {
         // Whoever started the server may not care for the line and have closed the pipe.
         let _ = std::io::stdout().write_all(ready.as_bytes());
         let served = server.run();
-        // After an error something may hang in the device still, and closing would wait for it. What
-        // was flushed is safe, and the next open recovers the layer.
-        let closed = if served.is_ok() { chain.close() } else { Ok(()) };
         if let Some(path) = &self.pid_file {
             let _ = std::fs::remove_file(path);
         }
-        served.and(closed).map(|()| Answer::Yes)
+        served
     }
 
     /// The sockets asked for, or those that a service manager has opened.
@@ -102,6 +135,11 @@ impl Serve {
         }
         Ok(listeners)
     }
+}
+
+/// Says on standard error what a server has to say.
+fn log() -> Log {
+    Arc::new(|line| eprintln!("thinply: {line}"))
 }
 
 /// Has the server come to its end at the first SIGTERM, SIGINT or SIGHUP. At the second one the

@@ -28,7 +28,7 @@ impl Catalog for View<'_> {
             ErrorKind::NotFound => Refused::Unknown,
             kind => {
                 self.link.log(&format!("export {name:?} is not to be had: {error}"));
-                let policy = kind == ErrorKind::PermissionDenied;
+                let policy = matches!(kind, ErrorKind::PermissionDenied | ErrorKind::InUse);
                 if policy { Refused::Policy } else { Refused::Unknown }
             }
         })

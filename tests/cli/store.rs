@@ -1,0 +1,373 @@
+//! The store from outside: what `docs/store.md` promises, and each line of what a store must
+//! survive.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::{Child, Stdio};
+
+use crate::support::{Folder, KIB, MIB, noise, start};
+
+/// A folder with a store that has the image `base`, of 4 MiB.
+pub fn stocked() -> Folder {
+    let folder = Folder::new();
+    folder.write("base.raw", &noise(1, 4 * MIB as usize));
+    folder.ok(&["image", "import", "base.raw", "base"]);
+    folder
+}
+
+/// Bytes of disk below a folder.
+pub fn cost(path: &Path) -> u64 {
+    let meta = fs::symlink_metadata(path).unwrap();
+    let inside = meta.is_dir().then(|| fs::read_dir(path).unwrap());
+    let inside = inside.into_iter().flatten().map(|entry| cost(&entry.unwrap().path()));
+    meta.blocks() * 512 + inside.sum::<u64>()
+}
+
+fn blobs(folder: &Folder) -> Vec<String> {
+    let entries = fs::read_dir(folder.join("store/blobs/sha256")).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+/// The store's own check, and a collection that finds nothing.
+fn tidy(folder: &Folder) {
+    assert_eq!(folder.ok(&["store", "check"]), "clean\n");
+    assert_eq!(folder.ok(&["gc"]), "Reclaimed: 0 bytes\n");
+}
+
+struct Served {
+    child: Child,
+    socket: String,
+}
+
+impl Served {
+    fn all(folder: &Folder) -> Self {
+        use std::io::{BufRead, BufReader};
+        let mut command = folder.command(&["serve", "--all", "--socket", "nbd.sock"]);
+        let mut child = start(command.stdout(Stdio::piped()));
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert!(line.starts_with("nbd+unix:"), "{line}");
+        Self { child, socket: folder.join("nbd.sock").display().to_string() }
+    }
+
+    fn client(&self, export: &str) -> std::io::Result<Client> {
+        Client::connect(Path::new(&self.socket), export)
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[path = "../../tools/src/demo/client.rs"]
+#[allow(dead_code)]
+mod client;
+use client::Client;
+
+#[test]
+fn odd_names_are_refused_and_make_nothing() {
+    let folder = stocked();
+    let long = "a".repeat(300);
+    for name in ["../x", "", ".", "..", "a/b", "a\nb", "ä", "名前", " a", "a@b", ".draft-1", &long]
+    {
+        let flag = format!("--name={name}");
+        folder.run(&["container", "create", "base", &flag]).refused();
+        folder.run(&["volume", "create", "--size", "1M", name]).refused();
+        folder.run(&["image", "import", "base.raw", &format!("{name}:A!")]).refused();
+        folder.run(&["container", "rm", name]).refused();
+        folder.run(&["volume", "rm", name]).refused();
+        folder.run(&["image", "rm", name]).refused();
+        folder.run(&["container", "reset", name]).refused();
+    }
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    for name in ["../x", "", "a@b", &long] {
+        folder.run(&["container", "snapshot", "c", name]).refused();
+        folder.run(&["container", "commit", "c", &format!("{name}:")]).refused();
+    }
+    assert_eq!(folder.json(&["container", "ls", "--json"]).as_array().unwrap().len(), 1);
+    assert_eq!(folder.names(), ["base.raw", "store"]);
+    tidy(&folder);
+}
+
+#[test]
+fn a_name_that_is_taken_is_refused_or_moves_as_an_image_name_does() {
+    let folder = stocked();
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    let run = folder.run(&["container", "create", "base", "--name", "c"]);
+    assert!(run.refused().contains("there is a container \"c\" already"), "{run:?}");
+    folder.ok(&["volume", "create", "--size", "1M", "v"]);
+    assert!(folder.run(&["volume", "create", "--size", "1M", "v"]).refused().contains("already"));
+    folder.write("other.raw", &noise(2, MIB as usize));
+    let old = folder.json(&["image", "inspect", "base"])[0]["id"].clone();
+    folder.ok(&["image", "import", "other.raw", "base"]);
+    assert_ne!(folder.json(&["image", "inspect", "base"])[0]["id"], old);
+    let listed = folder.ok(&["image", "ls"]);
+    assert!(listed.contains("<none>"), "{listed}");
+    // The container keeps its image, though that has no name any more.
+    assert_eq!(folder.ok(&["gc"]), "Reclaimed: 0 bytes\n");
+    folder.ok(&["container", "rm", "c"]);
+    assert!(folder.ok(&["gc"]).contains("Untagged: "));
+    assert!(!folder.ok(&["image", "ls"]).contains("<none>"));
+    tidy(&folder);
+}
+
+#[test]
+fn removing_what_is_in_use_is_refused_with_who_uses_it() {
+    let folder = stocked();
+    folder.ok(&["container", "create", "base", "--name", "web"]);
+    folder.ok(&["volume", "create", "--size", "1M", "data"]);
+    let run = folder.run(&["image", "rm", "base"]);
+    assert!(run.refused().contains("is used by container web"), "{run:?}");
+    let served = Served::all(&folder);
+    let (web, data) =
+        (served.client("container/web").unwrap(), served.client("volume/data").unwrap());
+    for args in
+        [&["container", "rm", "web"][..], &["container", "reset", "web"], &["volume", "rm", "data"]]
+    {
+        let run = folder.run(args);
+        let holder = format!("thinply ({})", served.child.id());
+        assert!(run.refused().contains(&holder), "{args:?}: {run:?}");
+    }
+    web.disconnect().unwrap();
+    data.disconnect().unwrap();
+    drop(served);
+    folder.ok(&["container", "rm", "web"]);
+    folder.ok(&["volume", "rm", "data"]);
+    folder.ok(&["image", "rm", "base"]);
+    assert_eq!(blobs(&folder), [""; 0]);
+    tidy(&folder);
+}
+
+#[test]
+fn a_blob_that_is_missing_short_or_altered_is_found_and_refused() {
+    for damage in ["missing", "short", "altered"] {
+        let folder = stocked();
+        folder.ok(&["container", "create", "base", "--name", "c"]);
+        let layer = folder.json(&["image", "history", "--json", "base"])[0]["id"].clone();
+        let path = folder.join("store/blobs/sha256").join(layer.as_str().unwrap());
+        match damage {
+            "missing" => fs::remove_file(&path).unwrap(),
+            "short" => {
+                let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+                file.set_len(3 * MIB).unwrap();
+            }
+            _ => {
+                use std::os::unix::fs::FileExt;
+                let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+                file.write_all_at(b"altered", 4 * MIB).unwrap();
+            }
+        }
+        let run = folder.run(&["store", "check"]);
+        assert_eq!(run.code, 1, "{damage}: {run:?}");
+        assert!(run.stdout.contains(layer.as_str().unwrap()), "{damage}: {run:?}");
+        if damage != "altered" {
+            let run = folder.run(&["container", "create", "base", "--name", "d"]);
+            assert!(run.refused().contains(layer.as_str().unwrap()), "{damage}: {run:?}");
+        }
+    }
+    // A manifest that was altered ends every collection: it may be what keeps a layer.
+    let folder = stocked();
+    let id = folder.json(&["image", "inspect", "base"])[0]["id"].as_str().unwrap().to_owned();
+    let path = folder.join("store/blobs/sha256").join(&id);
+    let text = fs::read_to_string(&path).unwrap().replace("layers", "Layers");
+    fs::write(&path, text).unwrap();
+    let before = blobs(&folder).len();
+    assert!(folder.run(&["gc"]).refused().contains("altered"));
+    assert_eq!(blobs(&folder).len(), before);
+}
+
+#[test]
+fn removal_works_on_a_full_disk() {
+    let folder = Folder::new();
+    fs::create_dir(folder.join("store")).unwrap();
+    let mounted = std::process::Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=12m", "tmpfs"])
+        .arg(folder.join("store"))
+        .status();
+    if !mounted.is_ok_and(|status| status.success()) {
+        println!("skipped: no right to mount a tmpfs");
+        return;
+    }
+    let _unmount = Unmount(folder.join("store"));
+    folder.write("base.raw", &noise(1, 2 * MIB as usize));
+    folder.ok(&["image", "import", "base.raw", "base"]);
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    folder.ok(&["volume", "create", "--size", "1M", "v"]);
+    let filler = fs::File::create(folder.join("store/filler")).unwrap();
+    let mut filler = std::io::BufWriter::with_capacity(4096, filler);
+    while std::io::Write::write_all(&mut filler, &[1; 4096]).is_ok() {}
+    let run = folder.run(&["container", "create", "base", "--name", "d"]);
+    assert!(run.refused().contains("No space left"), "{run:?}");
+    folder.ok(&["volume", "rm", "v"]);
+    while std::io::Write::write_all(&mut filler, &[1; 4096]).is_ok() {}
+    folder.ok(&["container", "rm", "c"]);
+    while std::io::Write::write_all(&mut filler, &[1; 4096]).is_ok() {}
+    folder.ok(&["image", "rm", "base"]);
+    assert_eq!(blobs(&folder), [""; 0]);
+    drop(filler);
+    fs::remove_file(folder.join("store/filler")).unwrap();
+    tidy(&folder);
+}
+
+struct Unmount(std::path::PathBuf);
+
+impl Drop for Unmount {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_served_container_is_committed_while_its_client_goes_on() {
+    let folder = stocked();
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    let served = Served::all(&folder);
+    let mut client = served.client("container/c").unwrap();
+    client.write(0, &[1; 4096]).unwrap();
+    folder.ok(&["container", "commit", "c", "base:2"]);
+    client.write(4096, &[2; 4096]).unwrap();
+    assert_eq!(client.read(0, 4096).unwrap(), [1; 4096]);
+    folder.ok(&["container", "snapshot", "c", "s"]);
+    client.write(4096, &[3; 4096]).unwrap();
+    let mut image = served.client("image/base:2").unwrap();
+    assert_eq!(image.read(0, 4096).unwrap(), [1; 4096]);
+    assert_ne!(image.read(4096, 4096).unwrap(), [2; 4096]);
+    let mut saved = served.client("container/c@s").unwrap();
+    assert_eq!(saved.read(4096, 4096).unwrap(), [2; 4096]);
+    assert_eq!(client.read(4096, 4096).unwrap(), [3; 4096]);
+    let mut second = served.client("image/base:2").unwrap();
+    assert_eq!(second.read(0, 4096).unwrap(), [1; 4096], "an image has many readers");
+    for client in [client, image, saved, second] {
+        client.disconnect().unwrap();
+    }
+    drop(served);
+    // What became of the first write is the image's, not the container's.
+    let diff = folder.json(&["container", "diff", "--json", "c"]);
+    assert_eq!(diff.as_array().unwrap().len(), 1, "{diff}");
+    assert_eq!(diff[0]["offset"], 4096);
+    tidy(&folder);
+}
+
+#[test]
+fn a_volume_has_one_writer_or_many_readers() {
+    let folder = Folder::new();
+    folder.ok(&["volume", "create", "--size", "1M", "v"]);
+    let served = Served::all(&folder);
+    let mut writer = served.client("volume/v").unwrap();
+    writer.write(0, &[1; 512]).unwrap();
+    assert!(served.client("volume/v").is_err(), "a second writer");
+    assert!(served.client("volume/v:ro").is_err(), "a reader beside a writer");
+    writer.disconnect().unwrap();
+    let mut readers =
+        [served.client("volume/v:ro").unwrap(), served.client("volume/v:ro").unwrap()];
+    for reader in &mut readers {
+        assert_eq!(reader.read(0, 512).unwrap(), [1; 512]);
+        assert!(reader.write(0, &[2; 512]).is_err(), "a reader must not write");
+    }
+    assert!(served.client("volume/v").is_err(), "a writer beside readers");
+}
+
+#[test]
+fn exports_appear_and_go_as_the_store_changes() {
+    let folder = stocked();
+    let served = Served::all(&folder);
+    assert!(served.client("container/c").is_err());
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    served.client("container/c").unwrap().disconnect().unwrap();
+    while folder.run(&["container", "rm", "c"]).code != 0 {}
+    assert!(served.client("container/c").is_err());
+    for odd in ["", "container/../c", "image/../../x", "volume/", "nonsense", "blobs/sha256"] {
+        assert!(served.client(odd).is_err(), "{odd}");
+    }
+}
+
+#[test]
+fn only_one_process_serves_a_store_and_its_control_socket_is_the_owners() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = stocked();
+    let _served = Served::all(&folder);
+    let mode = fs::metadata(folder.join("store/control")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let run = folder.run(&["serve", "--all", "--socket", "other.sock"]);
+    assert!(run.refused().contains("another process serves this store"), "{run:?}");
+}
+
+#[test]
+fn reset_goes_back_to_the_image_or_to_a_snapshot() {
+    let folder = stocked();
+    folder.ok(&["container", "create", "base", "--name", "c", "--size", "8M"]);
+    let write = |at: u64, byte: u8| {
+        let served = Served::all(&folder);
+        let mut client = served.client("container/c").unwrap();
+        client.write(at, &[byte; 4096]).unwrap();
+        client.disconnect().unwrap();
+    };
+    let read = |at: u64| {
+        let served = Served::all(&folder);
+        let mut client = served.client("container/c").unwrap();
+        client.read(at, 4096).unwrap()
+    };
+    write(0, 1);
+    folder.ok(&["container", "snapshot", "c", "one"]);
+    write(0, 2);
+    folder.ok(&["container", "reset", "c", "one"]);
+    assert_eq!(read(0), [1; 4096]);
+    folder.ok(&["container", "reset", "c"]);
+    assert_eq!(read(0), noise(1, 4096));
+    folder.ok(&["container", "reset", "c", "one"]);
+    assert_eq!(read(0), [1; 4096]);
+    assert!(folder.run(&["container", "reset", "c", "two"]).refused().contains("no snapshot"));
+    assert_eq!(folder.json(&["container", "inspect", "c"])[0]["device_size"], 8 * MIB);
+    tidy(&folder);
+    folder.ok(&["container", "rm", "c"]);
+    assert_eq!(fs::read_dir(folder.join("store/containers")).unwrap().count(), 0);
+}
+
+#[test]
+fn images_go_through_an_archive_and_come_back_the_same() {
+    let folder = stocked();
+    folder.write("more.raw", &noise(3, 4 * MIB as usize + 4096));
+    folder.ok(&["image", "import", "--parent", "base", "more.raw", "more:1"]);
+    folder.ok(&["image", "save", "-o", "images.tar", "base", "more:1"]);
+    let shown = || {
+        let mut shown = folder.json(&["image", "inspect", "base", "more:1"]);
+        let images = shown.as_array_mut().unwrap();
+        // What a file takes on disk depends on how it was written.
+        images.iter_mut().for_each(|image| drop(image.as_object_mut().unwrap().remove("size")));
+        (shown, blobs(&folder).len())
+    };
+    let before = shown();
+    fs::remove_dir_all(folder.join("store")).unwrap();
+    let loaded = folder.ok(&["image", "load", "images.tar"]);
+    assert_eq!(loaded, "Loaded image: base:latest\nLoaded image: more:1\n");
+    assert_eq!(shown(), before);
+    tidy(&folder);
+    // A byte of a layer that changed on the way.
+    let mut archive = folder.read("images.tar");
+    let content = noise(1, 512);
+    let at = archive.windows(512).position(|part| part == content).unwrap();
+    archive[at] ^= 1;
+    folder.write("bad.tar", &archive);
+    fs::remove_dir_all(folder.join("store")).unwrap();
+    folder.run(&["image", "load", "bad.tar"]).refused();
+    assert_eq!(folder.ok(&["image", "ls"]).lines().count(), 1);
+    folder.ok(&["gc"]);
+    assert_eq!(blobs(&folder), [""; 0]);
+}
+
+#[test]
+fn a_container_costs_at_most_16_kib_and_gives_all_of_it_back() {
+    let folder = stocked();
+    let before = cost(&folder.join("store"));
+    for name in ["a", "b", "c", "d", "e"] {
+        folder.ok(&["container", "create", "base", "--name", name]);
+    }
+    let after = cost(&folder.join("store"));
+    assert!(after - before <= 5 * 16 * KIB, "{}", after - before);
+    folder.ok(&["container", "rm", "a", "b", "c", "d", "e"]);
+    assert_eq!(cost(&folder.join("store")), before);
+}
