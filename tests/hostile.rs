@@ -140,9 +140,10 @@ const RUNNING: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// What has no test: nothing in the library reads a wall clock, so a clock that jumps changes nothing.
+/// What has no test: nothing in the library decides by a wall clock, so a clock that jumps changes
+/// nothing. The store alone reads it, in one place, to note when something was made.
 #[test]
-fn nothing_reads_a_wall_clock() {
+fn nothing_decides_by_a_wall_clock() {
     fn sources(dir: &Path, visit: &mut dyn FnMut(&Path)) {
         for entry in fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
@@ -152,7 +153,9 @@ fn nothing_reads_a_wall_clock() {
     let mut seen = 0;
     sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut |path| {
         let text = fs::read_to_string(path).unwrap();
-        assert!(!text.contains("SystemTime"), "{} reads a wall clock", path.display());
+        let allowed = usize::from(path.ends_with("store/json.rs"));
+        let found = text.matches("SystemTime").count();
+        assert_eq!(found, allowed, "{} reads a wall clock", path.display());
         seen += 1;
     });
     assert!(seen > 30);
