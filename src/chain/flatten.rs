@@ -54,7 +54,7 @@ impl Chain {
             Error::new(ErrorKind::InvalidInput, detail).in_file(path)
         };
         let levels = self.levels();
-        let Some(stack) = levels.stack.as_ref().filter(|_| levels.top.is_none()) else {
+        let Some(stack) = levels.sealed() else {
             return Err(invalid("a disk must not be open for writing while it is flattened"));
         };
         let Some(link) = onto else { return Ok((stack.layers().len(), 0)) };

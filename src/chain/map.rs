@@ -62,7 +62,7 @@ impl Chain {
     /// what an open top owns may be known in memory alone, so there the answer is `offset`.
     pub fn skip_absent(&self, offset: u64) -> Result<u64> {
         let levels = self.levels();
-        let Some(stack) = levels.stack.as_ref().filter(|_| levels.top.is_none()) else {
+        let Some(stack) = levels.sealed() else {
             return Ok(offset);
         };
         let from = Word(offset / WORD_BYTES).group();

@@ -59,6 +59,11 @@ impl Levels {
         View { stack: self.stack.as_deref(), clip: self.clip }
     }
 
+    /// The layers of a chain that nobody writes.
+    fn sealed(&self) -> Option<&Arc<Stack>> {
+        self.stack.as_ref().filter(|_| self.top.is_none())
+    }
+
     fn top(&self) -> Result<&Writable> {
         self.top.as_ref().ok_or_else(|| Error::new(ErrorKind::ReadOnly, "not open for writing"))
     }

@@ -4,6 +4,7 @@ use std::io::Write;
 
 use super::Chain;
 use super::layer::Layer;
+use super::owners::shown;
 use super::stack::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::packed::{Compression, Summary, Writer};
@@ -33,8 +34,8 @@ impl Chain {
         progress: &mut dyn FnMut(u64),
     ) -> Result<(Summary, W)> {
         let levels = self.levels();
-        let stack = levels.stack.as_ref().filter(|_| levels.top.is_none());
-        let Some((stack, layer)) = stack.and_then(|stack| Some((stack, stack.layers().next()?)))
+        let Some((stack, layer)) =
+            levels.sealed().and_then(|stack| Some((stack, stack.layers().next()?)))
         else {
             let detail = "a layer is packed from a chain that is open for reading";
             return Err(Error::new(ErrorKind::InvalidInput, detail));
@@ -49,48 +50,53 @@ impl Chain {
         let under = options
             .drop_equal
             .then(|| View { stack: below.as_deref(), clip: layer.visible_parent_size() });
-        let mut writer = Writer::new(out, layer.virtual_size(), parent, options.compression)?;
+        let writer = Writer::new(out, layer.virtual_size(), parent, options.compression)?;
+        let room = || vec![0; WORD_BYTES as usize];
+        let mut packer = Packer { layer, under, writer, bytes: room(), below: room() };
         let (mut from, mut done) = (Group(0), 0);
         while let Some(group) = layer.next_group(from)? {
             from = Group(group.0 + 1);
             let Some(bits) = layer.bits(group)? else { continue };
             for (word, &owned) in (group.first_word().0..).map(Word).zip(bits.iter()) {
-                pack_word(layer, word, shown(layer, word, owned), under.as_ref(), &mut writer)?;
+                packer.word(word, owned)?;
                 done += u64::from(owned.count_ones());
             }
             progress(done);
         }
-        writer.finish()
+        packer.writer.finish()
     }
 }
 
-/// A live layer may own blocks beyond its end, if it was shrunk.
-fn shown(layer: &Layer, word: Word, owned: u64) -> u64 {
-    owned & super::owners::shown(word, layer.virtual_size())
+/// Packs a layer word by word, with room for the bytes of one.
+struct Packer<'a, W> {
+    layer: &'a Layer,
+    /// What blocks are compared with.
+    under: Option<View<'a>>,
+    writer: Writer<W>,
+    bytes: Vec<u8>,
+    below: Vec<u8>,
 }
 
-fn pack_word<W: Write>(
-    layer: &Layer,
-    word: Word,
-    owned: u64,
-    under: Option<&View<'_>>,
-    writer: &mut Writer<W>,
-) -> Result<()> {
-    let mut bytes = [0; WORD_BYTES as usize];
-    let mut below = [0; BLOCK_SIZE as usize];
-    for (first, end) in runs(owned) {
-        let run = &mut bytes[..(end - first) as usize * BLOCK_SIZE as usize];
-        layer.read(word, u64::from(first) * BLOCK_SIZE, run, Wait::Yes)?;
-        let (blocks, _) = run.as_chunks::<{ BLOCK_SIZE as usize }>();
-        for (bit, block) in (first..end).zip(blocks) {
-            if let Some(under) = under {
-                under.read_word(word, u64::from(bit) * BLOCK_SIZE, &mut below, Wait::Yes)?;
-                if below == *block {
-                    continue;
+impl<W: Write> Packer<'_, W> {
+    fn word(&mut self, word: Word, owned: u64) -> Result<()> {
+        // A live layer may own blocks beyond its end, if it was shrunk.
+        let owned = owned & shown(word, self.layer.virtual_size());
+        for (first, end) in runs(owned) {
+            let from = u64::from(first) * BLOCK_SIZE;
+            let length = (end - first) as usize * BLOCK_SIZE as usize;
+            let (bytes, below) = (&mut self.bytes[..length], &mut self.below[..length]);
+            self.layer.read(word, from, bytes, Wait::Yes)?;
+            if let Some(under) = &self.under {
+                under.read_word(word, from, below, Wait::Yes)?;
+            }
+            let blocks = bytes.as_chunks::<{ BLOCK_SIZE as usize }>().0;
+            let others = below.as_chunks::<{ BLOCK_SIZE as usize }>().0;
+            for (bit, (block, other)) in (first..end).zip(blocks.iter().zip(others)) {
+                if self.under.is_none() || block != other {
+                    self.writer.data(word.block(bit), block)?;
                 }
             }
-            writer.data(word.block(bit), block)?;
         }
+        Ok(())
     }
-    Ok(())
 }

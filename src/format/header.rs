@@ -6,11 +6,12 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::geometry::{
-    GROUP_SLOT_SIZE, GROUP_STRIDE, GROUPS_OFFSET, JOURNAL_OFFSET, JOURNAL_RECORDS, is_virtual_size,
+    GROUP_SLOT_SIZE, GROUP_STRIDE, GROUPS_OFFSET, JOURNAL_OFFSET, JOURNAL_RECORDS,
 };
 pub use super::link::{MAX_HINT, ParentLink, check_hint};
 use super::link::{
-    check_features, corrupt, decode_extensions, decode_parent, encode_identity, unsupported,
+    check_features, check_sizes, corrupt, decode_extensions, decode_parent, encode_parent,
+    unsupported,
 };
 use super::{Field, layout};
 use crate::error::Result;
@@ -176,7 +177,8 @@ impl Header {
         raw.visible_parent_size = U64::new(self.visible_parent_size);
         raw.set_geometry();
         if let Some(parent) = &self.parent {
-            raw.set_parent(parent);
+            (raw.parent_kind, raw.hint_length, raw.parent_identity, raw.hint) =
+                encode_parent(parent);
         }
         raw.extensions_length = U32::new(self.extensions.len() as u32);
         raw.extensions.iter_mut().zip(&self.extensions).for_each(|(to, from)| *to = *from);
@@ -224,19 +226,7 @@ impl Header {
     }
 
     fn check(&self) -> Result<()> {
-        if !is_virtual_size(self.virtual_size) {
-            return corrupt(format!(
-                "virtual size {}, expected a positive multiple of 512 up to 2^56",
-                self.virtual_size
-            ));
-        }
-        let visible = if self.parent.is_some() { self.virtual_size } else { 0 };
-        if self.visible_parent_size > visible {
-            return corrupt(format!(
-                "visible parent size {}, expected at most {visible}",
-                self.visible_parent_size
-            ));
-        }
+        check_sizes(self.virtual_size, self.visible_parent_size, self.parent.as_ref())?;
         // A file is opened and committed to far fewer times than this; sums can't overflow.
         if [self.generation, self.epoch, self.journal_tail].iter().any(|&n| n > u64::MAX / 2) {
             return corrupt("generation, epoch or journal tail of 2^63 or more".into());
@@ -309,14 +299,6 @@ impl RawHeader {
             return corrupt("a freeze id in a layer that is not frozen".into());
         }
         Ok(state)
-    }
-
-    fn set_parent(&mut self, parent: &ParentLink) {
-        let (kind, identity) = encode_identity(parent.identity);
-        self.parent_kind = U32::new(kind);
-        self.parent_identity = identity;
-        self.hint_length = U32::new(parent.hint.len() as u32);
-        self.hint.iter_mut().zip(parent.hint.bytes()).for_each(|(to, from)| *to = from);
     }
 
     fn parent(&self) -> Result<Option<ParentLink>> {

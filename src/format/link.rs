@@ -6,6 +6,7 @@ use std::mem::size_of;
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::geometry::is_virtual_size;
 use super::{Field, layout};
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{FreezeId, Identity, Root, Uuid};
@@ -68,6 +69,35 @@ pub(super) fn check_features(incompatible: u64) -> Result<()> {
     unsupported(format!(
         "needs the incompatible feature in bit {bit} ({name}), which this build lacks"
     ))
+}
+
+/// Checks the sizes that both headers have.
+pub(super) fn check_sizes(
+    virtual_size: u64,
+    visible_parent_size: u64,
+    parent: Option<&ParentLink>,
+) -> Result<()> {
+    if !is_virtual_size(virtual_size) {
+        return corrupt(format!(
+            "virtual size {virtual_size}, expected a positive multiple of 512 up to 2^56"
+        ));
+    }
+    let visible = if parent.is_some() { virtual_size } else { 0 };
+    if visible_parent_size > visible {
+        return corrupt(format!(
+            "visible parent size {visible_parent_size}, expected at most {visible}"
+        ));
+    }
+    Ok(())
+}
+
+/// A link as the fields of a header, in their order there: kind, length of the hint, identity, hint.
+/// The hint must have passed [`check_hint`].
+pub(super) fn encode_parent(link: &ParentLink) -> (U32, U32, [u8; 32], [u8; 256]) {
+    let (kind, identity) = encode_identity(link.identity);
+    let mut hint = [0; 256];
+    hint.iter_mut().zip(link.hint.bytes()).for_each(|(to, from)| *to = from);
+    (U32::new(kind), U32::new(link.hint.len() as u32), identity, hint)
 }
 
 /// The kind and the 32 bytes by which a link names a parent.

@@ -10,11 +10,14 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::bitmap::Bits;
-use super::geometry::{block_count, group_count, is_virtual_size};
-use super::link::{ParentLink, check_features, decode_extensions, decode_parent, encode_identity};
+use super::geometry::{block_count, group_count};
+use super::link::{
+    ParentLink, check_features, check_sizes, decode_extensions, decode_parent, encode_identity,
+    encode_parent,
+};
 use super::{Field, layout};
 use crate::error::{Error, ErrorKind, Result};
-use crate::types::{BLOCK_SIZE, Block, GROUP_BLOCKS, GROUP_WORDS, Group, Root};
+use crate::types::{BLOCK_SIZE, Block, GROUP_BLOCKS, GROUP_WORDS, Group, Root, Word};
 
 /// First bytes of every packed layer.
 pub const MAGIC: [u8; 8] = *b"TPLYPACK";
@@ -246,11 +249,8 @@ impl PackedHeader {
         raw.block_size_log2 = U32::new(BLOCK_SIZE.ilog2());
         raw.frame_blocks = U32::new(self.frame_blocks);
         if let Some(parent) = &self.parent {
-            let (kind, identity) = encode_identity(parent.identity);
-            raw.parent_kind = U32::new(kind);
-            raw.parent_identity = identity;
-            raw.hint_length = U32::new(parent.hint.len() as u32);
-            raw.hint.iter_mut().zip(parent.hint.bytes()).for_each(|(to, from)| *to = from);
+            (raw.parent_kind, raw.hint_length, raw.parent_identity, raw.hint) =
+                encode_parent(parent);
         }
         raw.extensions_length = U32::new(self.extensions.len() as u32);
         raw.extensions.iter_mut().zip(&self.extensions).for_each(|(to, from)| *to = *from);
@@ -303,19 +303,7 @@ impl PackedHeader {
     }
 
     fn check(&self) -> Result<()> {
-        if !is_virtual_size(self.virtual_size) {
-            return corrupt(format!(
-                "header: virtual size {}, expected a positive multiple of 512 up to 2^56",
-                self.virtual_size
-            ));
-        }
-        let visible = if self.parent.is_some() { self.virtual_size } else { 0 };
-        if self.visible_parent_size > visible {
-            return corrupt(format!(
-                "header: visible parent size {}, expected at most {visible}",
-                self.visible_parent_size
-            ));
-        }
+        check_sizes(self.virtual_size, self.visible_parent_size, self.parent.as_ref())?;
         if !(1..=MAX_FRAME_BLOCKS).contains(&self.frame_blocks) {
             return corrupt(format!(
                 "header: {} blocks in a frame, expected 1 to {MAX_FRAME_BLOCKS}",
@@ -543,11 +531,16 @@ impl Map {
         Self { group, frames_offset, chunks_offset, present, data, rank, data_blocks, chunks }
     }
 
+    /// The blocks of a word that have data.
+    pub fn data_in(&self, word: Word) -> u64 {
+        self.data.get(word.index()).copied().unwrap_or(0)
+    }
+
     /// How many data blocks of the group come before this one.
     pub fn rank(&self, block: Block) -> u32 {
-        let index = block.word().index();
-        let before = self.data.get(index).copied().unwrap_or(0) & (block.mask() - 1);
-        self.rank.get(index).copied().unwrap_or(0) + before.count_ones()
+        let word = block.word();
+        let before = self.data_in(word) & (block.mask() - 1);
+        self.rank.get(word.index()).copied().unwrap_or(0) + before.count_ones()
     }
 
     /// The occupied words: a bit for each, and their bits one after the other.

@@ -1,6 +1,7 @@
 //! What all packed layers of a process share, with a bound on its memory: decoded frames, keyed by
 //! the content that they belong to, and chunks, keyed by the open file, since they hold its offsets.
 
+use std::hash::Hash;
 use std::sync::{Arc, LazyLock};
 
 use quick_cache::Weighter;
@@ -8,6 +9,7 @@ use quick_cache::sync::Cache;
 
 use crate::error::Result;
 use crate::format::packed::Chunk;
+use crate::storage::Wait;
 use crate::types::{Group, Root};
 
 /// Bytes of decoded frames that are kept.
@@ -41,26 +43,35 @@ static FRAMES: LazyLock<Cache<FrameKey, Arc<[u8]>, Bytes>> =
 static CHUNKS: LazyLock<Cache<ChunkKey, Arc<Chunk>, Bytes>> =
     LazyLock::new(|| Cache::with_weighter((CHUNK_BYTES / 3500) as usize, CHUNK_BYTES, Bytes));
 
-/// The decoded frame, made by `make` unless it is known; `None` where `make` may not run.
+/// The decoded frame, made by `make` unless it is known; `None` where that would be waiting.
 pub(super) fn frame(
     key: FrameKey,
-    may_make: bool,
+    wait: Wait,
     make: impl FnOnce() -> Result<Arc<[u8]>>,
 ) -> Result<Option<Arc<[u8]>>> {
-    if !may_make {
-        return Ok(FRAMES.get(&key));
-    }
-    FRAMES.get_or_insert_with(&key, make).map(Some)
+    get(&FRAMES, &key, wait, make)
 }
 
 /// The chunk, as [`frame`].
 pub(super) fn chunk(
     key: ChunkKey,
-    may_make: bool,
+    wait: Wait,
     make: impl FnOnce() -> Result<Arc<Chunk>>,
 ) -> Result<Option<Arc<Chunk>>> {
-    if !may_make {
-        return Ok(CHUNKS.get(&key));
+    get(&CHUNKS, &key, wait, make)
+}
+
+fn get<K: Copy + Eq + Hash, V: Clone>(
+    cache: &Cache<K, V, Bytes>,
+    key: &K,
+    wait: Wait,
+    make: impl FnOnce() -> Result<V>,
+) -> Result<Option<V>>
+where
+    Bytes: Weighter<K, V>,
+{
+    match wait {
+        Wait::Yes => cache.get_or_insert_with(key, make).map(Some),
+        Wait::No => Ok(cache.get(key)),
     }
-    CHUNKS.get_or_insert_with(&key, make).map(Some)
 }

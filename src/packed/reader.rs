@@ -1,4 +1,4 @@
-//! Reading a packed layer, and verifying a whole one.
+//! Reading a packed layer.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -143,8 +143,7 @@ impl Packed {
 
     /// The blocks of a word that have data; the other present ones are zeros.
     pub fn data(&self, word: Word) -> Result<u64> {
-        let loaded = self.loaded(word.group())?;
-        Ok(loaded.and_then(|loaded| loaded.map.data.get(word.index()).copied()).unwrap_or(0))
+        Ok(self.loaded(word.group())?.map_or(0, |loaded| loaded.map.data_in(word)))
     }
 
     /// The first group at or after `from` with a present block.
@@ -210,7 +209,7 @@ impl Packed {
         let number = frame / CHUNK_FRAMES;
         let chunk_at = |number| {
             let key = (self.serial, map.group, number);
-            cache::chunk(key, wait == Wait::Yes, || self.read_chunk(map, number).map(Arc::new))
+            cache::chunk(key, wait, || self.read_chunk(map, number).map(Arc::new))
         };
         let Some(chunk) = chunk_at(number)? else { return Ok(None) };
         let place = (frame % CHUNK_FRAMES) as usize;
@@ -262,7 +261,7 @@ impl Packed {
             return Ok(true);
         };
         let to = from + buf.len() as u64;
-        let data = loaded.map.data.get(word.index()).copied().unwrap_or(0) & touched(from, to);
+        let data = loaded.map.data_in(word) & touched(from, to);
         let mut rest = buf;
         let mut at = from;
         for (first, end) in runs(data) {
@@ -358,8 +357,9 @@ impl Packed {
             }
         }
         checked.fetch_or(mask, Ordering::Relaxed);
-        if !room.is_empty() {
-            room.iter().skip(skip as usize).zip(buf).for_each(|(from, to)| *to = *from);
+        let wanted = room.get(skip as usize..).and_then(|rest| rest.get(..buf.len()));
+        if let Some(wanted) = wanted {
+            buf.copy_from_slice(wanted);
         }
         Ok(true)
     }
@@ -375,7 +375,7 @@ impl Packed {
     ) -> Result<bool> {
         let key = (self.root(), map.group, part.frame);
         let decode = || self.decode(map.group, part);
-        let Some(frame) = cache::frame(key, wait == Wait::Yes, decode)? else { return Ok(false) };
+        let Some(frame) = cache::frame(key, wait, decode)? else { return Ok(false) };
         let wanted = frame.get(within as usize..).and_then(|rest| rest.get(..buf.len()));
         match wanted {
             Some(bytes) => buf.copy_from_slice(bytes),
