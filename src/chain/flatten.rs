@@ -3,12 +3,11 @@
 use std::sync::Arc;
 
 use super::{Chain, Kind, Layers, MapExtent, Parent, seal};
-use crate::device::{Detail, Device, ZeroMode};
+use crate::device::{Device, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
 use crate::live::{self, NewLayer};
 use crate::storage::{Access, Folder};
-use crate::types::GROUP_BYTES;
 
 /// Bytes copied at a time.
 const BUFFER: u64 = 1 << 20;
@@ -70,25 +69,22 @@ impl Chain {
     /// Writes what the newest `above` layers own to `new`, which has none of it yet.
     fn copy_layers(&self, new: &Self, above: usize, progress: &mut dyn FnMut(u64)) -> Result<()> {
         let mut buffer = vec![0; BUFFER as usize];
-        let (size, mut at) = (self.size(), 0);
-        while at < size {
-            let from = self.skip_absent(at)?;
-            let end = size.min((from / GROUP_BYTES + 1) * GROUP_BYTES);
-            let mut owned: Vec<MapExtent> = Vec::new();
-            self.map(from, end - from, Detail::Files, &mut |extent| {
-                owned.extend(extent.depth.filter(|&depth| depth < above).map(|_| extent));
-                true
-            })?;
-            for extent in owned {
-                self.copy_extent(new, extent, &mut buffer)?;
+        self.walk(&mut |extent| {
+            if extent.depth.is_some_and(|depth| depth < above) {
+                self.copy_extent(new, extent, &mut buffer, progress)?;
             }
-            progress(end);
-            at = end;
-        }
-        Ok(())
+            progress(extent.offset + extent.length);
+            Ok(())
+        })
     }
 
-    fn copy_extent(&self, new: &Self, extent: MapExtent, buffer: &mut [u8]) -> Result<()> {
+    fn copy_extent(
+        &self,
+        new: &Self,
+        extent: MapExtent,
+        buffer: &mut [u8],
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<()> {
         if extent.kind != Kind::Data {
             return new.zero(extent.offset, extent.length, ZeroMode::default());
         }
@@ -99,6 +95,7 @@ impl Chain {
             self.read(at, part)?;
             new.write(at, part)?;
             at += part.len() as u64;
+            progress(at);
         }
         Ok(())
     }

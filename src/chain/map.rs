@@ -2,12 +2,12 @@
 
 use super::layer::Layer;
 use super::{Chain, Levels};
-use crate::device::{Detail, check_range};
+use crate::device::{Detail, Device, check_range};
 use crate::error::Result;
 use crate::format::geometry::word_offset;
 use crate::live::words;
 use crate::storage::{Storage, failed};
-use crate::types::{BLOCK_SIZE, Group, WORD_BYTES, Word, touched};
+use crate::types::{BLOCK_SIZE, GROUP_BYTES, Group, WORD_BYTES, Word, touched};
 
 /// What an extent holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +72,54 @@ impl Chain {
         }
         let start = next.map_or(levels.size, |group| group.first_word().guest_offset());
         Ok(start.max(offset).min(levels.size))
+    }
+}
+
+impl Chain {
+    /// Hands all extents of a still chain to `visit`, in order, neighbours that say the same joined,
+    /// however much of it is empty. `visit` may read.
+    ///
+    /// # Errors
+    /// Host errors, and those of `visit`.
+    pub fn walk(&self, visit: &mut dyn FnMut(MapExtent) -> Result<()>) -> Result<()> {
+        let mut joined = Joined { pending: None, visit };
+        let (size, mut at) = (self.size(), 0);
+        while at < size {
+            let next = self.skip_absent(at)?;
+            joined.push(MapExtent {
+                offset: at,
+                length: next - at,
+                depth: None,
+                kind: Kind::Absent,
+            })?;
+            let end = size.min((next / GROUP_BYTES + 1) * GROUP_BYTES);
+            let mut pushed = Ok(());
+            self.map(next, end - next, Detail::Files, &mut |extent| {
+                pushed = joined.push(extent);
+                pushed.is_ok()
+            })?;
+            pushed?;
+            at = end;
+        }
+        joined.pending.take().map_or(Ok(()), joined.visit)
+    }
+}
+
+struct Joined<'a> {
+    pending: Option<MapExtent>,
+    visit: &'a mut dyn FnMut(MapExtent) -> Result<()>,
+}
+
+impl Joined<'_> {
+    fn push(&mut self, extent: MapExtent) -> Result<()> {
+        match &mut self.pending {
+            _ if extent.length == 0 => Ok(()),
+            Some(last) if last.depth == extent.depth && last.kind == extent.kind => {
+                last.length += extent.length;
+                Ok(())
+            }
+            pending => pending.replace(extent).map_or(Ok(()), &mut self.visit),
+        }
     }
 }
 

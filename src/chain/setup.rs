@@ -7,7 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{ParentLink, State};
 use crate::live::{self, NewLayer, Sealed, Writable, durable_header};
 use crate::packed::Packed;
-use crate::storage::{Access, Folder, Storage};
+use crate::storage::{Access, Folder, Storage, sync_folder};
 
 /// A layer that children may stand on.
 #[derive(Clone, Debug)]
@@ -99,7 +99,7 @@ pub fn create(
     }
     let parent = parent.map(|parent| (parent.link.clone(), parent.virtual_size));
     live::create(&**folder, name, &NewLayer { virtual_size, parent })?;
-    folder.sync().map_err(|error| Error::io(error, "syncing the folder").in_file(folder.path()))
+    sync_folder(&**folder)
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use super::{Chain, Levels, MAX_DEPTH, Stack};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
 use crate::live::{self, NewLayer, Writable, durable_header, newest_header};
-use crate::storage::{Access, Folder, Lock, take_lock};
+use crate::storage::{Access, Folder, Lock, sync_folder, take_lock};
 use crate::types::Identity;
 
 /// The new top's name until it takes the old one's.
@@ -45,7 +45,7 @@ pub(super) fn finish(folder: &dyn Folder, name: &str, identity: Option<Identity>
         return Ok(false);
     }
     folder.rename(&new_top, name).map_err(failed(folder, "renaming the new top"))?;
-    folder.sync().map_err(failed(folder, "syncing the folder"))?;
+    sync_folder(folder)?;
     Ok(true)
 }
 
@@ -75,7 +75,7 @@ impl Chain {
         self.folder
             .rename(&name, &self.name)
             .map_err(failed(&*self.folder, "renaming the new top"))?;
-        self.folder.sync().map_err(failed(&*self.folder, "syncing the folder"))?;
+        sync_folder(&*self.folder)?;
 
         let layer = Layer::Live(sealed);
         let found = Arc::new(Found { layer, folder: self.folder.clone() });
@@ -113,6 +113,6 @@ impl Chain {
                 Error::io(error, "linking the snapshot").in_file(folder.path().join(snapshot))
             })?;
         }
-        folder.sync().map_err(failed(folder, "syncing the folder"))
+        sync_folder(folder)
     }
 }

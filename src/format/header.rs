@@ -189,8 +189,8 @@ impl Header {
     /// Reads slot 0 or 1. `Ok(None)`: the checksum does not hold, so the slot doesn't count.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] for what a later version may mean, [`ErrorKind::Corrupt`] for a
-    /// header whose checksum holds but whose numbers cannot be.
+    /// [`Unsupported`](crate::error::ErrorKind::Unsupported) for what a later version may mean,
+    /// [`Corrupt`](crate::error::ErrorKind::Corrupt) for a header whose checksum holds but whose numbers cannot be.
     pub fn decode(slot: usize, bytes: &SlotBytes) -> Result<Option<Self>> {
         let raw: &RawHeader = zerocopy::transmute_ref!(bytes);
         if raw.magic != MAGIC || raw.crc.get() != checksum(slot, bytes) {

@@ -131,6 +131,11 @@ pub fn failed(
     move |error| Error::io(error, operation).at(offset).in_file(storage.path())
 }
 
+/// Makes the changes of names in a folder durable.
+pub fn sync_folder(folder: &dyn Folder) -> Result<()> {
+    folder.sync().map_err(|error| Error::io(error, "syncing the folder").in_file(folder.path()))
+}
+
 /// Whether an operation may wait for a disk or for a commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {

@@ -11,7 +11,7 @@ use super::{Guard, Image, Store, json};
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::newest_header;
 use crate::packed::Packed;
-use crate::storage::{Access, Folder, Lock};
+use crate::storage::{Access, Folder, Lock, sync_folder};
 
 /// What a collection took away, or would.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -42,7 +42,8 @@ pub struct Usage {
     pub reclaimable: u64,
 }
 
-fn listing(folder: &dyn Folder) -> Result<Vec<String>> {
+/// The names in a folder, sorted.
+pub(super) fn listing(folder: &dyn Folder) -> Result<Vec<String>> {
     let fail = |error| Error::io(error, "listing the folder").in_file(folder.path());
     let mut names = folder.list().map_err(fail)?;
     names.sort();
@@ -181,7 +182,7 @@ impl Store {
             &self.folders.containers,
             &self.folders.volumes,
         ] {
-            json::sync(&**folder)?;
+            sync_folder(&**folder)?;
         }
         self.keep_reserve();
         drop::<Guard>(guard);

@@ -5,12 +5,11 @@ use std::collections::BTreeSet;
 use super::disk::{Disk, DiskKind, Frozen, LAYER, Record};
 use super::index::is_hex_digest;
 use super::{Image, NewImage, Reference, Store, check_name, json};
-use crate::chain::{Chain, Parent, create};
+use crate::chain::{Chain, create};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::ParentLink;
 use crate::live::newest_header;
-use crate::storage::Access;
+use crate::storage::{Access, sync_folder};
 
 /// A container as its record and its layer tell.
 #[derive(Clone, Debug)]
@@ -260,6 +259,12 @@ impl Store {
         let mut record = self.record(disk)?.ok_or_else(|| disk.missing())?;
         record.image = image.name();
         record.manifest = image.id.clone();
+        self.write_and_drop(disk, record)
+    }
+
+    /// Writes the record without the frozen layers that nothing stands on any more, and removes
+    /// those.
+    fn write_and_drop(&self, disk: &Disk, mut record: Record) -> Result<()> {
         let needed = self.needed_layers(disk, &record)?;
         let (kept, dropped): (Vec<_>, Vec<_>) =
             record.frozen.into_iter().partition(|frozen| needed.contains(&frozen.file));
@@ -269,7 +274,7 @@ impl Store {
         for frozen in dropped {
             json::remove(folder, &frozen.file)?;
         }
-        json::sync(folder)
+        sync_folder(folder)
     }
 
     /// The frozen layers that a container's top or one of its snapshots stands on.
@@ -313,16 +318,8 @@ impl Store {
             Error::io(error, "replacing the layer").in_file(folder.path().join(disk.file()))
         })?;
         json::remove(&**folder, &disk.new_top_file())?;
-        json::sync(&**folder)?;
-        let needed = self.needed_layers(&disk, &record)?;
-        let (kept, dropped): (Vec<_>, Vec<_>) =
-            record.frozen.into_iter().partition(|frozen| needed.contains(&frozen.file));
-        record.frozen = kept;
-        self.write_record(&disk, &record)?;
-        for frozen in dropped {
-            json::remove(&**folder, &frozen.file)?;
-        }
-        json::sync(&**folder)
+        sync_folder(&**folder)?;
+        self.write_and_drop(&disk, record)
     }
 
     /// The blob that a container is reset to: that of its layer, or of its record where the layer
@@ -342,12 +339,6 @@ impl Store {
     /// How many of the layers of a container's chain are its own, for reading what it changed.
     pub fn own_depth(&self, name: &str) -> Result<usize> {
         Ok(self.own_layers(&container(name)?.file())?.0.len() + 1)
-    }
-
-    /// What children of a blob name it by, and its size.
-    pub fn parent_of(&self, image: &Image) -> Result<(ParentLink, u64)> {
-        let Parent { link, virtual_size, .. } = self.parent(&image.top()?)?;
-        Ok((link, virtual_size))
     }
 }
 

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::collect::listing;
 use super::{Guard, Store, check_name, json};
 use crate::chain::{Chain, Parent, create};
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::newest_header;
-use crate::storage::{Access, Folder, Lock, Storage, take_lock};
+use crate::storage::{Access, Folder, Lock, Storage, sync_folder, take_lock};
 
 /// What a disk is to people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -117,10 +118,7 @@ impl Store {
 
     /// The names of all disks of a kind, sorted.
     pub fn disk_names(&self, kind: DiskKind) -> Result<Vec<String>> {
-        let folder = self.folder(kind);
-        let names = folder
-            .list()
-            .map_err(|error| Error::io(error, "listing the folder").in_file(folder.path()))?;
+        let names = listing(&**self.folder(kind))?;
         let mut names: Vec<_> =
             names.iter().filter_map(|name| name.strip_suffix(RECORD)).map(str::to_owned).collect();
         names.retain(|name| check_name("a disk", name).is_ok());
@@ -243,7 +241,7 @@ impl Store {
             let path = folder.path().join(disk.record_file());
             Error::io(error, "marking as removed").in_file(path)
         })?;
-        json::sync(folder)?;
+        sync_folder(folder)?;
         self.finish_removal(disk)?;
         Ok(())
     }
@@ -262,9 +260,9 @@ impl Store {
                 json::remove(folder, &frozen.file)?;
             }
         }
-        json::sync(folder)?;
+        sync_folder(folder)?;
         json::remove(folder, &disk.gone_file())?;
-        json::sync(folder)?;
+        sync_folder(folder)?;
         Ok(true)
     }
 }

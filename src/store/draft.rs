@@ -8,7 +8,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{Store, json};
 use crate::chain::{Chain, Kind, PackOptions, Parent, create, seal};
-use crate::device::{Detail, Device, ZeroMode};
+use crate::device::{Device, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::packed::Compression;
 use crate::storage::{Access, Lock, Storage};
@@ -65,14 +65,10 @@ impl Draft {
     /// Writes what the newest `layers` layers of `source` own, where it reads other than the parent.
     pub(super) fn copy_from(&self, source: &Chain, layers: usize) -> Result<()> {
         let chain = self.chain()?;
-        let mut extents = Vec::new();
-        source.map(0, source.size(), Detail::Files, &mut |extent| {
-            if extent.depth.is_some_and(|depth| depth < layers) {
-                extents.push(extent);
+        source.walk(&mut |extent| {
+            if extent.depth.is_none_or(|depth| depth >= layers) {
+                return Ok(());
             }
-            true
-        })?;
-        for extent in extents {
             let end = extent.offset + extent.length;
             let mut at = extent.offset;
             while at < end {
@@ -83,8 +79,8 @@ impl Draft {
                 }
                 at += part;
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     /// Packs what the layer holds and takes the digest of that. It stays a draft.

@@ -18,7 +18,7 @@ use super::{Reference, Store, json};
 use crate::chain::{Chain, Layer, Parent};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
-use crate::storage::{Access, Lock, Storage, take_lock, write_all_at};
+use crate::storage::{Access, Lock, Storage, sync_folder, take_lock, write_all_at};
 use crate::types::Identity;
 
 /// Media type of a layer blob: a packed layer.
@@ -228,7 +228,7 @@ impl Store {
             }
         }
         draft.publish(&blob)?;
-        json::sync(self.blobs())?;
+        sync_folder(self.blobs())?;
         self.put(&config)?;
         self.put(&manifest)?;
         let id = json::sha256(&manifest);
@@ -302,7 +302,7 @@ impl Store {
         for blob in &garbage {
             json::remove(self.blobs(), blob)?;
         }
-        json::sync(self.blobs())?;
+        sync_folder(self.blobs())?;
         self.keep_reserve();
         drop(guard);
         Ok(garbage)
@@ -374,7 +374,7 @@ impl Store {
         let file = folder.create(&name).map_err(fail)?;
         file.lock(Lock::Shared).map_err(fail)?;
         drop(guard);
-        let store = || {
+        let mut store = || {
             let mut hasher = Sha256::new();
             let (mut buffer, mut at) = (vec![0; LINE], 0);
             loop {
@@ -388,18 +388,17 @@ impl Store {
                 at += count as u64;
             }
             file.set_length(at).map_err(fail)?;
-            let found: String = hasher.finalize().iter().map(|b| format!("{b:02x}")).collect();
+            let found = json::hex(&hasher.finalize());
             if found != digest {
                 return Err(bad(format!("the SHA-256 of blob {digest} is {found}")));
             }
             file.sync_data().map_err(fail)?;
             let _guard = self.lock()?;
-            let fresh = !folder.list().map_err(fail)?.iter().any(|name| name == digest);
+            let fresh = !folder.same_file(digest, digest).map_err(fail)?;
             folder.rename(&name, digest).map_err(fail)?;
-            json::sync(folder)?;
+            sync_folder(folder)?;
             Ok(fresh)
         };
-        let mut store = store;
         store().inspect_err(|_| {
             let _ = folder.remove(&name);
         })

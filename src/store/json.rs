@@ -142,11 +142,6 @@ pub(super) fn remove(folder: &dyn Folder, name: &str) -> Result<bool> {
     }
 }
 
-/// Makes the changes of names in a folder durable.
-pub(super) fn sync(folder: &dyn Folder) -> Result<()> {
-    folder.sync().map_err(|error| Error::io(error, "syncing the folder").in_file(folder.path()))
-}
-
 /// The present time as the OCI specification writes it.
 pub(super) fn now() -> String {
     humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string()

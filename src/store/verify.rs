@@ -1,5 +1,6 @@
 //! `store check`: whether everything is there and is what its name says.
 
+use super::collect::listing;
 use super::disk::{Disk, DiskKind};
 use super::index::{Index, is_hex_digest};
 use super::{Store, json};
@@ -37,10 +38,7 @@ impl Store {
     }
 
     fn verify_blobs(&self, note: &mut impl FnMut(String, String)) -> Result<()> {
-        let fail = |error| Error::io(error, "listing the blobs").in_file(self.blobs().path());
-        let mut names = self.blobs().list().map_err(fail)?;
-        names.sort();
-        for name in names.iter().filter(|name| is_hex_digest(name)) {
+        for name in listing(self.blobs())?.iter().filter(|name| is_hex_digest(name)) {
             let file = match self.blobs().open(name, Access::Read) {
                 Ok(file) => file,
                 Err(error) => {

@@ -8,6 +8,9 @@ use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 use thinply::error::{Error, Result};
+use thinply::storage::sync_folder;
+
+use crate::paths::Place;
 
 /// Exit code after an interrupt, as shells have it.
 const INTERRUPTED: i32 = 130;
@@ -63,6 +66,12 @@ impl Draft {
     /// The temporary path.
     pub fn path(&self) -> PathBuf {
         self.directory.join(&self.name)
+    }
+
+    /// Gives the file the name of a layer that is not there yet, durably.
+    pub fn publish_at(self, place: &Place) -> Result<()> {
+        self.publish(Path::new(&place.name), Replace::Never)?;
+        sync_folder(&*place.folder)
     }
 
     /// Gives the file its name.

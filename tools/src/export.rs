@@ -15,7 +15,6 @@ use thinply::storage::Access;
 
 use crate::args::LayersArg;
 use crate::draft::{Draft, Replace};
-use crate::extents;
 use crate::paths::{Place, same_file, vacant};
 use crate::pump::{BUFFER, Feeder, Piece, block_runs, is_zero, pump};
 use crate::{Answer, Outcome, progress};
@@ -134,7 +133,7 @@ fn open(path: &Path) -> io::Result<File> {
 /// Reads the whole disk, without what is known to be zeros.
 fn read(chain: &Chain, feeder: &Feeder) -> Result<()> {
     let mut open = true;
-    extents::walk(chain, &mut |extent| {
+    chain.walk(&mut |extent| {
         let end = extent.offset + extent.length;
         if open && extent.kind != Kind::Data {
             open = feeder.send(Piece::Zeros(extent.offset, extent.length));

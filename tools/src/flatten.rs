@@ -11,7 +11,7 @@ use thinply::format::header::{ParentLink, check_hint};
 use thinply::storage::Access;
 
 use crate::args::LayersArg;
-use crate::draft::{Draft, Replace};
+use crate::draft::Draft;
 use crate::output::Output;
 use crate::paths::Place;
 use crate::{Answer, Outcome, progress};
@@ -75,10 +75,7 @@ impl Flatten {
             &mut |done| bar.set_position(done),
         )?;
         bar.finish_and_clear();
-        draft.publish(Path::new(&out.name), Replace::Never)?;
-        out.folder
-            .sync()
-            .map_err(|error| Error::io(error, "syncing the folder").in_file(&out.directory))?;
+        draft.publish_at(&out)?;
         if self.json {
             let mut output = Output::new();
             output.json(&Made {

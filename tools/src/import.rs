@@ -16,7 +16,7 @@ use thinply::error::{Error, ErrorKind, Result};
 use thinply::storage::Access;
 use thinply::types::{BLOCK_SIZE, SECTOR_SIZE};
 
-use crate::draft::{Draft, Replace};
+use crate::draft::Draft;
 use crate::parent::ParentArg;
 use crate::paths::{Place, closing};
 use crate::pump::{BUFFER, Feeder, Piece, block_runs, is_zero, pump};
@@ -74,11 +74,7 @@ impl Import {
         if !self.writable {
             seal(&*made.folder, &made.name)?;
         }
-        draft.publish(Path::new(&place.name), Replace::Never)?;
-        place
-            .folder
-            .sync()
-            .map_err(|error| Error::io(error, "syncing the folder").in_file(&place.directory))?;
+        draft.publish_at(&place)?;
         Ok(Answer::Yes)
     }
 }

@@ -11,7 +11,6 @@ mod draft;
 mod dump;
 mod export;
 mod ext4;
-mod extents;
 mod flatten;
 mod image;
 mod import;

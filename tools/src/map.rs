@@ -10,7 +10,7 @@ use thinply::storage::Access;
 use crate::args::ShowArgs;
 use crate::output::Output;
 use crate::paths::Place;
-use crate::{Answer, Outcome, extents};
+use crate::{Answer, Outcome};
 
 const AFTER_HELP: &str = "\
 Columns: offset and length in bytes; the owner's depth (0 is FILE) and its file; whether the range
@@ -71,7 +71,7 @@ impl Map {
             chain.paths().iter().map(|path| path.display().to_string()).collect();
         let mut output = Output::new();
         let walk = |put: &mut dyn FnMut(&Extent<'_>) -> Result<()>| {
-            extents::walk(&chain, &mut |extent| {
+            chain.walk(&mut |extent| {
                 put(&Extent {
                     offset: extent.offset,
                     length: extent.length,

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
@@ -13,7 +13,7 @@ use thinply::storage::Access;
 use thinply::types::BLOCK_SIZE;
 
 use crate::args::LayersArg;
-use crate::draft::{Draft, Replace};
+use crate::draft::Draft;
 use crate::output::Output;
 use crate::paths::Place;
 use crate::{Answer, Outcome, progress};
@@ -78,8 +78,7 @@ impl Pack {
         let file = File::create_new(draft.path()).map_err(|e| failed(e, "creating the file"))?;
         let (summary, file) = self.pack(&chain, file)?;
         file.sync_all().map_err(|error| failed(error, "syncing the new file"))?;
-        draft.publish(Path::new(&out.name), Replace::Never)?;
-        out.folder.sync().map_err(|error| failed(error, "syncing the folder"))?;
+        draft.publish_at(&out)?;
         let facts = Facts {
             root: summary.root.to_string(),
             data_size: summary.data_blocks * BLOCK_SIZE,

@@ -9,7 +9,7 @@ use thinply::format::header::State;
 use thinply::inspect::{self, Fate, Repaired};
 use thinply::storage::{Access, Lock, take_lock};
 
-use crate::draft::{Draft, Replace};
+use crate::draft::Draft;
 use crate::output::Output;
 use crate::paths::Place;
 use crate::{Answer, Outcome};
@@ -80,11 +80,7 @@ impl Repair {
         let complete = repaired.is_complete();
         let mut output = Output::new();
         self.report(&place.path(), repaired, &mut output)?;
-        draft.publish(Path::new(&place.name), Replace::Never)?;
-        place
-            .folder
-            .sync()
-            .map_err(|error| Error::io(error, "syncing the folder").in_file(&place.directory))?;
+        draft.publish_at(&place)?;
         output.print()?;
         Ok(if complete { Answer::Yes } else { Answer::No })
     }
