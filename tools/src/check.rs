@@ -18,7 +18,8 @@ use crate::{Answer, Outcome};
 
 const AFTER_HELP: &str = "\
 A finding is what must not be; a note is what may be, such as a layer that was not closed.
-Data in the blocks has no checksum and is not judged. Nothing is changed.
+Data in a live layer's blocks has no checksum and is not judged; a packed layer is
+verified whole. Nothing is changed.
 
 Exit codes:
   0  nothing was found
