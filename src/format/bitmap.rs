@@ -5,7 +5,7 @@ use std::mem::size_of;
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{Field, layout};
+use super::{Field, is_zero, layout};
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{BLOCK_SIZE, GROUP_WORDS, Group, Uuid};
 
@@ -78,7 +78,7 @@ pub fn judge(uuid: Uuid, group: Group, page: &PageBytes) -> [Sector; SECTORS] {
     let sectors: &[RawSector; SECTORS] = zerocopy::transmute_ref!(page);
     let mut verdicts = [Sector::Empty; SECTORS];
     for ((number, sector), verdict) in sectors.iter().enumerate().zip(&mut verdicts) {
-        if sector.as_bytes().iter().all(|&byte| byte == 0) {
+        if is_zero(sector.as_bytes()) {
             continue;
         }
         let (found, expected) = (sector.crc.get(), checksum(uuid, group, number, &sector.bits));
@@ -92,18 +92,21 @@ pub fn judge(uuid: Uuid, group: Group, page: &PageBytes) -> [Sector; SECTORS] {
 pub fn trusted_bits(verdicts: &[Sector; SECTORS], page: &PageBytes) -> Box<Bits> {
     let sectors: &[RawSector; SECTORS] = zerocopy::transmute_ref!(page);
     let mut bits = Box::new([0; GROUP_WORDS as usize]);
-    let mut bytes = sectors.iter().zip(verdicts).flat_map(|(sector, verdict)| {
-        if *verdict == Sector::Valid { sector.bits } else { [0; SECTOR_BITS] }
-    });
-    for word in bits.iter_mut() {
-        *word = u64::from_le_bytes(std::array::from_fn(|_| bytes.next().unwrap_or(0)));
+    let mut bytes = [0; SECTORS * SECTOR_BITS];
+    let parts = bytes.chunks_exact_mut(SECTOR_BITS);
+    for ((sector, verdict), part) in sectors.iter().zip(verdicts).zip(parts) {
+        if *verdict == Sector::Valid {
+            part.copy_from_slice(&sector.bits);
+        }
     }
+    let words = bytes.as_chunks().0;
+    bits.iter_mut().zip(words).for_each(|(word, bytes)| *word = u64::from_le_bytes(*bytes));
     bits
 }
 
 /// What a page says, `None` for one without a bit. The error's offset counts from the page's start.
 pub fn decode(uuid: Uuid, group: Group, page: &PageBytes) -> Result<Option<Box<Bits>>> {
-    if page.iter().all(|&byte| byte == 0) {
+    if is_zero(page) {
         return Ok(None);
     }
     let verdicts = judge(uuid, group, page);

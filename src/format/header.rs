@@ -13,7 +13,7 @@ use super::link::{
     check_features, check_sizes, corrupt, decode_extensions, decode_parent, encode_parent,
     unsupported,
 };
-use super::{Field, layout};
+use super::{Field, is_zero, layout};
 use crate::error::Result;
 use crate::types::{BLOCK_SIZE, FreezeId, GROUP_BLOCKS, Identity, Uuid};
 
@@ -282,7 +282,7 @@ impl RawHeader {
             ));
         }
         check_features(self.incompatible.get())?;
-        if self.reserved.iter().any(|&byte| byte != 0) {
+        if !is_zero(&self.reserved) {
             return corrupt("reserved bytes are set".into());
         }
         Ok(())

@@ -5,7 +5,7 @@ use std::mem::size_of;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{Field, layout};
+use super::{Field, is_zero, layout};
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{BLOCK_SIZE, Block, Uuid};
 
@@ -109,7 +109,7 @@ pub enum Slot {
 /// # Errors
 /// [`ErrorKind::Corrupt`] for a record whose checksum holds but whose numbers cannot be.
 pub fn decode(uuid: Uuid, bytes: &RecordBytes) -> Result<Slot> {
-    if bytes.iter().all(|&byte| byte == 0) {
+    if is_zero(bytes) {
         return Ok(Slot::Empty);
     }
     let raw: &RawRecord = zerocopy::transmute_ref!(bytes);
@@ -123,10 +123,7 @@ pub fn decode(uuid: Uuid, bytes: &RecordBytes) -> Result<Slot> {
     let Some((used, unused)) = raw.entries.split_at_checked(count) else {
         return corrupt(format!("{count} entries, expected at most {RECORD_CAPACITY}"));
     };
-    if raw.reserved.get() != 0
-        || raw.padding != [0; 8]
-        || unused.as_bytes().iter().any(|&byte| byte != 0)
-    {
+    if raw.reserved.get() != 0 || raw.padding != [0; 8] || !is_zero(unused.as_bytes()) {
         return corrupt("reserved bytes are set".into());
     }
     let mut entries: Vec<Entry> = Vec::with_capacity(count);

@@ -7,7 +7,7 @@ use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::geometry::is_virtual_size;
-use super::{Field, layout};
+use super::{Field, is_zero, layout};
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{FreezeId, Identity, Root, Uuid};
 
@@ -119,7 +119,7 @@ pub(super) fn decode_parent(
     let Some((hint, rest)) = hint.split_at_checked(length) else {
         return corrupt(format!("parent hint of {length} bytes, expected at most {MAX_HINT}"));
     };
-    if rest.iter().any(|&byte| byte != 0) {
+    if !is_zero(rest) {
         return corrupt("bytes behind the parent hint".into());
     }
     let identity = match kind {
@@ -145,7 +145,7 @@ pub(super) fn decode_extensions(length: u32, room: &[u8]) -> Result<Vec<u8>> {
     let Some((used, unused)) = room.split_at_checked(length) else {
         return corrupt(format!("extensions of {length} bytes, expected at most {}", room.len()));
     };
-    if unused.iter().any(|&byte| byte != 0) {
+    if !is_zero(unused) {
         return corrupt("bytes behind the extensions".into());
     }
     let mut rest = used;

@@ -32,6 +32,11 @@ pub fn layouts() -> [(&'static str, Vec<Field>); 11] {
     ]
 }
 
+/// Whether all bytes are zero. Looks at all of them, which is faster than stopping early.
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().fold(0, |all, byte| all | byte) == 0
+}
+
 /// Lists the fields of a raw struct as [`Field`]s.
 macro_rules! layout {
     ($name:ident { $($field:ident),* $(,)? }) => {{

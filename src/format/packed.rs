@@ -15,7 +15,7 @@ use super::link::{
     ParentLink, check_features, check_sizes, decode_extensions, decode_parent, encode_identity,
     encode_parent,
 };
-use super::{Field, layout};
+use super::{Field, is_zero, layout};
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{BLOCK_SIZE, Block, GROUP_BLOCKS, GROUP_WORDS, Group, Root, Word};
 
@@ -282,7 +282,7 @@ impl PackedHeader {
             ));
         }
         check_features(raw.incompatible.get())?;
-        if raw.reserved.iter().any(|&byte| byte != 0) {
+        if !is_zero(&raw.reserved) {
             return corrupt("header: reserved bytes are set".into());
         }
         let header = Self {
@@ -410,7 +410,7 @@ impl Footer {
             return corrupt("no footer at the end: the file was cut short or is unfinished".into());
         }
         checked("footer", &[], bytes)?;
-        if raw.reserved.iter().any(|&byte| byte != 0) {
+        if !is_zero(&raw.reserved) {
             return corrupt("footer: reserved bytes are set".into());
         }
         if raw.header_crc.get() != checksum(&[], header) {
