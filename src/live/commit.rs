@@ -39,11 +39,13 @@ impl Writable {
     pub(super) fn check_poison(&self) -> Result<()> {
         match self.poison.get() {
             None => Ok(()),
-            Some(cause) => Err(Error::new(
-                ErrorKind::Poisoned,
-                format!("closed to writing since a sync failed ({cause})"),
-            )),
+            Some(cause) => Err(self.poisoned(cause)),
         }
+    }
+
+    fn poisoned(&self, cause: &Error) -> Error {
+        let detail = format!("closed to writing since a sync failed ({cause})");
+        Error::new(ErrorKind::Poisoned, detail).in_file(self.file.path())
     }
 
     /// The one way to sync. A failure poisons the layer before anybody is answered, and is never
@@ -52,8 +54,7 @@ impl Writable {
         self.check_poison()?;
         self.file.sync_data().map_err(|error| {
             let error = failed(&*self.file, "syncing", 0)(error);
-            self.poison.get_or_init(|| error);
-            self.check_poison().err().unwrap_or_else(|| Error::new(ErrorKind::Poisoned, "syncing"))
+            self.poisoned(self.poison.get_or_init(|| error))
         })
     }
 
