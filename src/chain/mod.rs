@@ -22,7 +22,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{ParentLink, State};
 use crate::live::{Writable, newest_header};
 use crate::packed::Packed;
-use crate::storage::{Access, Folder};
+use crate::storage::{Access, Folder, sync_folder};
 use layers::{Found, check_visible};
 use stack::View;
 
@@ -205,6 +205,8 @@ fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Resul
     // The parents come first: a layer that can't be read shall not be marked as in use.
     let stack = stack_below(header.parent.as_ref(), header.visible_parent_size, folder, layers)
         .map_err(|error| error.in_file(&path))?;
+    // A killed process may have given the file this name in memory alone.
+    sync_folder(&**folder)?;
     let top = Writable::open(file)?;
     if top.header().parent != header.parent {
         let error =

@@ -7,7 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{ParentLink, State};
 use crate::live::{self, NewLayer, Sealed, Writable, durable_header};
 use crate::packed::Packed;
-use crate::storage::{Access, Folder, Storage, sync_folder};
+use crate::storage::{Access, Folder, Storage, failed, sync_folder};
 
 /// A layer that children may stand on.
 #[derive(Clone, Debug)]
@@ -30,16 +30,19 @@ pub(super) fn open_file(
         .map_err(|error| Error::io(error, "opening the file").in_file(folder.path().join(name)))
 }
 
-/// Makes sure that the layer `name` is sealed: a writable one is frozen for ever, a packed one is
-/// sealed as it is. A snapshot that
-/// was cut off is finished first, so that `name` goes on leading to what the answer says.
+/// Makes sure that the layer `name` is sealed and durable, name included: a writable one is frozen
+/// for ever, a packed one is sealed as it is. A snapshot that was cut off is finished first, so that
+/// `name` goes on leading to what the answer says.
 ///
 /// # Errors
 /// [`ErrorKind::InUse`] where somebody writes it; those of [`Writable::open`] and
 /// [`Writable::freeze`].
 pub fn seal(folder: &dyn Folder, name: &str) -> Result<Parent> {
+    // Whoever made or froze it may have been killed with all of that in memory alone.
+    sync_folder(folder)?;
     let mut file = open_file(folder, name, Access::Read)?;
     if Packed::recognise(&*file)? {
+        file.sync_data().map_err(failed(&*file, "syncing the parent", 0))?;
         let layer = Packed::open(file)?;
         return Ok(Parent {
             link: ParentLink { identity: layer.identity(), hint: name.to_owned() },
@@ -47,8 +50,6 @@ pub fn seal(folder: &dyn Folder, name: &str) -> Result<Parent> {
             newly_frozen: false,
         });
     }
-    // A killed process may have left a freeze in the page cache alone; it has to be durable before
-    // a child is.
     let mut header = durable_header(&*file)?;
     if matches!(header.state, State::Frozen(_))
         && snapshot::finish(folder, name, header.identity())?
