@@ -1,321 +1,203 @@
 //! Power losses and kills at every kind of moment: nothing that a flush acknowledged is lost, and
 //! nothing is read that was never written.
 //!
-//! `THINPLY_CRASH_SEEDS` says how many seeds to run (default 3,000), `THINPLY_CRASH_FIRST` where to
-//! begin, to repeat a failure.
+//! `THINPLY_CRASH_STATES` says how many crashes to recover and judge, about (default 60,000). A
+//! failure names its test and seed; `THINPLY_CRASH_SEED` runs that one alone.
 
 mod common;
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
-use common::crash::{CrashFolder, Random};
-use thinply::chain::{Chain, Layers, create, seal};
-use thinply::device::{Device, ZeroMode};
-use thinply::error::Result;
-use thinply::inspect;
-use thinply::storage::{Access, Folder};
+use common::crash::Random;
+use common::crash::disk::{Disk, PAGE};
+use common::crash::folder::{Fault, Plan};
+use common::crash::judge::judge;
+use common::crash::oracle::Oracle;
+use common::crash::script::{Op, enumerated, fresh, run};
 
-const BLOCK: u64 = 4096;
-const SECTOR: u64 = 512;
-const GROUP: u64 = 127 << 20;
-const SIZE: u64 = GROUP + 8 * BLOCK + SECTOR;
-/// The blocks that are used: at edges of words, bitmap sectors, the group and the device.
-const BLOCKS: [u64; 16] = [
-    0,
-    1,
-    2,
-    3,
-    63,
-    64,
-    4063,
-    4064,
-    8127,
-    8128,
-    32510,
-    32511,
-    32512,
-    32513,
-    32514,
-    GROUP / BLOCK + 8,
-];
+type Outcome = Result<u64, String>;
 
-type Sector = Vec<u8>;
-
-/// For each sector that was ever touched: the contents it may have, the latest last.
-#[derive(Clone, Default)]
-struct Allowed(BTreeMap<u64, Vec<Sector>>);
-
-impl Allowed {
-    fn latest(&self, sector: u64) -> Sector {
-        self.0.get(&sector).map_or_else(|| vec![0; 512], |values| values.last().unwrap().clone())
-    }
-
-    /// The bytes are being written; until a flush both old and new are allowed.
-    fn write(&mut self, offset: u64, data: &[u8]) {
-        let mut at = 0;
-        while at < data.len() as u64 {
-            let position = offset + at;
-            let within = (position % SECTOR) as usize;
-            let length = (512 - within).min(data.len() - at as usize);
-            let mut value = self.latest(position / SECTOR);
-            value[within..within + length].copy_from_slice(&data[at as usize..][..length]);
-            let values = self.0.entry(position / SECTOR).or_insert_with(|| vec![vec![0; 512]]);
-            values.push(value);
-            at += length as u64;
-        }
-    }
-
-    fn flush(&mut self) {
-        self.0.values_mut().for_each(|values| drop(values.drain(..values.len() - 1)));
-    }
-
-    /// Compares the device and keeps what it shows as the only thing allowed.
-    fn settle(&mut self, chain: &Chain, what: &str) {
-        for (&sector, values) in &mut self.0 {
-            let mut found = vec![0; 512];
-            chain.read(sector * SECTOR, &mut found).unwrap();
-            assert!(
-                values.contains(&found),
-                "{what}: sector {sector} (block {}) begins {:?}, expected one of {:?}",
-                sector / 8,
-                &found[..4],
-                values.iter().map(|value| value[..4].to_vec()).collect::<Vec<_>>()
-            );
-            *values = vec![found];
-        }
-    }
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|value| value.parse().expect("a number"))
 }
 
-impl Allowed {
-    /// What the device shows now is what later writes change; older contents may still come back.
-    fn observe(&mut self, chain: &Chain, what: &str) {
-        for (&sector, values) in self.0.iter_mut().filter(|(_, values)| values.len() > 1) {
-            let mut found = vec![0; 512];
-            chain.read(sector * SECTOR, &mut found).unwrap();
-            assert!(values.contains(&found), "{what}: sector {sector} shows a stranger's bytes");
-            values.push(found);
-        }
+/// Runs seeds, on all processors, until their states are so many percent of those that are wanted,
+/// and at least the first `least` seeds. A seed beyond the last one answers zero.
+fn campaign(name: &str, percent: u64, least: u64, seed: impl Fn(u64) -> Outcome + Sync) {
+    if let Some(only) = number("THINPLY_CRASH_SEED") {
+        println!("{name}, seed {only}: {} states", seed(only).unwrap());
+        return;
     }
-}
-
-struct Life {
-    folder: CrashFolder,
-    random: Random,
-    allowed: Allowed,
-    snapshots: u64,
-}
-
-impl Life {
-    fn new(seed: u64) -> Self {
-        let folder = CrashFolder::default();
-        let shared: Arc<dyn Folder> = Arc::new(folder.clone());
-        let layers = Arc::new(Layers::default());
-        create(&shared, "base", Some(SIZE), None, &layers).unwrap();
-        let base = Chain::open(shared.clone(), "base", Access::Write, layers.clone()).unwrap();
-        let mut allowed = Allowed::default();
-        for block in BLOCKS.iter().step_by(2) {
-            let length = BLOCK.min(SIZE - block * BLOCK) as usize;
-            base.write(block * BLOCK, &vec![0xba; length]).unwrap();
-            allowed.write(block * BLOCK, &vec![0xba; length]);
-        }
-        base.close().unwrap();
-        drop(base);
-        let parent = seal(&folder, "base").unwrap();
-        create(&shared, "top", None, Some(&parent), &layers).unwrap();
-        allowed.flush();
-        Self { folder, random: Random::new(seed), allowed, snapshots: 0 }
-    }
-
-    fn open(&self) -> Result<Chain> {
-        Chain::open(Arc::new(self.folder.clone()), "top", Access::Write, Arc::default())
-    }
-
-    fn range(&mut self) -> (u64, u64) {
-        let block = *self.random.pick(&BLOCKS) * BLOCK;
-        let (from, length) = match self.random.below(4) {
-            0 => (self.random.below(8) * SECTOR, (1 + self.random.below(8)) * SECTOR),
-            1 => (self.random.below(BLOCK), 1 + self.random.below(2 * BLOCK)),
-            _ => (0, (1 + self.random.below(3)) * BLOCK),
-        };
-        let offset = (block + from).min(SIZE - 1);
-        (offset, length.min(SIZE - offset))
-    }
-
-    fn step(&mut self, chain: &Chain) -> Result<()> {
-        let (offset, length) = self.range();
-        match self.random.below(20) {
-            0..8 => {
-                let data = vec![1 + self.random.below(250) as u8; length as usize];
-                self.allowed.write(offset, &data);
-                chain.write(offset, &data)
-            }
-            8..10 => {
-                self.allowed.write(offset, &vec![0; length as usize]);
-                let allocate = self.random.below(2) == 0;
-                chain.zero(offset, length, ZeroMode { allocate, fast_only: false })
-            }
-            10..12 => {
-                let first = offset.next_multiple_of(BLOCK);
-                let end = offset + length;
-                let end = if end == SIZE { end } else { end / BLOCK * BLOCK };
-                if first < end {
-                    self.allowed.write(first, &vec![0; (end - first) as usize]);
-                }
-                chain.trim(offset, length)
-            }
-            12 => {
-                // Many blocks at once: more than a record holds.
-                let data = vec![1 + self.random.below(250) as u8; 400 * BLOCK as usize];
-                self.allowed.write(8200 * BLOCK, &data);
-                chain.write(8200 * BLOCK, &data)
-            }
-            13 if self.random.below(4) == 0 => {
-                self.snapshots += 1;
-                chain.snapshot(&format!("snap{}", self.snapshots))
-            }
-            _ => {
-                chain.flush()?;
-                self.allowed.flush();
-                Ok(())
-            }
-        }
-    }
-
-    /// Some operations until the fuse ends them, or all of them do.
-    fn live(&mut self, operations: u64) {
-        let Ok(chain) = self.open() else {
-            assert!(self.folder.is_dark(), "opening failed with the power on");
-            return;
-        };
-        for _ in 0..operations {
-            if let Err(error) = self.step(&chain) {
-                assert!(self.folder.is_dark(), "{error} with the power on");
+    let wanted = number("THINPLY_CRASH_STATES").unwrap_or(60_000) * percent / 100;
+    let (started, next, states) = (Instant::now(), AtomicU64::new(0), AtomicU64::new(0));
+    let work = || {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= least && states.load(Ordering::Relaxed) >= wanted {
                 return;
             }
-        }
-        if self.random.below(3) == 0 && chain.close().is_ok() {
-            self.allowed.flush();
-        }
-    }
-
-    fn crash(&mut self) {
-        self.folder = self.folder.crashed(&mut self.random);
-    }
-
-    /// Reopens, perhaps through crashes inside recovery, and compares.
-    fn recover(&mut self, what: &str) {
-        for _ in 0..self.random.below(3) {
-            self.folder.light(self.random.below(40));
-            drop(self.open());
-            self.folder.quench();
-            if self.random.below(2) == 0 {
-                self.crash();
+            match seed(number) {
+                Ok(0) => return,
+                Ok(count) => drop(states.fetch_add(count, Ordering::Relaxed)),
+                Err(what) => panic!("{name}, seed {number}: {what}"),
             }
         }
-        let read_only =
-            Chain::open(Arc::new(self.folder.clone()), "top", Access::Read, Arc::default());
-        self.allowed.settle(&read_only.unwrap(), &format!("{what}, read-only"));
-        let chain = self.open().unwrap();
-        self.allowed.settle(&chain, what);
-        drop(chain);
-        self.crash();
-        let chain = self.open().unwrap();
-        self.allowed.settle(&chain, &format!("{what}, recovered a second time"));
-        chain.close().unwrap();
-        let file = self.folder.open("top", Access::Read).unwrap();
-        let report = inspect::check(&*file).unwrap();
-        assert!(report.is_clean(), "{what}: {report:?}");
-    }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, Into::into);
+    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
+    let (states, seconds) = (states.into_inner(), started.elapsed().as_secs_f64());
+    println!("{name}: {states} crash states recovered and judged, {seconds:.0} s");
+    assert!(states >= wanted, "{name}: too few");
 }
 
-fn run(seed: u64) {
-    let mut life = Life::new(seed);
-    let base = life.folder.bytes("base");
+/// Runs a script once, and lets the power go after each of its steps.
+fn one(script: &[Op], times: u64, random: &mut Random, seed: u64) -> Outcome {
+    let (disk, oracle) = fresh();
+    let run = run(disk, oracle, script, None, seed)?;
+    run.sample(0, times, random).map_err(|what| format!("{what}, of {script:?}"))
+}
+
+/// Rounds of operations, crashes and recoveries on one disk.
+fn life(
+    random: &mut Random,
+    seed: u64,
+    script: impl Fn(&mut Random) -> Vec<Op>,
+    plan: impl Fn(&mut Random) -> Option<Plan>,
+) -> Outcome {
+    let (mut disk, mut oracle): (Disk, Oracle) = fresh();
+    let mut states = 0;
     for round in 0..4 {
-        let calls = [30, 100, 300][life.random.below(3) as usize];
-        life.folder.light(life.random.below(calls));
-        let operations = 1 + life.random.below(24);
-        life.live(operations);
-        life.folder.quench();
-        // A kill leaves the page cache; the power may go later, or not.
-        if life.random.below(4) != 0 {
-            life.crash();
-        }
-        life.recover(&format!("seed {seed}, round {round}"));
-        assert!(life.folder.bytes("base") == base, "seed {seed}: the base has changed");
+        let (script, plan) = (script(random), plan(random));
+        let told = |what| format!("round {round}: {what}, of {script:?} with {plan:?}");
+        let run = run(disk, oracle, &script, plan, seed * 4 + round).map_err(told)?;
+        states += run.sample(0, 2, random).map_err(told)?;
+        let (crashed, allowed) = run.end(random);
+        let survivor = judge(crashed, &allowed, random).map_err(told)?;
+        oracle = allowed;
+        survivor.settle(&mut oracle);
+        disk = survivor.disk;
     }
+    Ok(states)
 }
 
-/// One call fails, with the disk full or broken, and all goes on: operations fail or don't, and what
-/// a flush acknowledged is there after a power loss.
-fn run_with_a_fault(seed: u64) {
-    const EIO: i32 = 5;
-    const ENOSPC: i32 = 28;
-    let what = format!("fault, seed {seed}");
-    let mut life = Life::new(seed);
-    let chain = life.open().unwrap();
-    let errno = *life.random.pick(&[EIO, ENOSPC]);
-    life.folder.fail(life.random.below(120), errno);
-    for _ in 0..30 {
-        let snapshots = life.snapshots;
-        if life.step(&chain).is_err() {
-            assert!(life.folder.has_failed(), "{what}: an error out of nothing");
-            life.allowed.observe(&chain, &what);
-        }
-        if life.snapshots != snapshots && life.folder.has_failed() {
-            break;
-        }
-    }
-    drop(chain);
-    if life.random.below(2) == 0 {
-        life.crash();
-    }
-    life.folder.fail(u64::MAX >> 2, EIO);
-    life.recover(&what);
+/// Up to 24 operations.
+fn several(random: &mut Random, aligned: bool) -> Vec<Op> {
+    (0..1 + random.below(24)).map(|_| Op::random(random, aligned)).collect()
 }
 
 #[test]
-fn a_call_that_fails_loses_nothing_acknowledged() {
-    let first = number("THINPLY_CRASH_FIRST", 0);
-    let seeds = number("THINPLY_CRASH_SEEDS", 3000);
-    (first..first + seeds).for_each(run_with_a_fault);
-}
-
-fn number(variable: &str, default: u64) -> u64 {
-    std::env::var(variable).map_or(default, |value| value.parse().expect("a number"))
-}
-
-#[test]
-fn nothing_acknowledged_is_lost() {
-    let first = number("THINPLY_CRASH_FIRST", 0);
-    let seeds = number("THINPLY_CRASH_SEEDS", 3000);
-    (first..first + seeds).for_each(run);
-}
-
-/// A chain of commits longer than the ring, with power losses around its end.
-#[test]
-fn the_ring_goes_round_under_power_losses() {
-    for seed in 0..number("THINPLY_CRASH_SEEDS", 3000) / 100 {
-        let mut life = Life::new(seed);
-        let chain = life.open().unwrap();
-        for _ in 0..250 + life.random.below(20) {
-            let data = vec![1 + life.random.below(250) as u8; 512];
-            let offset = (9000 + life.random.below(20_000)) * BLOCK;
-            life.allowed.write(offset, &data);
-            chain.write(offset, &data).unwrap();
-            chain.flush().unwrap();
-            life.allowed.flush();
+fn every_script_of_up_to_three_operations() {
+    let passes = number("THINPLY_CRASH_STATES").unwrap_or(60_000).div_ceil(1_000_000);
+    campaign("short scripts", 0, u64::MAX, |seed| {
+        let mut number = (seed / passes) as usize;
+        for length in 1..=3 {
+            if let Some(script) = enumerated(length, number) {
+                return one(&script, 1, &mut Random::new(seed), seed);
+            }
+            number -= 18usize.pow(length);
         }
-        life.folder.light(life.random.below(60));
-        for _ in 0..20 {
-            if life.step(&chain).is_err() {
-                break;
+        Ok(0)
+    });
+}
+
+#[test]
+fn random_lives() {
+    campaign("random lives", 40, 20, |seed| {
+        let mut random = Random::new(seed);
+        life(&mut random, seed, |random| several(random, false), |_| None)
+    });
+}
+
+/// Every call of a script in turn fails or is cut short, once and for ever. What fails says which
+/// file it was; what was acknowledged survives, also the power loss that comes at the end.
+#[test]
+fn every_call_of_fifty_scripts_fails() {
+    campaign("every call", 0, u64::MAX, |seed| {
+        if seed >= 50 {
+            return Ok(0);
+        }
+        let mut random = Random::new(seed);
+        let script = several(&mut random, true);
+        let mut states = 0;
+        for fault in [Fault::Io, Fault::Full, Fault::Short] {
+            for for_ever in [false, true] {
+                for after in 0.. {
+                    let plan = Plan { fault, after, for_ever };
+                    let told = |what| format!("{what}, of {script:?} with {plan:?}");
+                    let (disk, oracle) = fresh();
+                    let run = run(disk, oracle, &script, Some(plan), seed).map_err(told)?;
+                    if !run.failed {
+                        break;
+                    }
+                    let last = run.events.len().saturating_sub(1);
+                    states += run.sample(last, 2, &mut random).map_err(told)?;
+                }
             }
         }
-        drop(chain);
-        life.folder.quench();
-        life.crash();
-        life.recover(&format!("ring, seed {seed}"));
-    }
+        Ok(states)
+    });
+}
+
+/// A call fails or is cut short, with the disk full or broken, once or for ever, and all goes on as
+/// long as it can.
+#[test]
+fn lives_with_faults() {
+    campaign("faults", 30, 20, |seed| {
+        let mut random = Random::new(seed);
+        let plan = |random: &mut Random| {
+            let fault = *random.pick(&[Fault::Io, Fault::Full, Fault::Short]);
+            Some(Plan { fault, after: random.below(100), for_ever: random.one_in(3) })
+        };
+        life(&mut random, seed, |random| several(random, true), plan)
+    });
+}
+
+/// Pieces of any length are appended, each durable before the next one.
+#[test]
+fn appending_to_the_same_block() {
+    campaign("appending", 5, 5, |seed| {
+        let mut random = Random::new(seed);
+        let script = |random: &mut Random| {
+            let mut offset = *random.pick(&[0, 62, 4062, 32510]) * PAGE;
+            (0..20)
+                .map(|_| {
+                    let length = 1 + random.below(900);
+                    offset += length;
+                    Op::WriteThrough { offset: offset - length, length }
+                })
+                .collect()
+        };
+        life(&mut random, seed, script, |_| None)
+    });
+}
+
+/// More commits than the ring has places, and crashes around its end.
+#[test]
+fn the_ring_goes_round() {
+    campaign("ring", 5, 2, |seed| {
+        let mut random = Random::new(seed);
+        let (disk, oracle) = fresh();
+        let mut script = vec![Op::Commits(250 + random.below(8))];
+        script.extend(several(&mut random, false));
+        let run = run(disk, oracle, &script, None, seed)?;
+        let from = run.events.len() - run.events.len().min(60);
+        run.sample(from, 1, &mut random).map_err(|what| format!("{what}, of {script:?}"))
+    });
+}
+
+/// Flushes that find more fresh blocks than a record holds.
+#[test]
+fn checkpoints() {
+    campaign("checkpoints", 5, 2, |seed| {
+        let mut random = Random::new(seed);
+        let script = |random: &mut Random| {
+            let mut script = several(random, false);
+            for _ in 0..1 + random.below(3) {
+                script.insert(random.below(script.len() as u64) as usize, Op::Burst);
+            }
+            script
+        };
+        life(&mut random, seed, script, |_| None)
+    });
 }

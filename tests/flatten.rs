@@ -5,7 +5,9 @@ mod common;
 use std::sync::Arc;
 
 use common::bench::Bench;
-use common::crash::{CrashFolder, Random};
+use common::crash::Random;
+use common::crash::disk::Disk;
+use common::crash::folder::CrashFolder;
 use thinply::chain::{Chain, Kind, Layer, MapExtent, PackOptions, Parent, seal};
 use thinply::device::{Detail, Device, ZeroMode};
 use thinply::error::{ErrorKind, Result};
@@ -146,32 +148,31 @@ fn packed_layers_are_folded_and_stood_on_like_live_ones() {
 /// and a new one that says it is frozen shows all that it should.
 #[test]
 fn a_power_loss_at_any_step_leaves_the_old_layers_and_no_half_truth() {
-    let folder = CrashFolder::default();
+    let folder = CrashFolder::new(Disk::default());
     let bench = Bench::in_folder(Arc::new(folder.clone()));
     build(&bench);
     let expected = content(&bench.read("top"));
     folder.sync().unwrap();
     drop(bench);
-    let names = ["base", "middle", "top"];
-    let before = names.map(|name| folder.bytes(name));
+    let before = folder.disk();
     let mut random = Random::new(5);
     let mut done = false;
     for calls in 0..2000 {
-        let folder = folder.crashed(&mut random);
+        let folder = CrashFolder::new(before.crashed(&mut random));
         let bench = Bench::in_folder(Arc::new(folder.clone()));
         let base = seal(&folder, "base").unwrap().link;
-        folder.light(calls);
+        folder.lose_power_after(calls);
         let flattened = bench.open("top", Access::Read).and_then(|chain| {
             chain.flatten(&bench.folder, "new", Some(&base), Arc::default(), &mut |_| {})
         });
         let through = flattened.is_ok();
-        folder.quench();
         drop(bench);
-        let folder = folder.crashed(&mut random);
-        for (name, before) in names.iter().zip(&before) {
-            assert!(folder.bytes(name) == *before, "call {calls}: {name} has changed");
+        let disk = folder.disk().crashed(&mut random);
+        for name in ["base", "middle", "top"] {
+            let (file, old) = (disk.names()[name], before.names()[name]);
+            assert!(disk.same_content(file, &before, old), "call {calls}: {name} has changed");
         }
-        let bench = Bench::in_folder(Arc::new(folder));
+        let bench = Bench::in_folder(Arc::new(CrashFolder::new(disk)));
         assert!(content(&bench.read("top")) == expected, "call {calls}");
         let new = bench.open("new", Access::Read);
         if let Ok(new) = new.as_ref().map_err(|error| error.kind())

@@ -99,14 +99,11 @@ const NBD: &[(&str, &[&str])] = &[
 ];
 
 const RUNNING: &[(&str, &[&str])] = &[
-    (
-        "ENOSPC in data, journal and checkpoint",
-        &["crash.rs a_call_that_fails_loses_nothing_acknowledged"],
-    ),
+    ("ENOSPC in data, journal and checkpoint", &["crash.rs every_call_of_fifty_scripts_fails"]),
     (
         "EIO on parent, on sync, on punch",
         &[
-            "crash.rs a_call_that_fails_loses_nothing_acknowledged",
+            "crash.rs every_call_of_fifty_scripts_fails",
             "hostile_running.rs a_parent_that_cannot_be_read_is_an_error_and_no_zeros",
         ],
     ),
@@ -117,17 +114,14 @@ const RUNNING: &[(&str, &[&str])] = &[
     (
         "a failed sync followed by success",
         &[
-            "crash.rs a_call_that_fails_loses_nothing_acknowledged",
+            "crash.rs every_call_of_fifty_scripts_fails",
             "hostile_running.rs a_failed_sync_is_never_followed_by_success",
         ],
     ),
-    ("kill at any instant", &["crash.rs nothing_acknowledged_is_lost"]),
+    ("kill at any instant", &["crash.rs random_lives"]),
     (
         "power loss at any instant, inside recovery too",
-        &[
-            "crash.rs nothing_acknowledged_is_lost",
-            "crash.rs the_ring_goes_round_under_power_losses",
-        ],
+        &["crash.rs random_lives", "crash.rs the_ring_goes_round"],
     ),
     ("a second writer", &["chain.rs one_writer_and_the_parent_gate"]),
     (
