@@ -74,6 +74,24 @@ impl Draft {
         sync_folder(&*place.folder)
     }
 
+    /// Gives the file the name of a layer that is not there yet, but not for good: it is a part of
+    /// something that isn't whole yet.
+    pub fn publish_unkept(self, place: &Place) -> Result<Unkept> {
+        let unkept = Unkept(place.path());
+        let mut drafts = drafts();
+        let renamed = rename_no_replace(&self.path(), &unkept.0);
+        if renamed.is_ok() {
+            drafts.push(unkept.0.clone());
+        }
+        // Dropping the draft wants the list.
+        drop(drafts);
+        renamed.map_err(|error| {
+            Error::io(error, "giving the new file its name").in_file(place.path())
+        })?;
+        sync_folder(&*place.folder)?;
+        Ok(unkept)
+    }
+
     /// Gives the file its name.
     pub fn publish(self, name: &Path, replace: Replace) -> Result<()> {
         let to = self.directory.join(name);
@@ -85,6 +103,29 @@ impl Draft {
         // Dropping the draft wants the list.
         drop(drafts);
         renamed.map_err(|error| Error::io(error, "giving the new file its name").in_file(to))
+    }
+}
+
+/// A file under its own name that is removed after all unless it is kept, also when a signal ends the
+/// process.
+#[derive(Debug)]
+pub struct Unkept(PathBuf);
+
+impl Unkept {
+    /// The file stays.
+    pub fn keep(self) {
+        drafts().retain(|other| *other != self.0);
+    }
+}
+
+impl Drop for Unkept {
+    fn drop(&mut self) {
+        let mut drafts = drafts();
+        if drafts.contains(&self.0) {
+            // What can't be removed can't be helped.
+            let _ = fs::remove_file(&self.0);
+            drafts.retain(|other| *other != self.0);
+        }
     }
 }
 

@@ -140,11 +140,10 @@ fn read(chain: &Chain, feeder: &Feeder) -> Result<()> {
         }
         let mut at = extent.offset;
         while open && extent.kind == Kind::Data && at < end {
-            let Some(mut buffer) = feeder.buffer() else {
+            let Some(mut buffer) = feeder.buffer((end - at).min(BUFFER as u64) as usize) else {
                 open = false;
                 break;
             };
-            buffer.truncate((end - at).min(BUFFER as u64) as usize);
             chain.read(at, &mut buffer)?;
             let next = at + buffer.len() as u64;
             open = feeder.send(Piece::Data(at, buffer));

@@ -26,10 +26,11 @@ pub struct Feeder {
 }
 
 impl Feeder {
-    /// A buffer of [`BUFFER`] bytes to read into; `None` once the writing end has given up.
-    pub fn buffer(&self) -> Option<Vec<u8>> {
+    /// A buffer of that many bytes, at most [`BUFFER`], to read into; `None` once the writing end has
+    /// given up.
+    pub fn buffer(&self, length: usize) -> Option<Vec<u8>> {
         let mut buffer = self.empty.recv().ok()?;
-        buffer.resize(BUFFER, 0);
+        buffer.resize(length, 0);
         Some(buffer)
     }
 
@@ -107,7 +108,7 @@ mod tests {
     #[test]
     fn an_error_at_either_end_ends_both() {
         let endless = |feeder: &Feeder| {
-            while let Some(buffer) = feeder.buffer() {
+            while let Some(buffer) = feeder.buffer(BUFFER) {
                 if !feeder.send(Piece::Data(0, buffer)) {
                     break;
                 }

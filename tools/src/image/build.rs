@@ -8,7 +8,7 @@ use thinply::error::{Error, ErrorKind, Result};
 use thinply::store::{Image, NewImage, Reference, Store};
 
 use crate::ext4::make_ext4;
-use crate::import::Source;
+use crate::import::{Source, SourceArgs};
 use crate::output::Output;
 use crate::store::StoreArg;
 use crate::{Answer, Outcome, size};
@@ -62,9 +62,9 @@ pub fn print_id(image: &Image) -> Result<()> {
     output.print()
 }
 
-/// Make an image of a raw disk: a file, a block device, or standard input.
+/// Make an image of a disk: raw, qcow2 or flat VMDK, or one that an NBD server shows.
 ///
-/// Zeros take no space. The source is taken as it is, byte for byte. Prints the image's id.
+/// Zeros take no space. The sources are those of `thinply import`. Prints the image's id.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -76,7 +76,9 @@ pub struct ImportImage {
     /// Size of the disk, at least the source's; the rest is zeros
     #[arg(long, value_name = "S", value_parser = size::parse)]
     size: Option<u64>,
-    /// A raw file or block device, or - for standard input
+    #[command(flatten)]
+    source: SourceArgs,
+    /// An image, a block device, an NBD URI, or - for standard input
     src: PathBuf,
     /// The image's name
     #[arg(value_name = "NAME[:TAG]")]
@@ -87,7 +89,7 @@ impl ImportImage {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
         size::check(self.size)?;
-        let source = Source::open(&self.src)?;
+        let source = Source::open(&self.src, &self.source)?;
         let created_by = format!("import {}", self.src.display());
         self.new.import(self.new.open()?, &source, self.size, &self.name, created_by)
     }
@@ -121,7 +123,7 @@ impl BuildImage {
             .tempfile_in(opened.0.path())
             .map_err(|error| Error::io(error, "making a temporary file"))?;
         build(raw.path(), &self.dir)?;
-        let source = Source::open(raw.path())?;
+        let source = Source::raw(raw.path())?;
         let created_by = format!("build-from {}", self.dir.display());
         self.new.import(opened, &source, None, &self.name, created_by)
     }
