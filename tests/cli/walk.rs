@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use crate::store::cost;
 use crate::support::{Folder, KIB, output, start};
@@ -44,9 +45,28 @@ impl Shell<'_> {
             assert!(job.wait().unwrap().success());
             return String::new();
         }
+        let answer = self.answer(line);
+        if line.starts_with("qemu-io") {
+            self.wait_for_hangup(line);
+        }
+        answer
+    }
+
+    fn answer(&self, line: &str) -> String {
         let answer = output(&mut self.command(line));
         let text = |bytes| String::from_utf8(bytes).unwrap();
         text(answer.stdout) + &text(answer.stderr)
+    }
+
+    /// The server closes a container a moment after its client has gone.
+    fn wait_for_hangup(&self, line: &str) {
+        let name = line.split_once("/container/").and_then(|(_, rest)| rest.split_once('?'));
+        let Some((name, _)) = name else { return };
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let look = format!("thinply container diff {name}");
+        while self.answer(&look).contains("is being written") && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 
