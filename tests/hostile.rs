@@ -118,7 +118,14 @@ const RUNNING: &[(&str, &[&str])] = &[
             "hostile_running.rs a_failed_sync_is_never_followed_by_success",
         ],
     ),
-    ("kill at any instant", &["crash.rs random_lives"]),
+    (
+        "kill at any instant",
+        &[
+            "crash.rs random_lives",
+            "kills/kills.rs what_a_killed_server_promised_is_there",
+            "kills/kills.rs a_store_killed_amid_snapshots_loses_nothing_it_promised",
+        ],
+    ),
     (
         "power loss at any instant, inside recovery too",
         &["crash.rs random_lives", "crash.rs the_ring_goes_round"],

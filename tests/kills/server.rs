@@ -1,0 +1,94 @@
+//! The real server as a process of its own, to be killed.
+
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use crate::load::Client;
+
+/// Longer than any reply takes.
+const TOO_LONG: Duration = Duration::from_secs(60);
+
+/// A command of thinply, in `folder`.
+pub fn thinply(folder: &Path, words: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_thinply"));
+    command.args(words).current_dir(folder);
+    command.env_remove("THINPLY_LAYERS").env("THINPLY_ROOT", folder.join("store"));
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// Runs a command that must do its work; its standard output.
+pub fn run(folder: &Path, words: &[&str]) -> String {
+    let output = thinply(folder, words).output().unwrap();
+    assert!(output.status.success(), "{words:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// `thinply serve` on a socket in its folder.
+pub struct Server {
+    child: Child,
+    socket: PathBuf,
+}
+
+impl Server {
+    /// Starts to serve; `words` say what.
+    pub fn launch(folder: &Path, words: &[&str]) -> Self {
+        let socket = folder.join("nbd.sock");
+        let mut command = thinply(folder, &["serve", "--socket", "nbd.sock"]);
+        let child = command.args(words).spawn().unwrap();
+        Self { child, socket }
+    }
+
+    /// Serves, and returns once clients can connect.
+    pub fn start(folder: &Path, words: &[&str]) -> Self {
+        let mut server = Self::launch(folder, words);
+        let mut line = String::new();
+        let output = server.child.stdout.take().unwrap();
+        BufReader::new(output).read_line(&mut line).unwrap();
+        assert!(line.starts_with("nbd+unix:"), "no ready line: {line:?} {}", server.errors());
+        server
+    }
+
+    /// A client of the export `name`.
+    pub fn client(&self, name: &str) -> Client {
+        let stream = UnixStream::connect(&self.socket).unwrap();
+        stream.set_read_timeout(Some(TOO_LONG)).unwrap();
+        stream.set_write_timeout(Some(TOO_LONG)).unwrap();
+        Client::connect(Box::new(stream), name).unwrap()
+    }
+
+    /// SIGKILL, and waits until the process, with its locks, is gone.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// SIGTERM: the server may take its time to end.
+    pub fn ask_to_stop(&self) {
+        let id = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(id, rustix::process::Signal::TERM).unwrap();
+    }
+
+    /// Waits for a server that was asked to stop; it must end well.
+    pub fn wait(&mut self) {
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "ended with {status}: {}", self.errors());
+    }
+
+    /// What a server that has ended said on standard error.
+    fn errors(&mut self) -> String {
+        let mut text = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
+        text
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
