@@ -184,7 +184,7 @@ impl Life {
         }
         let server = self.serve();
         self.live(server, |life, server| {
-            life.pause(150_000);
+            life.pause(100_000);
             let stop = life.one_in(6);
             if stop {
                 server.ask_to_stop();
