@@ -4,7 +4,7 @@
 //! blocks part of the image, that the image is right at every instant of every step, and that
 //! recovery brings all of it back. What power losses do is shown by `power.rs` and the simulator.
 //!
-//! `THINPLY_KILLS` says how many rounds to run (default 300), `THINPLY_KILLS_SEED` where to begin:
+//! `THINPLY_KILLS` says how many rounds to run (default 60), `THINPLY_KILLS_SEED` where to begin:
 //! the seed that a failure names replays its load, if not the instants.
 
 mod history;
@@ -266,7 +266,7 @@ impl Life {
 /// The seeds of the lives that make up `share` percent of the rounds.
 fn seeds(share: u64) -> Range<u64> {
     let first = number("THINPLY_KILLS_SEED", 0);
-    let rounds = number("THINPLY_KILLS", 300) * share / 100;
+    let rounds = number("THINPLY_KILLS", 60) * share / 100;
     first..first + rounds.div_ceil(ROUNDS)
 }
 

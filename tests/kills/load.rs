@@ -287,7 +287,7 @@ impl Taste {
         }
         // A trim that ends with the device takes the part of a block there too.
         length = length.min(end - from);
-        if command == TRIM && (from + length) % BLOCK != 0 && from + length != SIZE {
+        if command == TRIM && !(from + length).is_multiple_of(BLOCK) && from + length != SIZE {
             length -= length % BLOCK;
         }
         let mut flags = if random.u8(..) < self.fua && command != READ { FUA } else { 0 };
