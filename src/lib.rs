@@ -10,8 +10,11 @@ pub mod error;
 pub mod format;
 pub mod inspect;
 pub mod live;
+#[cfg(not(simulation))]
 pub mod nbd;
 pub mod packed;
+#[doc(hidden)]
+pub mod planted;
 pub mod storage;
 #[cfg(feature = "store")]
 pub mod store;

@@ -1,6 +1,14 @@
-//! Small helpers for state that threads share.
+//! The locks of the engine, and small helpers for state that threads share.
+//!
+//! With `--cfg simulation` the locks are those of a scheduler that decides which thread goes on at
+//! each of them, from a seed (`tests/simulation.rs`).
 
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{OnceLock, PoisonError};
+
+#[cfg(simulation)]
+pub use shuttle::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
+#[cfg(not(simulation))]
+pub use std::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
 /// Locks a mutex. A panic elsewhere is that thread's affair: every critical section in this crate
 /// leaves its data consistent at each step.

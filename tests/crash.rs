@@ -4,52 +4,16 @@
 //! `THINPLY_CRASH_STATES` says how many crashes to recover and judge, about (default 60,000). A
 //! failure names its test and seed; `THINPLY_CRASH_SEED` runs that one alone.
 
+#![cfg(not(simulation))]
+
 mod common;
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
-
 use common::crash::Random;
-use common::crash::disk::{Disk, PAGE};
+use common::crash::client::{fresh, run};
+use common::crash::disk::PAGE;
 use common::crash::folder::{Fault, Plan};
-use common::crash::judge::judge;
-use common::crash::oracle::Oracle;
-use common::crash::script::{Op, enumerated, fresh, run};
-
-type Outcome = Result<u64, String>;
-
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok().map(|value| value.parse().expect("a number"))
-}
-
-/// Runs seeds, on all processors, until their states are so many percent of those that are wanted,
-/// and at least the first `least` seeds. A seed beyond the last one answers zero.
-fn campaign(name: &str, percent: u64, least: u64, seed: impl Fn(u64) -> Outcome + Sync) {
-    if let Some(only) = number("THINPLY_CRASH_SEED") {
-        println!("{name}, seed {only}: {} states", seed(only).unwrap());
-        return;
-    }
-    let wanted = number("THINPLY_CRASH_STATES").unwrap_or(60_000) * percent / 100;
-    let (started, next, states) = (Instant::now(), AtomicU64::new(0), AtomicU64::new(0));
-    let work = || {
-        loop {
-            let number = next.fetch_add(1, Ordering::Relaxed);
-            if number >= least && states.load(Ordering::Relaxed) >= wanted {
-                return;
-            }
-            match seed(number) {
-                Ok(0) => return,
-                Ok(count) => drop(states.fetch_add(count, Ordering::Relaxed)),
-                Err(what) => panic!("{name}, seed {number}: {what}"),
-            }
-        }
-    };
-    let threads = std::thread::available_parallelism().map_or(1, Into::into);
-    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
-    let (states, seconds) = (states.into_inner(), started.elapsed().as_secs_f64());
-    println!("{name}: {states} crash states recovered and judged, {seconds:.0} s");
-    assert!(states >= wanted, "{name}: too few");
-}
+use common::crash::lives::{Outcome, campaign, life, ring, some_fault, wanted_states, with_bursts};
+use common::crash::script::{Op, enumerated, several};
 
 /// Runs a script once, and lets the power go after each of its steps.
 fn one(script: &[Op], times: u64, random: &mut Random, seed: u64) -> Outcome {
@@ -58,37 +22,9 @@ fn one(script: &[Op], times: u64, random: &mut Random, seed: u64) -> Outcome {
     run.sample(0, times, random).map_err(|what| format!("{what}, of {script:?}"))
 }
 
-/// Rounds of operations, crashes and recoveries on one disk.
-fn life(
-    random: &mut Random,
-    seed: u64,
-    script: impl Fn(&mut Random) -> Vec<Op>,
-    plan: impl Fn(&mut Random) -> Option<Plan>,
-) -> Outcome {
-    let (mut disk, mut oracle): (Disk, Oracle) = fresh();
-    let mut states = 0;
-    for round in 0..4 {
-        let (script, plan) = (script(random), plan(random));
-        let told = |what| format!("round {round}: {what}, of {script:?} with {plan:?}");
-        let run = run(disk, oracle, &script, plan, seed * 4 + round).map_err(told)?;
-        states += run.sample(0, 2, random).map_err(told)?;
-        let (crashed, allowed) = run.end(random);
-        let survivor = judge(crashed, &allowed, random).map_err(told)?;
-        oracle = allowed;
-        survivor.settle(&mut oracle);
-        disk = survivor.disk;
-    }
-    Ok(states)
-}
-
-/// Up to 24 operations.
-fn several(random: &mut Random, aligned: bool) -> Vec<Op> {
-    (0..1 + random.below(24)).map(|_| Op::random(random, aligned)).collect()
-}
-
 #[test]
 fn every_script_of_up_to_three_operations() {
-    let passes = number("THINPLY_CRASH_STATES").unwrap_or(60_000).div_ceil(1_000_000);
+    let passes = wanted_states().div_ceil(1_000_000);
     campaign("short scripts", 0, u64::MAX, |seed| {
         let mut number = (seed / passes) as usize;
         for length in 1..=3 {
@@ -145,11 +81,7 @@ fn every_call_of_fifty_scripts_fails() {
 fn lives_with_faults() {
     campaign("faults", 30, 20, |seed| {
         let mut random = Random::new(seed);
-        let plan = |random: &mut Random| {
-            let fault = *random.pick(&[Fault::Io, Fault::Full, Fault::Short]);
-            Some(Plan { fault, after: random.below(100), for_ever: random.one_in(3) })
-        };
-        life(&mut random, seed, |random| several(random, true), plan)
+        life(&mut random, seed, |random| several(random, true), some_fault)
     });
 }
 
@@ -175,29 +107,11 @@ fn appending_to_the_same_block() {
 /// More commits than the ring has places, and crashes around its end.
 #[test]
 fn the_ring_goes_round() {
-    campaign("ring", 5, 2, |seed| {
-        let mut random = Random::new(seed);
-        let (disk, oracle) = fresh();
-        let mut script = vec![Op::Commits(250 + random.below(8))];
-        script.extend(several(&mut random, false));
-        let run = run(disk, oracle, &script, None, seed)?;
-        let from = run.events.len() - run.events.len().min(60);
-        run.sample(from, 1, &mut random).map_err(|what| format!("{what}, of {script:?}"))
-    });
+    campaign("ring", 5, 2, |seed| ring(&mut Random::new(seed), seed));
 }
 
 /// Flushes that find more fresh blocks than a record holds.
 #[test]
 fn checkpoints() {
-    campaign("checkpoints", 5, 2, |seed| {
-        let mut random = Random::new(seed);
-        let script = |random: &mut Random| {
-            let mut script = several(random, false);
-            for _ in 0..1 + random.below(3) {
-                script.insert(random.below(script.len() as u64) as usize, Op::Burst);
-            }
-            script
-        };
-        life(&mut random, seed, script, |_| None)
-    });
+    campaign("checkpoints", 5, 2, |seed| life(&mut Random::new(seed), seed, with_bursts, |_| None));
 }

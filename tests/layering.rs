@@ -4,10 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Level of each module; a module may name those of lower levels, and itself.
-const LEVELS: [(&str, u32); 12] = [
+const LEVELS: [(&str, u32); 13] = [
     ("error", 0),
     ("types", 0),
     ("sync", 0),
+    ("planted", 0),
     ("format", 1),
     ("storage", 1),
     ("device", 1),

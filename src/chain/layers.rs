@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 
 use super::layer::Layer;
 use super::stack::Stack;
@@ -13,7 +13,7 @@ use crate::format::header::ParentLink;
 use crate::live::newest_header;
 use crate::packed::Packed;
 use crate::storage::{Access, Folder};
-use crate::sync::guard;
+use crate::sync::{Mutex, guard};
 use crate::types::Identity;
 
 /// Most layers in a chain.

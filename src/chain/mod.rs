@@ -16,13 +16,15 @@ mod snapshot;
 mod stack;
 
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, PoisonError};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{ParentLink, State};
 use crate::live::{Writable, newest_header};
 use crate::packed::Packed;
+use crate::planted::{Bug, planted};
 use crate::storage::{Access, Folder, sync_folder};
+use crate::sync::{RwLock, RwLockReadGuard};
 use layers::{Found, check_visible};
 use stack::View;
 
@@ -65,7 +67,18 @@ impl Levels {
     }
 
     fn top(&self) -> Result<&Writable> {
-        self.top.as_ref().ok_or_else(|| Error::new(ErrorKind::ReadOnly, "not open for writing"))
+        self.top.as_ref().ok_or_else(|| {
+            let error = Error::new(ErrorKind::ReadOnly, "not open for writing");
+            match self.stack.as_ref().and_then(|stack| stack.layers().next()) {
+                Some(layer) => error.in_file(layer.file().path()),
+                None => error,
+            }
+        })
+    }
+
+    fn read_only(stack: Arc<Stack>) -> Self {
+        let size = stack.virtual_size();
+        Self { top: None, stack: Some(stack), clip: size, size }
     }
 
     fn writable(top: Writable, stack: Option<Arc<Stack>>) -> Self {
@@ -143,18 +156,18 @@ impl Chain {
     pub fn relink(&self, parent: &ParentLink) -> Result<()> {
         let mut levels = self.state.write().unwrap_or_else(PoisonError::into_inner);
         let stack = self.layers.stack(parent, &self.folder)?;
-        let top = levels.top.as_mut();
-        let top = top.ok_or_else(|| Error::new(ErrorKind::ReadOnly, "not open for writing"))?;
-        check_visible(top.header().visible_parent_size, stack.virtual_size())?;
+        check_visible(levels.top()?.header().visible_parent_size, stack.virtual_size())?;
+        let Some(top) = levels.top.as_mut() else { return Ok(()) };
         top.relink(parent)?;
         levels.stack = Some(stack);
         Ok(())
     }
 
-    /// Makes everything durable and the layer cleanly closed; nothing can be written afterwards.
+    /// Makes everything durable and the layer cleanly closed. Afterwards the device is empty.
     pub fn close(&self) -> Result<()> {
         let mut levels = self.state.write().unwrap_or_else(PoisonError::into_inner);
-        levels.top.take().map_or(Ok(()), Writable::close)
+        let closed = Levels { top: None, stack: None, clip: 0, size: 0 };
+        std::mem::replace(&mut *levels, closed).top.map_or(Ok(()), Writable::close)
     }
 }
 
@@ -182,10 +195,9 @@ fn open_sealed(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Result<
     let layer = Layer::open(setup::open_file(&**folder, name, Access::Read)?)?;
     let below = stack_below(layer.parent(), layer.visible_parent_size(), folder, layers)
         .map_err(|error| error.in_file(path))?;
-    let size = layer.virtual_size();
     let mut found = vec![Arc::new(Found { layer, folder: folder.clone() })];
     found.extend(below.iter().flat_map(|stack| stack.found().iter().cloned()));
-    Ok(Levels { top: None, stack: Some(Arc::new(Stack::new(found))), clip: size, size })
+    Ok(Levels::read_only(Arc::new(Stack::new(found))))
 }
 
 fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Result<Levels> {
@@ -206,7 +218,9 @@ fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Resul
     let stack = stack_below(header.parent.as_ref(), header.visible_parent_size, folder, layers)
         .map_err(|error| error.in_file(&path))?;
     // A killed process may have given the file this name in memory alone.
-    sync_folder(&**folder)?;
+    if !planted(Bug::NameNotSynced) {
+        sync_folder(&**folder)?;
+    }
     let top = Writable::open(file)?;
     if top.header().parent != header.parent {
         let error =

@@ -56,7 +56,8 @@ impl Chain {
     /// # Errors
     /// [`ErrorKind::ReadOnly`]; [`ErrorKind::Exists`] for a name that is taken;
     /// [`ErrorKind::Limit`]; host errors. A snapshot that fails half-way is finished by the next
-    /// [`Chain::open`] for writing; until then this chain may refuse writes.
+    /// [`Chain::open`] for writing; until then this chain may refuse writes. It never writes to what
+    /// is frozen.
     pub fn snapshot(&self, snapshot: &str) -> Result<()> {
         let mut levels = self.state.write().unwrap_or_else(PoisonError::into_inner);
         let below = levels.stack.as_ref().map_or(0, |stack| stack.layers().len());
@@ -70,18 +71,18 @@ impl Chain {
         self.link_snapshot(snapshot)?;
 
         let Some(top) = levels.top.as_mut() else { return Ok(()) };
-        let sealed = top.freeze(id)?;
+        let layer = Layer::Live(top.freeze(id)?);
+        let found = Arc::new(Found { layer, folder: self.folder.clone() });
+        let older = levels.stack.iter().flat_map(|stack| stack.found().iter().cloned());
+        let stack = Arc::new(Stack::new(std::iter::once(found.clone()).chain(older).collect()));
+        self.layers.adopt(identity, &found, &stack);
+        *levels = Levels::read_only(stack.clone());
+
         let name = new_top_name(&self.name);
         self.folder
             .rename(&name, &self.name)
             .map_err(failed(&*self.folder, "renaming the new top"))?;
         sync_folder(&*self.folder)?;
-
-        let layer = Layer::Live(sealed);
-        let found = Arc::new(Found { layer, folder: self.folder.clone() });
-        let older = levels.stack.iter().flat_map(|stack| stack.found().iter().cloned());
-        let stack = Arc::new(Stack::new(std::iter::once(found.clone()).chain(older).collect()));
-        self.layers.adopt(identity, &found, &stack);
         *levels = Levels::writable(new_top, Some(stack));
         Ok(())
     }

@@ -8,6 +8,7 @@ use crate::format::geometry::word_offset;
 use crate::format::header::Header;
 use crate::format::journal::{Entry, RECORD_CAPACITY, Record};
 use crate::live::journal::Journal;
+use crate::planted::{Bug, planted};
 use crate::storage::{failed, read_exact_at};
 use crate::sync::guard;
 use crate::types::{BLOCK_SIZE, Word, runs};
@@ -15,7 +16,8 @@ use crate::types::{BLOCK_SIZE, Word, runs};
 /// What a commit has to do.
 enum Plan {
     Sync,
-    Record,
+    /// A record of these blocks.
+    Record(BlockSet),
     Checkpoint,
 }
 
@@ -44,7 +46,7 @@ impl Writable {
     }
 
     fn poisoned(&self, cause: &Error) -> Error {
-        let detail = format!("closed to writing since a sync failed ({cause})");
+        let detail = format!("closed to writing since a failure ({cause})");
         Error::new(ErrorKind::Poisoned, detail).in_file(self.file.path())
     }
 
@@ -52,8 +54,15 @@ impl Writable {
     /// retried: the kernel may have dropped the pages it could not write.
     pub(super) fn sync(&self) -> Result<()> {
         self.check_poison()?;
-        self.file.sync_data().map_err(|error| {
+        let mut result = self.file.sync_data();
+        if planted(Bug::FailedSyncRetried) && result.is_err() {
+            result = self.file.sync_data();
+        }
+        result.map_err(|error| {
             let error = failed(&*self.file, "syncing", 0)(error);
+            if planted(Bug::FailedSyncForgotten) {
+                return error;
+            }
             self.poisoned(self.poison.get_or_init(|| error))
         })
     }
@@ -64,7 +73,7 @@ impl Writable {
         let mut journal = guard(&self.journal);
         match self.plan(&journal, confirm) {
             Plan::Sync => self.sync(),
-            Plan::Record => self.append(&mut journal),
+            Plan::Record(fresh) => self.append(&mut journal, fresh),
             Plan::Checkpoint => {
                 self.checkpoint()?;
                 if journal.has_room() { Ok(()) } else { self.move_tail(&mut journal, |_| {}) }
@@ -80,7 +89,7 @@ impl Writable {
         } else if pending.fresh.is_empty() && !wanted {
             Plan::Sync
         } else if journal.has_room() {
-            Plan::Record
+            Plan::Record(pending.fresh.clone())
         } else {
             Plan::Checkpoint
         }
@@ -88,8 +97,8 @@ impl Writable {
 
     /// Data and record in one sync. On an error before the sync the blocks are fresh again and the
     /// next commit writes the same place of the ring.
-    fn append(&self, journal: &mut Journal) -> Result<()> {
-        let blocks = self.capture();
+    fn append(&self, journal: &mut Journal, blocks: BlockSet) -> Result<()> {
+        self.capture(&blocks);
         let written = self.entries(&blocks).and_then(|entries| {
             let record = Record { epoch: journal.epoch, sequence: journal.next, entries };
             journal.write(&*self.file, self.uuid, &record)
@@ -97,10 +106,14 @@ impl Writable {
         if let Err(error) = written {
             let mut pending = guard(&self.pending);
             blocks.iter().for_each(|(word, mask)| pending.unconfirmed.remove(word, mask));
-            pending.fresh.append(blocks);
+            if !planted(Bug::FailedRecordKeepsItsBlocks) {
+                pending.fresh.append(blocks);
+            }
             return Err(error);
         }
-        self.sync()?;
+        if !planted(Bug::RecordNotSynced) {
+            self.sync()?;
+        }
         journal.advance();
         let mut pending = guard(&self.pending);
         pending.dirty.extend(blocks.groups());
@@ -108,17 +121,15 @@ impl Writable {
         Ok(())
     }
 
-    /// Moves a record's worth of fresh blocks to *unconfirmed*, each word under its stripe lock, so
-    /// that no write to them is under way afterwards and none begins.
-    fn capture(&self) -> BlockSet {
-        let fresh = guard(&self.pending).fresh.clone();
-        for (word, mask) in fresh.iter() {
-            let _stripe = guard(self.stripe(word));
+    /// Moves fresh blocks to *unconfirmed*, each word under its stripe lock, so that no write to them
+    /// is under way afterwards and none begins.
+    fn capture(&self, blocks: &BlockSet) {
+        for (word, mask) in blocks.iter() {
+            let _stripe = (!planted(Bug::ChecksumWithoutLock)).then(|| guard(self.stripe(word)));
             let mut pending = guard(&self.pending);
             pending.fresh.remove(word, mask);
             pending.unconfirmed.insert(word, mask);
         }
-        fresh
     }
 
     fn entries(&self, blocks: &BlockSet) -> Result<Vec<Entry>> {
@@ -151,7 +162,9 @@ impl Writable {
             let fresh = std::mem::take(&mut pending.fresh);
             pending.syncing.append(fresh);
         }
-        self.sync()?;
+        if !planted(Bug::BitBeforeItsData) {
+            self.sync()?;
+        }
         let groups = {
             let pending = guard(&self.pending);
             &pending.dirty | &pending.syncing.groups()
@@ -164,7 +177,9 @@ impl Writable {
             // The copy comes first: every bit in it is in the fresh set too if its data is newer
             // than the sync above.
             for (word, mask) in guard(&self.pending).fresh.in_group(group) {
-                bits[word.index()] &= !mask;
+                if !planted(Bug::FreshBitInCheckpoint) {
+                    bits[word.index()] &= !mask;
+                }
             }
             write_page(&*self.file, self.uuid, group, &bits)?;
         }
@@ -180,7 +195,9 @@ impl Writable {
     fn move_tail(&self, journal: &mut Journal, change: impl FnOnce(&mut Header)) -> Result<()> {
         let tail = journal.new_tail();
         self.write_header(|header| {
-            header.journal_tail = tail;
+            if !planted(Bug::RingPlaceReusedEarly) {
+                header.journal_tail = tail;
+            }
             change(header);
         })?;
         journal.move_tail(tail);

@@ -4,6 +4,7 @@ use crate::error::Result;
 use crate::format::geometry::{JOURNAL_OFFSET, JOURNAL_RECORDS, record_offset};
 use crate::format::header::Header;
 use crate::format::journal::{Record, RecordBytes, Slot, decode, encode};
+use crate::planted::{Bug, planted};
 use crate::storage::{Storage, failed, read_exact_at, write_all_at};
 use crate::types::{BLOCK_SIZE, Uuid};
 
@@ -88,7 +89,7 @@ impl Journal {
     /// Where the tail goes once all records are in the bitmap pages: one beyond the next record, so
     /// that an attempt at that one which failed but reached the disk can't count later.
     pub fn new_tail(&self) -> u64 {
-        self.next + 1
+        self.next + u64::from(!planted(Bug::FailedAttemptKeepsItsNumber))
     }
 
     /// A header with the tail at `tail`, from [`Journal::new_tail`], is durable.

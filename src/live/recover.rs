@@ -10,6 +10,7 @@ use crate::format::bitmap::Bits;
 use crate::format::geometry::{JOURNAL_RECORDS, block_count, block_offset};
 use crate::format::header::{Header, State};
 use crate::format::journal::{Record, Slot};
+use crate::planted::{Bug, planted};
 use crate::storage::{Storage, failed, read_exact_at};
 use crate::types::{BLOCK_SIZE, Block, GROUP_WORDS, Group};
 
@@ -43,7 +44,7 @@ pub(super) fn recover(file: &dyn Storage, header: &Header) -> Result<Recovered> 
             "reading a block that the journal names",
             offset,
         ))?;
-        if crc32fast::hash(&content) == entry.crc {
+        if crc32fast::hash(&content) == entry.crc || planted(Bug::LastRecordTrusted) {
             recovered.set(file, header, entry.block)?;
         }
     }

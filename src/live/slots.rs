@@ -3,6 +3,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::{JOURNAL_OFFSET, SLOT_OFFSETS, file_length};
 use crate::format::header::{Header, SlotBytes, has_magic};
+use crate::planted::{Bug, planted};
 use crate::storage::{Storage, failed, read_exact_at, write_all_at};
 use crate::types::BLOCK_SIZE;
 
@@ -66,7 +67,13 @@ impl Slots {
     /// As [`Slots::read`], for what [`durable_header`] says.
     pub fn read_durable(file: &dyn Storage) -> Result<Self> {
         file.sync_data().map_err(failed(file, "syncing the header", 0))?;
-        file.drop_cache(0, JOURNAL_OFFSET.0).map_err(failed(file, "dropping cached pages", 0))?;
+        if !planted(Bug::CacheTrusted) {
+            file.drop_cache(0, JOURNAL_OFFSET.0).map_err(failed(
+                file,
+                "dropping cached pages",
+                0,
+            ))?;
+        }
         Self::read(file)
     }
 
@@ -97,10 +104,14 @@ impl Slots {
         Ok(slots)
     }
 
+    fn older(&self) -> usize {
+        if planted(Bug::NewestSlotOverwritten) { self.newest } else { 1 - self.newest }
+    }
+
     /// Writes `header` with the next generation over the older slot; not synced. The old header
     /// counts until that sync returns, so `self` changes only in [`Slots::adopt`].
     pub fn write_older(&self, file: &dyn Storage, header: &Header) -> Result<()> {
-        let slot = 1 - self.newest;
+        let slot = self.older();
         let next = Header { generation: self.header.generation + 1, ..header.clone() };
         let offset = SLOT_OFFSETS[slot].0;
         write_all_at(file, &*next.encode(slot), offset).map_err(failed(
@@ -112,7 +123,7 @@ impl Slots {
 
     /// The header that [`Slots::write_older`] wrote is durable.
     pub fn adopt(&mut self, header: Header) {
-        self.newest = 1 - self.newest;
+        self.newest = self.older();
         self.header = Header { generation: self.header.generation + 1, ..header };
     }
 }

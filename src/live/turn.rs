@@ -2,10 +2,11 @@
 //! result.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
 
 use crate::error::Result;
-use crate::sync::guard;
+use crate::planted::{Bug, planted};
+use crate::sync::{Condvar, Mutex, guard};
 
 /// What one commit will answer to all who joined it.
 #[derive(Debug, Default)]
@@ -40,6 +41,9 @@ impl Turn {
         }
         loop {
             if let Some(result) = ticket.result.get() {
+                if planted(Bug::JoinedFlushAlwaysSucceeds) {
+                    return Ok(());
+                }
                 return result.clone();
             }
             if !queue.running {
@@ -48,11 +52,16 @@ impl Turn {
             queue = self.done.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
         queue.running = true;
-        queue.next = Arc::default();
+        if !planted(Bug::FlushJoinsTheRunningOne) {
+            queue.next = Arc::default();
+        }
         drop(queue);
         let result = commit(ticket.confirm.load(Ordering::Relaxed));
         let mut queue = guard(&self.queue);
         queue.running = false;
+        if planted(Bug::FlushJoinsTheRunningOne) {
+            queue.next = Arc::default();
+        }
         // Nobody else runs this ticket, so it has no result yet.
         let result = ticket.result.get_or_init(|| result).clone();
         self.done.notify_all();

@@ -1,7 +1,7 @@
 //! The top layer, open for writing: its life from open to close, freeze and resize.
 
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use super::create::random;
 use super::journal::Journal;
@@ -17,8 +17,9 @@ use crate::format::geometry::{
     word_offset,
 };
 use crate::format::header::{Header, ParentLink, State};
+use crate::planted::{Bug, planted};
 use crate::storage::{Lock, Storage, Wait, failed, read_blocks, take_lock, write_all_at};
-use crate::sync::guard;
+use crate::sync::{Mutex, guard};
 use crate::types::{BLOCK_SIZE, Block, FreezeId, Identity, Uuid, Word};
 
 const STRIPES: usize = 64;
@@ -60,7 +61,7 @@ impl Writable {
         let mut slots = Slots::read_durable(&*file)?;
         check_writable(&slots.header).map_err(|error| error.in_file(file.path()))?;
         let sync = |operation| file.sync_data().map_err(failed(&*file, operation, 0));
-        if slots.header.state == State::InUse {
+        if slots.header.state == State::InUse && !planted(Bug::CacheTrusted) {
             let length = file_length(slots.header.virtual_size);
             file.drop_cache(0, length).map_err(failed(&*file, "dropping cached pages", 0))?;
         }
@@ -79,7 +80,9 @@ impl Writable {
             ..slots.header.clone()
         };
         slots.write_older(&*file, &in_use)?;
-        sync("syncing the header")?;
+        if !planted(Bug::EpochNotSynced) {
+            sync("syncing the header")?;
+        }
         slots.adopt(in_use);
         Ok(Self {
             uuid: slots.header.uuid,
@@ -129,7 +132,11 @@ impl Writable {
     }
 
     /// A new freeze id, and the identity that the layer will have once frozen under it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Poisoned`]: an earlier freeze may have got through to the disk.
     pub fn plan_freeze(&self) -> Result<(FreezeId, Identity)> {
+        self.check_poison()?;
         let id = FreezeId(random()?);
         Ok((id, Identity::Frozen(self.uuid, id)))
     }
@@ -141,11 +148,13 @@ impl Writable {
     /// Host errors; the layer may be frozen on disk or not then, and is poisoned here.
     pub fn freeze(&mut self, id: FreezeId) -> Result<Sealed> {
         let freeze = |header: &mut Header| header.state = State::Frozen(id);
-        self.settle(freeze).and_then(|()| self.write_header(freeze)).inspect_err(|error| {
-            self.poison.get_or_init(|| error.clone());
-        })?;
-        self.punch_ring()?;
-        take_lock(&*self.file, Lock::Shared)?;
+        self.settle(freeze)
+            .and_then(|()| self.write_header(freeze))
+            .and_then(|()| self.punch_ring())
+            .and_then(|()| take_lock(&*self.file, Lock::Shared))
+            .inspect_err(|error| {
+                self.poison.get_or_init(|| error.clone());
+            })?;
         Ok(Sealed::frozen(self.file.clone(), self.header()))
     }
 

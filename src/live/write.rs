@@ -7,6 +7,7 @@ use super::pending::Standing;
 use super::writable::Writable;
 use crate::error::Result;
 use crate::format::geometry::word_offset;
+use crate::planted::{Bug, planted};
 use crate::storage::{Wait, failed, write_all_at};
 use crate::sync::guard;
 use crate::types::{BLOCK_SIZE, WORD_BYTES, Word, covered, runs, touched};
@@ -66,6 +67,9 @@ impl Writable {
                 if absent != 0 {
                     page.allocate(&*self.file, word.group())?;
                 }
+                if planted(Bug::BitBeforeItsWrite) {
+                    self.own(word, absent)?;
+                }
                 if !self.write_absent(word, from, data, absent, under, wait)? {
                     return Ok(false);
                 }
@@ -84,7 +88,7 @@ impl Writable {
     /// record, or the fresh set is full.
     fn must_wait(&self, word: Word, mask: u64) -> bool {
         let pending = guard(&self.pending);
-        pending.standing(word, mask) == Standing::Unconfirmed
+        !planted(Bug::ConfirmSkipped) && pending.standing(word, mask) == Standing::Unconfirmed
             || pending.fresh.words() >= FRESH_WORDS
     }
 
@@ -165,7 +169,13 @@ impl Writable {
                 if newly != 0 {
                     page.allocate(&*self.file, word.group())?;
                 }
-                for (first, end) in runs(mask & page.word(word) | newly) {
+                let punched = mask & page.word(word) | newly;
+                let late = planted(Bug::PunchAfterItsBit);
+                if late {
+                    self.own(word, newly)?;
+                    drop(stripe);
+                }
+                for (first, end) in runs(punched) {
                     let offset = word_offset(word).0 + u64::from(first) * BLOCK_SIZE;
                     let length = u64::from(end - first) * BLOCK_SIZE;
                     match kind {
@@ -174,7 +184,7 @@ impl Writable {
                     }
                     .map_err(failed(&*self.file, "zeroing blocks", offset))?;
                 }
-                return self.own(word, newly);
+                return if late { Ok(()) } else { self.own(word, newly) };
             }
             drop(stripe);
             self.confirm()?;

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError};
 
 use bitvec::vec::BitVec;
 use memmap2::MmapMut;
 
 use super::{Access, Folder, Lock, Storage};
-use crate::sync::guard;
+use crate::sync::{Mutex, RwLock, RwLockReadGuard, guard};
 
 const PAGE: u64 = 4096;
 
@@ -95,7 +95,7 @@ struct Handle {
 }
 
 impl Handle {
-    fn content(&self) -> std::sync::RwLockReadGuard<'_, Content> {
+    fn content(&self) -> RwLockReadGuard<'_, Content> {
         self.inode.content.read().unwrap_or_else(PoisonError::into_inner)
     }
 

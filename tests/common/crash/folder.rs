@@ -106,12 +106,7 @@ impl State {
         if fault == Fault::Short { Ok(true) } else { Err(fault.error()) }
     }
 
-    /// How many bytes a short read gets.
-    fn some_of(&mut self, length: usize) -> usize {
-        if length > 1 { 1 + self.random.below(length as u64 - 1) as usize } else { length }
-    }
-
-    /// How many bytes a short write handles: sectors stay whole.
+    /// How many bytes a short read or write handles: sectors stay whole.
     fn some_sectors_of(&mut self, length: usize) -> usize {
         let sectors = length as u64 / 512;
         if sectors > 1 { (1 + self.random.below(sectors - 1) as usize) * 512 } else { length }
@@ -119,8 +114,14 @@ impl State {
 }
 
 /// Also after a panic elsewhere, so that a failing test can clean up.
-fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Lets other threads go on, where a scheduler decides which does.
+fn pause() {
+    #[cfg(simulation)]
+    shuttle::thread::yield_now();
 }
 
 /// A folder whose files may lose power. Clones share it.
@@ -135,6 +136,12 @@ impl CrashFolder {
 
     fn state(&self) -> MutexGuard<'_, State> {
         guard(&self.0)
+    }
+
+    /// The state for a call of the engine, before which other threads may go on.
+    fn called(&self) -> MutexGuard<'_, State> {
+        pause();
+        self.state()
     }
 
     /// Records from now on. `seed` decides what a failing sync leaves, and how short a short call is.
@@ -176,7 +183,7 @@ impl CrashFolder {
     }
 
     fn names(&self, change: impl FnOnce(&mut Names) -> io::Result<()>) -> io::Result<()> {
-        let mut state = self.state();
+        let mut state = self.called();
         state.enter(Kind::Allocate)?;
         let mut names = state.disk.names().clone();
         change(&mut names)?;
@@ -185,7 +192,7 @@ impl CrashFolder {
     }
 
     fn handle(&self, name: &str, file: usize) -> Arc<dyn Storage> {
-        let (path, held) = (Path::new("crash").join(name), std::sync::Mutex::default());
+        let (path, held) = (Path::new("crash").join(name), Mutex::default());
         Arc::new(CrashFile { path, file, held, folder: self.clone() })
     }
 }
@@ -196,7 +203,7 @@ impl Folder for CrashFolder {
     }
 
     fn open(&self, name: &str, _access: Access) -> io::Result<Arc<dyn Storage>> {
-        let mut state = self.state();
+        let mut state = self.called();
         state.enter(Kind::Other)?;
         let file = *state.disk.names().get(name).ok_or(io::ErrorKind::NotFound)?;
         drop(state);
@@ -204,7 +211,7 @@ impl Folder for CrashFolder {
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn Storage>> {
-        let mut state = self.state();
+        let mut state = self.called();
         state.enter(Kind::Allocate)?;
         let mut names = state.disk.names().clone();
         let file = state.disk.count();
@@ -219,13 +226,13 @@ impl Folder for CrashFolder {
     }
 
     fn list(&self) -> io::Result<Vec<String>> {
-        let mut state = self.state();
+        let mut state = self.called();
         state.enter(Kind::Other)?;
         Ok(state.disk.names().keys().cloned().collect())
     }
 
     fn same_file(&self, a: &str, b: &str) -> io::Result<bool> {
-        let mut state = self.state();
+        let mut state = self.called();
         state.enter(Kind::Other)?;
         let names = state.disk.names();
         Ok(names.get(a).zip(names.get(b)).is_some_and(|(a, b)| a == b))
@@ -254,7 +261,7 @@ impl Folder for CrashFolder {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let mut state = self.state();
+        let mut state = self.called();
         state.enter(Kind::Sync)?;
         state.apply(Change::SyncNames);
         Ok(())
@@ -265,13 +272,13 @@ impl Folder for CrashFolder {
 struct CrashFile {
     path: PathBuf,
     file: usize,
-    held: std::sync::Mutex<Option<Lock>>,
+    held: Mutex<Option<Lock>>,
     folder: CrashFolder,
 }
 
 impl CrashFile {
     fn enter(&self, kind: Kind) -> io::Result<(MutexGuard<'_, State>, bool)> {
-        let mut state = self.folder.state();
+        let mut state = self.folder.called();
         let short = state.enter(kind)?;
         Ok((state, short))
     }
@@ -285,7 +292,7 @@ impl CrashFile {
 
 impl Drop for CrashFile {
     fn drop(&mut self) {
-        let Some(held) = self.held.lock().unwrap().take() else { return };
+        let Some(held) = guard(&self.held).take() else { return };
         let mut state = self.folder.state();
         let (exclusive, shared) = state.locks.entry(self.file).or_default();
         match held {
@@ -318,7 +325,7 @@ impl Storage for CrashFile {
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         let (mut state, short) = self.enter(Kind::Read)?;
-        let length = if short { state.some_of(buf.len()) } else { buf.len() };
+        let length = if short { state.some_sectors_of(buf.len()) } else { buf.len() };
         Ok(state.disk.read(self.file, &mut buf[..length], offset))
     }
 
@@ -327,7 +334,7 @@ impl Storage for CrashFile {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
-        let mut state = self.folder.state();
+        let mut state = self.folder.called();
         let is_on = state.power != Some(0);
         let entered = state.enter(Kind::Write);
         let length = match entered {
@@ -359,8 +366,8 @@ impl Storage for CrashFile {
     /// Two steps: what others write while the sync is under way may be left out.
     fn sync_data(&self) -> io::Result<()> {
         let file = self.file;
-        let upto = self.folder.state().disk.time();
-        let mut state = self.folder.state();
+        let upto = self.folder.called().disk.time();
+        let mut state = self.folder.called();
         let is_on = state.power != Some(0);
         match state.enter(Kind::Sync) {
             Ok(_) => state.apply(Change::Sync { file, upto }),
@@ -400,8 +407,8 @@ impl Storage for CrashFile {
     }
 
     fn lock(&self, lock: Lock) -> io::Result<()> {
-        let mut held = self.held.lock().unwrap();
         let (mut state, _) = self.enter(Kind::Other)?;
+        let mut held = guard(&self.held);
         let (exclusive, shared) = state.locks.entry(self.file).or_default();
         let others = match *held {
             Some(Lock::Exclusive) => (false, *shared),

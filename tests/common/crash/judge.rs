@@ -11,7 +11,9 @@ use super::Random;
 use super::disk::{Bytes, Change, Disk, PAGE};
 use super::folder::{CrashFolder, Event};
 use super::oracle::Oracle;
-use super::script::TOP;
+
+/// The layer that is written and judged.
+pub const TOP: &str = "top";
 
 /// A run, and what was there before it.
 #[derive(Debug)]
@@ -88,7 +90,7 @@ impl Run {
 
 /// A power loss, or now and then a kill, which leaves the page cache.
 fn crash(disk: &Disk, random: &mut Random) -> Disk {
-    if random.one_in(5) { disk.clone() } else { disk.crashed(random) }
+    if random.one_in(3) { disk.clone() } else { disk.crashed(random) }
 }
 
 fn open(folder: &CrashFolder, name: &str, access: Access) -> Result<Chain, String> {

@@ -1,12 +1,15 @@
 //! The crash simulator.
 //!
-//! A script runs once on a [`CrashFolder`], which records every change of its files, and what the
-//! client asked for and was answered. [`sample`] plays the record back, lets the power go between
-//! any two changes as often as one likes, and has each disk that this leaves recovered and judged.
+//! A script runs once on a [`folder::CrashFolder`], which records every change of its files, and
+//! what the clients asked for and were answered. [`judge::Run::sample`] plays the record back, lets
+//! the power go between any two changes as often as one likes, and has each disk that this leaves
+//! recovered and judged.
 
+pub mod client;
 pub mod disk;
 pub mod folder;
 pub mod judge;
+pub mod lives;
 pub mod oracle;
 pub mod script;
 

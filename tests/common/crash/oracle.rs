@@ -74,20 +74,38 @@ impl Block {
     }
 
     /// The first sector of `found` that has no allowed value.
-    fn stranger(&self, found: &[u8], sets: impl Fn(&Value) -> Sectors) -> Option<usize> {
+    fn stranger(&self, found: &[u8]) -> Option<usize> {
         let mut open = sectors(0, found.len());
         for value in &self.0 {
             let found = |&number: &usize| {
                 let part = &found[number * 512..];
                 part[..512] == *sector(&value.bytes, number)
             };
-            each_sector(open & sets(value)).filter(found).for_each(|number| open &= !(1 << number));
+            let set = open & value.sectors;
+            each_sector(set).filter(found).for_each(|number| open &= !(1 << number));
             if open == 0 {
                 return None;
             }
         }
         each_sector(open).next()
     }
+
+    fn check(&self, block: u64, found: &[u8]) -> Result<(), String> {
+        let Some(number) = self.stranger(found) else { return Ok(()) };
+        let values = self.0.iter().filter(|value| value.sectors >> number & 1 == 1);
+        let allowed: Vec<_> =
+            values.map(|value| sector(&value.bytes, number)[..4].to_vec()).collect();
+        let found = &found[number * 512..][..4];
+        Err(format!("sector {number} of block {block} begins {found:?}, not one of {allowed:?}"))
+    }
+}
+
+/// What was allowed in a block when a client began to read it.
+#[derive(Debug)]
+pub struct Look {
+    block: u64,
+    values: Block,
+    time: Time,
 }
 
 /// The blocks of a device that are looked at, each with its allowed values.
@@ -107,10 +125,6 @@ impl Oracle {
     pub fn new(size: u64, blocks: &[u64]) -> Self {
         let blocks = blocks.iter().map(|&block| (block, Block::settled(None))).collect();
         Self { size, blocks, time: 0, asked: BTreeMap::new(), snapshots: BTreeMap::new() }
-    }
-
-    pub fn size(&self) -> u64 {
-        self.size
     }
 
     /// How many bytes of a block the device has.
@@ -191,30 +205,25 @@ impl Oracle {
 
     /// Fails where a crash can't leave what is found in a block.
     pub fn check(&self, block: u64, found: &[u8]) -> Result<(), String> {
-        self.compare(block, found, |value| value.sectors)
+        self.blocks[&block].check(block, found)
     }
 
-    /// Fails where a client that reads now can't get what is found in a block.
-    pub fn check_live(&self, block: u64, found: &[u8]) -> Result<(), String> {
+    /// What a client that begins to read a block now may get, as long as nobody changes it.
+    pub fn look(&self, block: u64) -> Look {
         let values = &self.blocks[&block];
-        self.compare(block, found, |value| values.remaining(value, Time::MAX))
+        let left = values
+            .0
+            .iter()
+            .map(|value| Value { sectors: values.remaining(value, Time::MAX), ..value.clone() });
+        Look { block, values: Block(left.collect()), time: self.time }
     }
 
-    fn compare(
-        &self,
-        block: u64,
-        found: &[u8],
-        sets: impl Fn(&Value) -> Sectors,
-    ) -> Result<(), String> {
-        let Some(number) = self.blocks[&block].stranger(found, &sets) else { return Ok(()) };
-        let values = &self.blocks[&block].0;
-        let allowed: Vec<_> = values
-            .iter()
-            .filter(|value| sets(value) >> number & 1 == 1)
-            .map(|value| sector(&value.bytes, number)[..4].to_vec())
-            .collect();
-        let found = &found[number * 512..][..4];
-        Err(format!("sector {number} of block {block} begins {found:?}, not one of {allowed:?}"))
+    /// Fails where a client that began to read at `look` and got its answer now can't have found this.
+    pub fn check_read(&self, look: Look, found: &[u8]) -> Result<(), String> {
+        let Look { block, mut values, time } = look;
+        let newer = self.blocks[&block].0.iter().filter(|value| value.asked > time);
+        values.0.extend(newer.cloned());
+        values.check(block, found)
     }
 
     /// What was found is all that is allowed from now on. Every request was answered or died.

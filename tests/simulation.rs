@@ -1,0 +1,173 @@
+//! The crash simulator with several clients at once, under a scheduler that a seed decides, and with
+//! planted bugs that it must find. Runs in a build of its own:
+//!
+//! `RUSTFLAGS="--cfg simulation" cargo test --target-dir target/simulation --test simulation`
+//!
+//! `THINPLY_CRASH_STATES` and `THINPLY_CRASH_SEED` work as in `tests/crash.rs`.
+#![cfg(simulation)]
+
+#[path = "common/crash/mod.rs"]
+#[allow(dead_code, reason = "some of it serves tests/crash.rs alone")]
+mod crash;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Once, PoisonError};
+
+use shuttle::scheduler::RandomScheduler;
+use shuttle::{Config, FailurePersistence, MaxSteps, Runner};
+use thinply::planted::{Bug, plant};
+
+use crash::Random;
+use crash::client::{fresh, run_together};
+use crash::disk::PAGE;
+use crash::folder::Plan;
+use crash::lives::{Outcome, campaign, life, ring, rounds, some_fault, with_bursts};
+use crash::script::{BLOCKS, Op, several};
+
+/// Each planted bug, and how many seeds are enough to find it.
+const BUGS: [(Bug, u64); 19] = [
+    (Bug::RecordNotSynced, 100),
+    (Bug::BitBeforeItsData, 100),
+    (Bug::FreshBitInCheckpoint, 5000),
+    (Bug::ConfirmSkipped, 100),
+    (Bug::ChecksumWithoutLock, 5000),
+    (Bug::FlushJoinsTheRunningOne, 5000),
+    (Bug::JoinedFlushAlwaysSucceeds, 5000),
+    (Bug::RingPlaceReusedEarly, 5000),
+    (Bug::FailedAttemptKeepsItsNumber, 5000),
+    (Bug::FailedSyncRetried, 5000),
+    (Bug::FailedSyncForgotten, 5000),
+    (Bug::FailedRecordKeepsItsBlocks, 5000),
+    (Bug::PunchAfterItsBit, 5000),
+    (Bug::BitBeforeItsWrite, 5000),
+    (Bug::NewestSlotOverwritten, 5000),
+    (Bug::LastRecordTrusted, 5000),
+    (Bug::CacheTrusted, 5000),
+    (Bug::EpochNotSynced, 5000),
+    (Bug::NameNotSynced, 5000),
+];
+
+/// One at a time: a planted bug is there for the whole process.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// Runs `act` with its threads scheduled by `seed`. A deadlock or a panic is a failure.
+fn scheduled(seed: u64, act: impl Fn() -> Outcome + Send + Sync + 'static) -> Outcome {
+    // Made once for all, and so not in a run that shall go the same way again.
+    static PREPARED: Once = Once::new();
+    PREPARED.call_once(|| drop(unprepared(0, || Ok(fresh().0.time()))));
+    unprepared(seed, act)
+}
+
+fn unprepared(seed: u64, act: impl Fn() -> Outcome + Send + Sync + 'static) -> Outcome {
+    let mut config = Config::default();
+    config.stack_size = 1 << 20;
+    config.max_steps = MaxSteps::None;
+    config.failure_persistence = FailurePersistence::None;
+    let outcome = Arc::new(Mutex::new(None));
+    let answer = outcome.clone();
+    let runner = Runner::new(RandomScheduler::new_from_seed(seed, 1), config);
+    let whole = || runner.run(move || *answer.lock().unwrap() = Some(act()));
+    catch_unwind(AssertUnwindSafe(whole)).map_err(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|&text| text.to_owned());
+        format!("panic: {:?}", panic.downcast_ref::<String>().cloned().or(text))
+    })?;
+    let outcome = outcome.lock().unwrap().take();
+    outcome.ok_or("no end")?
+}
+
+/// Up to nine operations for each of two to four clients, on few blocks.
+fn crew(random: &mut Random) -> Vec<Vec<Op>> {
+    let first = random.below(BLOCKS.len() as u64 - 3) as usize;
+    let blocks = &BLOCKS[first..first + 3];
+    let mut script = || -> Vec<Op> {
+        let ops = (0..1 + random.below(9)).map(|_| Op::random(random, true, blocks));
+        ops.filter(|op| !matches!(op, Op::Close)).collect()
+    };
+    let clients = 2 + script().len() % 3;
+    (0..clients).map(|_| script()).collect()
+}
+
+/// Little but what seals the top or closes it.
+fn sealing(random: &mut Random) -> Vec<Op> {
+    let ops = (0..2 + random.below(6)).map(|_| match random.below(4) {
+        0 => Op::Snapshot,
+        1 => Op::Close,
+        2 => Op::WriteThrough { offset: random.below(3) * PAGE, length: PAGE },
+        _ => Op::random(random, true, &BLOCKS),
+    });
+    ops.collect()
+}
+
+fn together(random: &mut Random, seed: u64, plan: fn(&mut Random) -> Option<Plan>) -> Outcome {
+    rounds(random, seed, crew, plan, |disk, oracle, scripts, plan, seed| {
+        run_together(disk, oracle, scripts, plan, seed)
+    })
+}
+
+/// A life of one of all kinds.
+fn any_life(seed: u64) -> Outcome {
+    scheduled(seed, move || {
+        let mut random = Random::new(seed);
+        let random = &mut random;
+        match seed % 16 {
+            0 if seed.is_multiple_of(64) => ring(random, seed),
+            0 => life(random, seed, with_bursts, |_| None),
+            1 => life(random, seed, |random| several(random, true), |_| None),
+            2..4 => life(random, seed, |random| several(random, true), some_fault),
+            4..6 => life(random, seed, sealing, |_| None),
+            6..8 => life(random, seed, sealing, some_fault),
+            8..12 => together(random, seed, |_| None),
+            _ => together(random, seed, some_fault),
+        }
+    })
+}
+
+#[test]
+fn lives_of_several_clients() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    campaign("several clients", 100, 100, any_life);
+}
+
+/// The first seed below `seeds` that fails, and how.
+fn first_failure(seeds: u64) -> Option<(u64, String)> {
+    let next = AtomicU64::new(0);
+    let found: Mutex<Option<(u64, String)>> = Mutex::new(None);
+    let work = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds || found.lock().unwrap().is_some() {
+                return;
+            }
+            if let Err(what) = any_life(seed) {
+                let mut found = found.lock().unwrap();
+                if found.as_ref().is_none_or(|(first, _)| seed < *first) {
+                    *found = Some((seed, what));
+                }
+            }
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, Into::into);
+    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
+    found.into_inner().unwrap()
+}
+
+#[test]
+fn planted_bugs_are_found() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    std::panic::set_hook(Box::new(|_| {}));
+    let mut missed = Vec::new();
+    for (bug, seeds) in BUGS {
+        plant(Some(bug));
+        match first_failure(seeds) {
+            Some((seed, what)) => {
+                let what: String = what.chars().take(150).collect();
+                println!("{bug:?}: found by seed {seed} of {seeds}: {what}");
+            }
+            None => missed.push(bug),
+        }
+    }
+    plant(None);
+    drop(std::panic::take_hook());
+    assert!(missed.is_empty(), "not found: {missed:?}");
+}
