@@ -1,6 +1,5 @@
 //! The top layer, open for writing: its life from open to close, freeze and resize.
 
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 
 use super::create::random;
@@ -11,6 +10,7 @@ use super::recover::recover;
 use super::sealed::Sealed;
 use super::slots::Slots;
 use super::turn::Turn;
+use super::writeback::Writeback;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::{
     JOURNAL_OFFSET, JOURNAL_RECORDS, block_offset, file_length, group_count, is_virtual_size,
@@ -43,8 +43,7 @@ pub struct Writable {
     pub(super) turn: Turn,
     /// Set by the first sync that failed.
     pub(super) poison: OnceLock<Error>,
-    /// Bytes written since writeback was last started.
-    pub(super) unwritten: AtomicU64,
+    pub(super) writeback: Writeback,
     slots: Mutex<Slots>,
     virtual_size: u64,
 }
@@ -92,7 +91,7 @@ impl Writable {
             journal: Mutex::new(Journal::new(epoch, recovered.next)),
             turn: Turn::default(),
             poison: OnceLock::new(),
-            unwritten: AtomicU64::new(0),
+            writeback: Writeback::default(),
             slots: Mutex::new(slots),
             virtual_size: size,
             file,

@@ -1,7 +1,5 @@
 //! Writes, zeros and trims of the top layer, one word of blocks at a time.
 
-use std::sync::atomic::Ordering;
-
 use super::Under;
 use super::pending::Standing;
 use super::writable::Writable;
@@ -12,8 +10,6 @@ use crate::storage::{Wait, failed, write_all_at};
 use crate::sync::guard;
 use crate::types::{BLOCK_SIZE, WORD_BYTES, Word, covered, runs, touched};
 
-/// Writeback starts after this many bytes, so that a flush never finds much left to write.
-const WRITEBACK_EVERY: u64 = 32 << 20;
 /// Most words in the fresh set; bounds its memory to a few MiB. Beyond, a writer commits first.
 const FRESH_WORDS: usize = 1 << 18;
 
@@ -39,7 +35,7 @@ impl Writable {
             }
             rest = after;
         }
-        self.start_writeback(data.len() as u64)?;
+        self.writeback.count(&self.file, data.len() as u64);
         Ok(true)
     }
 
@@ -189,14 +185,6 @@ impl Writable {
             drop(stripe);
             self.confirm()?;
         }
-    }
-
-    fn start_writeback(&self, written: u64) -> Result<()> {
-        if self.unwritten.fetch_add(written, Ordering::Relaxed) + written >= WRITEBACK_EVERY {
-            self.unwritten.store(0, Ordering::Relaxed);
-            self.file.start_writeback().map_err(failed(&*self.file, "starting writeback", 0))?;
-        }
-        Ok(())
     }
 }
 
