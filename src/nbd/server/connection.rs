@@ -8,7 +8,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno as Host;
 use rustix::net::RecvFlags;
@@ -32,6 +33,9 @@ const SMALL_PAYLOAD: usize = 32 << 10;
 const FIRST_PAYLOAD: usize = 256 << 10;
 /// A longer payload buffer is given back after use.
 const KEEP_PAYLOAD: usize = 4 << 20;
+/// How long a connection looks for the next request before it sleeps, if the last ones came as
+/// soon. To be woken costs both sides more than that.
+const EAGER: Duration = Duration::from_micros(50);
 /// A connection silent for so long gives its buffers back.
 const IDLE: Duration = Duration::from_secs(10);
 
@@ -53,6 +57,8 @@ struct Connection<'a> {
     extents: Vec<Extent>,
     /// Requests may be running or replies queued: the socket is shared with other threads.
     busy: bool,
+    /// The client answers a reply with its next request within [`EAGER`].
+    eager: bool,
     /// The buffers were given back and there is no time limit on receiving.
     idle: bool,
 }
@@ -73,6 +79,7 @@ pub(super) fn serve(shared: &Shared, link: &Arc<Link>) {
             replies: Replies::default(),
             extents: Vec::new(),
             busy: false,
+            eager: false,
             idle: true,
         };
         // A client that is gone is no event: it may leave at any time.
@@ -286,12 +293,16 @@ impl Connection<'_> {
     fn receive(&mut self, target: Target) -> Result<usize, Gone> {
         loop {
             self.wait(Want::Bytes)?;
-            let flags = if self.busy { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
             let space = match &target {
                 Target::Buffer => self.received.spare(),
                 Target::Payload(range) => &mut self.payload[range.clone()],
             };
-            match self.link.receive(space, flags) {
+            let received = if self.busy {
+                self.link.receive(space, RecvFlags::DONTWAIT)
+            } else {
+                receive_soon(self.link, space, &mut self.eager)
+            };
+            match received {
                 Ok(length) => {
                     if matches!(target, Target::Buffer) {
                         self.received.received(length);
@@ -328,6 +339,23 @@ impl Connection<'_> {
     fn limit_receive(&self, limit: Option<Duration>) -> Result<(), Gone> {
         set_socket_timeout(self.link.socket(), Timeout::Recv, limit).map_err(|_| Gone)
     }
+}
+
+/// Waits for bytes: awake for a while if the client is `eager`, then asleep.
+fn receive_soon(link: &Link, space: &mut [u8], eager: &mut bool) -> rustix::io::Result<usize> {
+    let begun = Instant::now();
+    while *eager {
+        match link.receive(space, RecvFlags::DONTWAIT) {
+            Err(Host::AGAIN) => {}
+            other => return other,
+        }
+        *eager = begun.elapsed() < EAGER;
+        thread::yield_now();
+    }
+    let begun = Instant::now();
+    let received = link.receive(space, RecvFlags::empty());
+    *eager = begun.elapsed() < EAGER;
+    received
 }
 
 /// Bytes that the answer may take: a BLOCK_STATUS describes each block at worst.
