@@ -31,6 +31,10 @@ pub const HEADER_SIZE: u64 = 4096;
 pub const FOOTER_SIZE: u64 = 128;
 /// Bytes of a directory entry.
 pub const ENTRY_SIZE: u64 = 56;
+/// Bytes of a map with every word occupied and a chunk for every word.
+const MAX_MAP_LENGTH: u32 = (size_of::<RawMap>()
+    + GROUP_WORDS as usize * (size_of::<RawWord>() + size_of::<Hash>())
+    + CRC_SIZE) as u32;
 /// Most blocks in a frame, the number this build writes.
 pub const FRAME_BLOCKS: u32 = 4;
 /// Most frames in a chunk.
@@ -474,6 +478,7 @@ impl Footer {
             if entry.map_offset < HEADER_SIZE
                 || end.is_none_or(|end| end > self.directory_offset)
                 || u64::from(entry.data_blocks) > GROUP_BLOCKS
+                || entry.map_length > MAX_MAP_LENGTH
             {
                 return corrupt(format!("directory: the map of group {} cannot be", entry.group.0));
             }

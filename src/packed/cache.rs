@@ -75,3 +75,9 @@ where
         Wait::No => Ok(cache.get(key)),
     }
 }
+
+/// Forgets all decoded frames, for tests that count what is read.
+#[cfg(test)]
+pub(super) fn forget_frames() {
+    FRAMES.clear();
+}

@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::cache;
+use super::opening::Opening;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap::Bits;
 use crate::format::header::ParentLink;
 use crate::format::packed::{
-    CHUNK_FRAMES, Chunk, ChunkPlace, ENTRY_SIZE, Entry, FOOTER_SIZE, Footer, HEADER_SIZE, Map,
-    PackedHeader, frame_hash, has_magic,
+    CHUNK_FRAMES, Chunk, ChunkPlace, Entry, Footer, Map, PackedHeader, frame_hash, has_magic,
 };
 use crate::storage::{Lock, Storage, Wait, failed, read_blocks, read_exact_at, take_lock};
 use crate::sync::LazyTable;
@@ -23,7 +23,11 @@ struct Loaded {
     checked: Box<[AtomicU64; GROUP_WORDS as usize]>,
 }
 
-static NEXT_SERIAL: AtomicU64 = AtomicU64::new(0);
+/// A number that tells open files apart.
+pub(super) fn next_serial() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
 
 /// A packed layer open for reading, under a shared lock.
 ///
@@ -75,35 +79,13 @@ impl Packed {
     pub fn open(file: Arc<dyn Storage>) -> Result<Self> {
         take_lock(&*file, Lock::Shared)?;
         let length = file.length().map_err(failed(&*file, "reading the length", 0))?;
-        let in_file = |error: Error, offset| error.at(offset).in_file(file.path());
-        let short = || {
-            let detail = format!("file of {length} bytes, too short for a packed layer");
-            in_file(Error::new(ErrorKind::Corrupt, detail), length)
-        };
-        let mut header = Box::new([0; HEADER_SIZE as usize]);
-        if length < HEADER_SIZE + FOOTER_SIZE {
-            let magic = Self::recognise(&*file)?;
-            return Err(if magic { short() } else { not_packed(&*file) });
-        }
-        read_exact_at(&*file, &mut *header, 0).map_err(failed(&*file, "reading the header", 0))?;
-        let parsed = PackedHeader::decode(&header).map_err(|error| in_file(error, 0))?;
-        let at = length - FOOTER_SIZE;
-        let mut footer = [0; FOOTER_SIZE as usize];
-        read_exact_at(&*file, &mut footer, at).map_err(failed(&*file, "reading the footer", at))?;
-        let (footer, checksum) =
-            Footer::decode(&footer, length, &*header).map_err(|error| in_file(error, at))?;
-        let at = footer.directory_offset;
-        let mut directory = vec![0; (footer.group_count * ENTRY_SIZE) as usize];
-        read_exact_at(&*file, &mut directory, at).map_err(failed(
-            &*file,
-            "reading the directory",
-            at,
-        ))?;
-        let entries =
-            footer.directory(&directory, checksum, &parsed).map_err(|error| in_file(error, at))?;
+        let Opening { header, footer, entries } =
+            Opening::read(length, &mut |operation, at, buf| {
+                read_exact_at(&*file, buf, at).map_err(failed(&*file, operation, at))
+            })
+            .map_err(|error| error.in_file(file.path()))?;
         let loaded = LazyTable::new(entries.len() as u64);
-        let serial = NEXT_SERIAL.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { file, serial, header: parsed, footer, entries, loaded })
+        Ok(Self { file, serial: next_serial(), header, footer, entries, loaded })
     }
 
     /// The header.
@@ -235,19 +217,8 @@ impl Packed {
         frame: u32,
         (start, end): (u32, u32),
     ) -> Result<Part> {
-        let first = frame * self.header.frame_blocks;
-        let blocks = self.header.frame_blocks.min(map.data_blocks - first);
-        let stored = (map.frames_offset + u64::from(start), map.frames_offset + u64::from(end));
-        let decoded = u64::from(blocks) * BLOCK_SIZE;
-        if start >= end || stored.1 - stored.0 > decoded {
-            let detail = format!(
-                "frame {frame} of group {} takes bytes {start} to {end} of the group's, expected 1 \
-                 to {decoded} of them",
-                map.group.0
-            );
-            return Err(self.corrupt(detail, stored.0));
-        }
-        Ok(Part { chunk, frame, stored, decoded })
+        Part::new(&self.header, map, chunk, frame, (start, end))
+            .map_err(|error| error.in_file(self.file.path()))
     }
 
     /// Reads present bytes, `from` counted from the word's start; false where `wait` is
@@ -389,27 +360,9 @@ impl Packed {
         let (from, to) = part.stored;
         let mut stored = vec![0; (to - from) as usize];
         read_blocks(&*self.file, from, &mut stored, Wait::Yes)?;
-        let frame = part.chunk.frames.get(part.place());
-        let unlike = |what: &str| {
-            let detail = format!("frame {} of group {} {what}", part.frame, group.0);
-            self.corrupt(detail, from)
-        };
-        if frame.map(|frame| frame.checksum) != Some(crc32fast::hash(&stored)) {
-            return Err(unlike("does not have its checksum"));
-        }
-        let decoded = if part.is_raw() {
-            stored
-        } else {
-            // The room is exact, so a frame that would grow beyond it is refused.
-            zstd::bulk::decompress(&stored, part.decoded as usize)
-                .map_err(|error| unlike(&format!("can't be decompressed: {error}")))?
-        };
-        if decoded.len() as u64 != part.decoded
-            || frame.map(|frame| frame.hash) != Some(frame_hash(&decoded))
-        {
-            return Err(unlike("is not what its hash says"));
-        }
-        Ok(decoded.into())
+        part.decode(&stored)
+            .map(Into::into)
+            .map_err(|what| self.corrupt(format!("group {}: {what}", group.0), from))
     }
 
     pub(super) fn corrupt(&self, detail: String, offset: u64) -> Error {
@@ -418,6 +371,54 @@ impl Packed {
 }
 
 impl Part {
+    /// A frame whose stored bytes are at `start..end` of its group's.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for a place that cannot be.
+    pub fn new(
+        header: &PackedHeader,
+        map: &Map,
+        chunk: Arc<Chunk>,
+        frame: u32,
+        (start, end): (u32, u32),
+    ) -> Result<Self> {
+        let first = frame * header.frame_blocks;
+        let blocks = header.frame_blocks.min(map.data_blocks - first);
+        let stored = (map.frames_offset + u64::from(start), map.frames_offset + u64::from(end));
+        let decoded = u64::from(blocks) * BLOCK_SIZE;
+        if start >= end || stored.1 - stored.0 > decoded {
+            let detail = format!(
+                "frame {frame} of group {} takes bytes {start} to {end} of the group's, expected 1 \
+                 to {decoded} of them",
+                map.group.0
+            );
+            return Err(Error::new(ErrorKind::Corrupt, detail).at(stored.0));
+        }
+        Ok(Self { chunk, frame, stored, decoded })
+    }
+
+    /// The decoded bytes, verified against the hash; else what is wrong.
+    pub fn decode(&self, stored: &[u8]) -> std::result::Result<Vec<u8>, String> {
+        let number = self.frame;
+        let frame = self.chunk.frames.get(self.place());
+        if frame.map(|frame| frame.checksum) != Some(crc32fast::hash(stored)) {
+            return Err(format!("frame {number} does not have its checksum"));
+        }
+        let decoded = if self.is_raw() {
+            stored.to_vec()
+        } else {
+            // The room is exact, so a frame that would grow beyond it is refused.
+            zstd::bulk::decompress(stored, self.decoded as usize)
+                .map_err(|error| format!("frame {number} can't be decompressed: {error}"))?
+        };
+        if decoded.len() as u64 != self.decoded
+            || frame.map(|frame| frame.hash) != Some(frame_hash(&decoded))
+        {
+            return Err(format!("frame {number} is not what its hash says"));
+        }
+        Ok(decoded)
+    }
+
     fn place(&self) -> usize {
         (self.frame % CHUNK_FRAMES) as usize
     }
@@ -451,8 +452,4 @@ impl Part {
         }
         Some(length)
     }
-}
-
-fn not_packed(file: &dyn Storage) -> Error {
-    Error::new(ErrorKind::NotAnImage, "not a packed layer: no magic").in_file(file.path())
 }

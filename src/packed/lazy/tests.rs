@@ -1,0 +1,334 @@
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use proptest::prelude::*;
+
+use super::{ByteSource, FileSource, LazyPacked};
+use crate::error::{Error, ErrorKind, Result};
+use crate::packed::{Compression, Writer};
+use crate::storage::{Folder, MemoryFolder, Storage, read_exact_at, write_all_at};
+use crate::types::{BLOCK_SIZE, Block, GROUP_BLOCKS, Root};
+
+const BLOCK: usize = BLOCK_SIZE as usize;
+
+/// A source that counts what it sends, and may fail or lie.
+#[derive(Debug, Default)]
+struct Far {
+    bytes: Vec<u8>,
+    sent: AtomicU64,
+    /// Reads that still succeed before one fails; `u64::MAX` for all.
+    patience: AtomicU64,
+    /// A place whose bits are sent turned round.
+    lie: AtomicU64,
+}
+
+impl ByteSource for Arc<Far> {
+    fn name(&self) -> &Path {
+        Path::new("far")
+    }
+
+    fn length(&self) -> Result<u64> {
+        Ok(self.bytes.len() as u64)
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        if self.patience.fetch_sub(1, Ordering::Relaxed) == 0 {
+            self.patience.store(u64::MAX, Ordering::Relaxed);
+            return Err(Error::io(io::ErrorKind::TimedOut.into(), "asking from afar"));
+        }
+        self.sent.fetch_add(buf.len() as u64, Ordering::Relaxed);
+        buf.copy_from_slice(&self.bytes[offset as usize..][..buf.len()]);
+        let lie = self.lie.load(Ordering::Relaxed).wrapping_sub(offset);
+        if let Some(byte) = buf.get_mut(lie as usize) {
+            *byte = !*byte;
+        }
+        Ok(())
+    }
+}
+
+impl Far {
+    fn take_sent(&self) -> u64 {
+        self.sent.swap(0, Ordering::Relaxed)
+    }
+}
+
+fn block(seed: u64) -> [u8; BLOCK] {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    std::array::from_fn(|at| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        // Every third block is noise, the others compress.
+        if seed.is_multiple_of(3) || at % 64 == 0 { state as u8 } else { 7 }
+    })
+}
+
+/// Blocks with data: enough for three chunks in the first group, and a few in another.
+fn blocks() -> impl Iterator<Item = u64> {
+    (0..600).map(|n| n * 2).chain([3 * GROUP_BLOCKS + 5, 3 * GROUP_BLOCKS + 6])
+}
+
+/// `salt` makes another layer of the same shape; a frame known to the process is not fetched.
+fn layer(salt: u64, compression: Compression) -> (Arc<Far>, Root) {
+    let size = 4 * GROUP_BLOCKS * BLOCK_SIZE;
+    let mut writer = Writer::new(Vec::new(), size, None, compression).unwrap();
+    for number in blocks() {
+        writer.data(Block(number), &block(salt + number)).unwrap();
+    }
+    let (summary, bytes) = writer.finish().unwrap();
+    let far = Far { bytes, lie: u64::MAX.into(), patience: u64::MAX.into(), ..Far::default() };
+    (Arc::new(far), summary.root)
+}
+
+fn cache() -> Arc<dyn Storage> {
+    MemoryFolder::new("m").create("cache").unwrap()
+}
+
+fn read(layer: &LazyPacked<impl ByteSource>, number: u64) -> Result<[u8; BLOCK]> {
+    let (number, mut bytes) = (Block(number), [0xee; BLOCK]);
+    let from = (number.0 - number.word().block(0).0) * BLOCK_SIZE;
+    layer.read(number.word(), from, &mut bytes).map(|()| bytes)
+}
+
+fn content(file: &dyn Storage) -> Vec<u8> {
+    let mut bytes = vec![0; file.length().unwrap() as usize];
+    read_exact_at(file, &mut bytes, 0).unwrap();
+    bytes
+}
+
+fn file(bytes: &[u8]) -> Arc<dyn Storage> {
+    let file = cache();
+    write_all_at(&*file, bytes, 0).unwrap();
+    file
+}
+
+/// Every block reads as it was packed, whatever the cache holds.
+fn check_all(far: &Arc<Far>, root: Root, salt: u64, cache: Arc<dyn Storage>) {
+    let layer = LazyPacked::open(far.clone(), root, cache).unwrap();
+    for number in blocks() {
+        assert!(read(&layer, number).unwrap() == block(salt + number), "block {number}");
+    }
+}
+
+/// Bytes of frames that other tests, or the cache of the process, don't know.
+fn salts() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed) << 32
+}
+
+/// Without the frames that this process has decoded, which are shared by all layers of a root.
+fn forget() {
+    super::shared::forget_frames();
+}
+
+#[test]
+fn what_is_read_is_what_was_packed_and_is_fetched_once() {
+    for compression in [Compression::None, Compression::Zstd(3)] {
+        let salt = salts();
+        let (far, root) = layer(salt, compression);
+        let cache = cache();
+        check_all(&far, root, salt, cache.clone());
+        assert!(far.take_sent() <= far.bytes.len() as u64);
+        forget();
+        check_all(&far, root, salt, cache);
+        assert_eq!(far.take_sent(), 0, "all of it is in the cache");
+        let mut absent = [1; BLOCK];
+        let layer = LazyPacked::open(far, root, file(&[])).unwrap();
+        layer.read(Block(1).word(), BLOCK_SIZE, &mut absent).unwrap();
+        assert_eq!(absent, [0; BLOCK]);
+    }
+}
+
+#[test]
+fn a_read_fetches_no_more_than_it_needs() {
+    let salt = salts();
+    let (far, root) = layer(salt, Compression::Zstd(3));
+    let layer = LazyPacked::open(far.clone(), root, cache()).unwrap();
+    let opening = far.take_sent();
+    assert_eq!(opening, 4096 + 128 + 2 * 56);
+    // A map of 19 occupied words with three chunks, one chunk of 64 frames, one frame.
+    read(&layer, 8).unwrap();
+    let map = 96 + 19 * 16 + 3 * 32 + 4;
+    let chunk = 64 * (40 + 4 * 4) + 4;
+    let first = far.take_sent();
+    assert!((map + chunk + 1..=map + chunk + 4 * 4096).contains(&first), "{first}");
+    read(&layer, 10).unwrap();
+    assert_eq!(far.take_sent(), 0, "the same frame");
+    read(&layer, 16).unwrap();
+    assert!((1..=4 * 4096).contains(&far.take_sent()), "another frame of the chunk");
+}
+
+#[test]
+fn wrong_bytes_get_neither_out_nor_into_the_cache() {
+    let salt = salts();
+    let (far, root) = layer(salt, Compression::Zstd(3));
+    let length = far.bytes.len() as u64;
+    for lie in (0..length).step_by(4001).chain(length - 300..length) {
+        forget();
+        far.lie.store(lie, Ordering::Relaxed);
+        let cache = cache();
+        match LazyPacked::open(far.clone(), root, cache.clone()) {
+            Err(error) => assert_ne!(error.kind(), ErrorKind::Io, "{error}"),
+            Ok(layer) => {
+                for number in blocks() {
+                    match read(&layer, number) {
+                        Ok(bytes) => assert!(bytes == block(salt + number), "{lie}: {number}"),
+                        Err(error) => assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}"),
+                    }
+                }
+                far.lie.store(u64::MAX, Ordering::Relaxed);
+                assert!(read(&layer, 8).unwrap() == block(salt + 8), "asked again");
+            }
+        }
+        far.lie.store(u64::MAX, Ordering::Relaxed);
+        let kept = content(&*cache);
+        let differs =
+            kept.iter().zip(&far.bytes).position(|(kept, real)| *kept != 0 && kept != real);
+        assert_eq!(differs, None, "lie at {lie}");
+    }
+}
+
+#[test]
+fn another_layer_is_refused() {
+    let (far, root) = layer(salts(), Compression::Zstd(3));
+    let (other, other_root) = layer(salts(), Compression::Zstd(3));
+    let error = LazyPacked::open(far.clone(), other_root, cache()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ParentMismatch);
+    let full = cache();
+    drop(LazyPacked::open(far.clone(), root, full.clone()).unwrap());
+    for (far, root, cache) in [(other, other_root, full), (far, root, file(&[7; 100]))] {
+        let before = content(&*cache);
+        let error = LazyPacked::open(far, root, cache.clone()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+        assert!(content(&*cache) == before, "changed");
+    }
+}
+
+#[test]
+fn an_error_of_the_source_is_tried_again_by_the_next_read() {
+    let salt = salts();
+    let (far, root) = layer(salt, Compression::Zstd(3));
+    let cache = cache();
+    let fail = |after| far.patience.store(after, Ordering::Relaxed);
+    for after in 0..3 {
+        fail(after);
+        let error = LazyPacked::open(far.clone(), root, cache.clone()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Io, "{error}");
+    }
+    let layer = LazyPacked::open(far.clone(), root, cache).unwrap();
+    // Map, chunk, frame: each fails once, and what came before is not asked for again.
+    for _ in 0..3 {
+        fail(0);
+        assert_eq!(read(&layer, 8).unwrap_err().kind(), ErrorKind::Io);
+        fail(1);
+        let _ = read(&layer, 8);
+    }
+    assert!(read(&layer, 8).unwrap() == block(salt + 8));
+}
+
+#[test]
+fn a_damaged_cache_costs_fetches_and_nothing_else() {
+    let salt = salts();
+    let (far, root) = layer(salt, Compression::Zstd(3));
+    let full = cache();
+    check_all(&far, root, salt, full.clone());
+    let mut bytes = content(&*full);
+    let head = bytes.len() / BLOCK * BLOCK;
+    far.take_sent();
+    for at in (0..far.bytes.len()).step_by(199) {
+        bytes[at] = !bytes[at];
+    }
+    forget();
+    let damaged = file(&bytes);
+    check_all(&far, root, salt, damaged.clone());
+    assert!(far.take_sent() > 0);
+    forget();
+    check_all(&far, root, salt, damaged.clone());
+    assert_eq!(far.take_sent(), 0, "repaired");
+    assert!(
+        content(&*damaged)[..head.min(far.bytes.len())] == far.bytes[..head.min(far.bytes.len())]
+    );
+}
+
+#[test]
+fn a_cache_that_takes_nothing_does_no_harm() {
+    let salt = salts();
+    let (far, root) = layer(salt, Compression::Zstd(3));
+    let folder = MemoryFolder::new("m");
+    drop(LazyPacked::open(far.clone(), root, folder.create("cache").unwrap()).unwrap());
+    let read_only = folder.open("cache", crate::storage::Access::Read).unwrap();
+    check_all(&far, root, salt, read_only);
+}
+
+#[test]
+fn two_fill_one_cache() {
+    let salt = salts();
+    let (far, root) = layer(salt, Compression::Zstd(3));
+    let folder = MemoryFolder::new("m");
+    folder.create("cache").unwrap();
+    let open = || folder.open("cache", crate::storage::Access::Write).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| check_all(&far, root, salt, open()));
+        }
+    });
+    far.take_sent();
+    forget();
+    check_all(&far, root, salt, open());
+    // Bits of one byte may get lost where two set them at once, so a few parts may come again.
+    assert!(far.take_sent() < far.bytes.len() as u64 / 2);
+    forget();
+    check_all(&far, root, salt, open());
+    assert_eq!(far.take_sent(), 0);
+}
+
+#[test]
+fn a_file_is_a_source() {
+    let salt = salts();
+    let (far, root) = layer(salt, Compression::None);
+    let layer = LazyPacked::open(FileSource(file(&far.bytes)), root, cache()).unwrap();
+    assert!(read(&layer, 598).unwrap() == block(salt + 598));
+    let error = LazyPacked::open(FileSource(file(b"short")), root, cache()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotAnImage);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Nothing is synced after the head, so a crash leaves any mixture of the states that each
+    /// sector had, and any length.
+    #[test]
+    fn a_cache_torn_by_a_crash_never_gives_wrong_data(
+        seed: u64,
+        reads in prop::collection::vec(0usize..602, 1..12),
+        cut: prop::sample::Index,
+    ) {
+        let salt = salts();
+        let (far, root) = layer(salt, Compression::Zstd(3));
+        let cache = cache();
+        let numbers: Vec<_> = blocks().collect();
+        let mut states = Vec::new();
+        {
+            let layer = LazyPacked::open(far.clone(), root, cache.clone()).unwrap();
+            for &place in &reads {
+                states.push(content(&*cache));
+                read(&layer, numbers[place]).unwrap();
+            }
+            states.push(content(&*cache));
+        }
+        let head = far.bytes.len().next_multiple_of(BLOCK) + 512;
+        let longest = states.last().unwrap().len();
+        let mut torn = vec![0; head + cut.index(longest - head + 1)];
+        let mut chance = block(seed | 3).into_iter().cycle().map(usize::from);
+        for (sector, bytes) in torn.chunks_mut(512).enumerate() {
+            let state = &states[chance.next().unwrap() % states.len()];
+            for (to, from) in bytes.iter_mut().zip(state.iter().skip(sector * 512)) {
+                *to = *from;
+            }
+        }
+        forget();
+        check_all(&far, root, salt, file(&torn));
+    }
+}
