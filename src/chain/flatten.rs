@@ -8,6 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
 use crate::live::{self, NewLayer};
 use crate::storage::{Access, Folder};
+use crate::types::BLOCK_SIZE;
 
 /// Bytes copied at a time.
 const BUFFER: u64 = 1 << 20;
@@ -88,8 +89,28 @@ impl Chain {
         if extent.kind != Kind::Data {
             return new.zero(extent.offset, extent.length, ZeroMode::default());
         }
+        let shared = self
+            .stored(&extent, &mut |part| new.share(part.offset, part.length, part.file, part.at))?;
         let end = extent.offset + extent.length;
-        let mut at = extent.offset;
+        if !shared {
+            return self.copy_range(new, extent.offset, end, buffer, progress);
+        }
+        // The parts of blocks at either end.
+        let (first, last) =
+            (extent.offset.next_multiple_of(BLOCK_SIZE), end / BLOCK_SIZE * BLOCK_SIZE);
+        self.copy_range(new, extent.offset, first.min(end), buffer, progress)?;
+        self.copy_range(new, last.max(first).min(end), end, buffer, progress)
+    }
+
+    fn copy_range(
+        &self,
+        new: &Self,
+        from: u64,
+        end: u64,
+        buffer: &mut [u8],
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<()> {
+        let mut at = from;
         while at < end {
             let part = &mut buffer[..(end - at).min(BUFFER) as usize];
             self.read(at, part)?;

@@ -12,6 +12,7 @@ mod map;
 mod owners;
 mod pack;
 mod setup;
+mod share;
 mod snapshot;
 mod stack;
 
@@ -33,6 +34,7 @@ pub use layers::{Layers, MAX_DEPTH};
 pub use map::{Kind, MapExtent};
 pub use pack::PackOptions;
 pub use setup::{Parent, create, seal};
+pub use share::Stored;
 pub use stack::Stack;
 
 /// An open chain: a [`crate::device::Device`].

@@ -4,11 +4,13 @@ use super::Under;
 use super::pending::Standing;
 use super::writable::Writable;
 use crate::error::Result;
-use crate::format::geometry::word_offset;
+use crate::format::geometry::{block_offset, word_offset};
 use crate::planted::{Bug, planted};
-use crate::storage::{Wait, failed, write_all_at};
+use crate::storage::{Storage, Wait, failed, write_all_at};
 use crate::sync::guard;
-use crate::types::{BLOCK_SIZE, WORD_BYTES, Word, covered, runs, touched};
+use crate::types::{
+    BLOCK_SIZE, Block, GROUP_BLOCKS, Group, WORD_BYTES, Word, covered, runs, touched,
+};
 
 /// Most words in the fresh set; bounds its memory to a few MiB. Beyond, a writer commits first.
 const FRESH_WORDS: usize = 1 << 18;
@@ -185,6 +187,58 @@ impl Writable {
             drop(stripe);
             self.confirm()?;
         }
+    }
+
+    /// Makes whole blocks hold what stands in `source` from `from` on, by sharing its space, and owns
+    /// them. False where that can't be done, or the layer owns one of them already; a part may be
+    /// shared then.
+    pub fn share(
+        &mut self,
+        first: Block,
+        end: Block,
+        source: &dyn Storage,
+        from: u64,
+    ) -> Result<bool> {
+        self.check_poison()?;
+        let mut at = first;
+        while at.0 < end.0 {
+            let group = at.word().group();
+            let stop = Block(end.0.min((group.0 + 1) * GROUP_BLOCKS));
+            let from = from + (at.0 - first.0) * BLOCK_SIZE;
+            if !self.share_in_group(group, at, stop, source, from)? {
+                return Ok(false);
+            }
+            at = stop;
+        }
+        Ok(true)
+    }
+
+    /// [`Writable::share`] of blocks that stand side by side.
+    fn share_in_group(
+        &mut self,
+        group: Group,
+        first: Block,
+        end: Block,
+        source: &dyn Storage,
+        from: u64,
+    ) -> Result<bool> {
+        let length = (end.0 - first.0) * BLOCK_SIZE;
+        let page = self.pages.get(&*self.file, group)?;
+        let parts =
+            || words(first.0 * BLOCK_SIZE, length).map(|(w, from, to)| (w, touched(from, to)));
+        if parts().any(|(word, mask)| page.word(word) & mask != 0) {
+            return Ok(false);
+        }
+        page.allocate(&*self.file, group)?;
+        let offset = block_offset(first).0;
+        let shared = self.file.clone_range(offset, length, source, from);
+        if !shared.map_err(failed(&*self.file, "sharing blocks", offset))? {
+            return Ok(false);
+        }
+        if guard(&self.pending).fresh.words() >= FRESH_WORDS {
+            self.confirm()?;
+        }
+        parts().try_for_each(|(word, mask)| self.own(word, mask)).map(|()| true)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,11 +30,7 @@ impl HostFile {
         // A pipe under the name of a layer must not hold the open up until somebody writes to it.
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let file = options.read(true).custom_flags(flags.bits() as i32).open(&path)?;
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
-        }
-        let in_memory = fstatfs(&file)?.f_type == TMPFS_MAGIC;
-        Ok(Arc::new(Self { path, file, in_memory }))
+        opened(path, file)
     }
 
     /// Runs `fallocate`; false where the file system does not know that mode.
@@ -45,6 +41,18 @@ impl HostFile {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// A regular file that is open already, called `path` in messages.
+///
+/// # Errors
+/// Host errors; [`io::ErrorKind::InvalidInput`] for what is no regular file.
+pub fn opened(path: PathBuf, file: File) -> io::Result<Arc<dyn Storage>> {
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    let in_memory = fstatfs(&file)?.f_type == TMPFS_MAGIC;
+    Ok(Arc::new(HostFile { path, file, in_memory }))
 }
 
 impl Storage for HostFile {
@@ -82,6 +90,45 @@ impl Storage for HostFile {
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
         self.file.write_at(buf, offset)
+    }
+
+    fn clone_range(
+        &self,
+        offset: u64,
+        length: u64,
+        source: &dyn Storage,
+        from: u64,
+    ) -> io::Result<bool> {
+        let Some(descriptor) = source.descriptor() else { return Ok(false) };
+        if length == 0 {
+            // To the kernel that means everything.
+            return Ok(true);
+        }
+        let range = libc::file_clone_range {
+            src_fd: descriptor.as_raw_fd().into(),
+            src_offset: from,
+            src_length: length,
+            dest_offset: offset,
+        };
+        let file = self.file.as_raw_fd();
+        // SAFETY: both descriptors live as long as this call, and the kernel only reads the one
+        // structure that the pointer leads to, which is of the type that FICLONERANGE takes.
+        let answer = unsafe { libc::ioctl(file, libc::FICLONERANGE, &raw const range) };
+        if answer == 0 {
+            return Ok(true);
+        }
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            // Another file system, one without shared extents, or offsets that don't suit it.
+            Some(libc::EXDEV | libc::EOPNOTSUPP | libc::ENOTTY | libc::ENOSYS | libc::EINVAL) => {
+                Ok(false)
+            }
+            _ => Err(error),
+        }
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
     }
 
     fn punch(&self, offset: u64, length: u64) -> io::Result<()> {

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 
 use bitvec::vec::BitVec;
 use memmap2::MmapMut;
 
-use super::{Access, Folder, Lock, Storage};
+use super::{Access, Folder, Lock, Storage, read_exact_at, write_all_at};
 use crate::sync::{Mutex, RwLock, RwLockReadGuard, guard};
 
 const PAGE: u64 = 4096;
@@ -150,6 +151,22 @@ impl Storage for Handle {
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
         self.change(|content| content.write(buf, offset))?;
         Ok(buf.len())
+    }
+
+    fn clone_range(
+        &self,
+        offset: u64,
+        length: u64,
+        source: &dyn Storage,
+        from: u64,
+    ) -> io::Result<bool> {
+        let mut bytes = vec![0; length as usize];
+        read_exact_at(source, &mut bytes, from)?;
+        write_all_at(self, &bytes, offset).map(|()| true)
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
     }
 
     fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
@@ -298,7 +315,6 @@ impl Folder for MemoryFolder {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::{read_exact_at, write_all_at};
 
     #[test]
     fn content_is_sparse_and_survives_growth_and_cuts() {

@@ -9,12 +9,13 @@ mod memory;
 
 use std::fmt::Debug;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 
-pub use file::{FileFolder, holders};
+pub use file::{FileFolder, holders, opened};
 pub use memory::MemoryFolder;
 
 /// A lock that one open file holds against all others, in this process and elsewhere.
@@ -58,6 +59,21 @@ pub trait Storage: Send + Sync + Debug {
 
     /// Writes once.
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize>;
+
+    /// Makes the range hold what stands in `source` from `from` on, by sharing its space instead of
+    /// copying it. False, with nothing changed, where that can't be done: not on this file system,
+    /// not between these files, or not at these offsets. It counts as a write: durable after the
+    /// next sync, the source's bytes with it.
+    fn clone_range(
+        &self,
+        offset: u64,
+        length: u64,
+        source: &dyn Storage,
+        from: u64,
+    ) -> io::Result<bool>;
+
+    /// The host's descriptor, where the file is one of the host's.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>>;
 
     /// Gives the range back; it reads as zeros.
     fn punch(&self, offset: u64, length: u64) -> io::Result<()>;

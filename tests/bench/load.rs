@@ -1,22 +1,27 @@
-//! The client and the baselines of `tests/bench/run`.
+//! The client and the baselines of `tests/bench/run` and `tests/bench/tools.py`.
 //!
 //! `load` is a closed-loop NBD client over a Unix socket: each connection keeps its queue full,
 //! sends what came free in one call and drops the data it reads unseen. `serve` puts a raw file, or
-//! nothing at all, behind thinply's own server: the limit of the transport.
+//! nothing at all, behind thinply's own server: the limit of the transport. `open` opens a layer
+//! again and again.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use thinply::chain::Chain;
 use thinply::device::{Detail, Device, Extent, ZeroMode, push_extent};
 use thinply::nbd::server::{Export, ExportTable, Listener, Server, ServerConfig};
+use thinply::storage::{Access, FileFolder, Folder};
 
 const USAGE: &str = "usage: load SOCKET RW[/fresh|/same] BLOCK DEPTH CONNECTIONS SECONDS OPS SEED
        serve SOCKET SIZE [FILE]
+       open FILE TIMES
 RW: read, randread, write, randwrite, mixed, durable";
 
 const READ: u16 = 0;
@@ -48,12 +53,28 @@ fn main() -> Result<()> {
             let file = OpenOptions::new().read(true).write(true).open(file)?;
             serve(socket, Raw { file, size: number(size)? })
         }
+        ["open", file, times] => open(Path::new(file), number(times)?),
         _ => Err(Error::new(ErrorKind::InvalidInput, USAGE)),
     }
 }
 
 fn number(text: &str) -> Result<u64> {
     text.parse().map_err(|_| Error::new(ErrorKind::InvalidInput, format!("{text}: {USAGE}")))
+}
+
+/// Prints how many microseconds each opening of a layer and its ancestors takes.
+fn open(path: &Path, times: u64) -> Result<()> {
+    let parts = path.parent().zip(path.file_name().and_then(|name| name.to_str()));
+    let (directory, name) = parts.ok_or(ErrorKind::InvalidInput)?;
+    let folder: Arc<dyn Folder> = Arc::new(FileFolder::new(directory));
+    for _ in 0..times {
+        let begin = Instant::now();
+        let chain = Chain::open(folder.clone(), name, Access::Read, Arc::default());
+        let took = begin.elapsed();
+        drop(chain.map_err(Error::other)?);
+        println!("{:.1}", took.as_secs_f64() * 1e6);
+    }
+    Ok(())
 }
 
 /// What every connection of a run does.

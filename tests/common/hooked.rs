@@ -3,11 +3,12 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use thinply::storage::{Access, Folder, Lock, Storage, write_all_at};
+use thinply::storage::{Access, Folder, Lock, Storage, read_exact_at, write_all_at};
 
 /// A call on a file.
 #[derive(Clone, Copy, Debug)]
@@ -170,6 +171,22 @@ impl Storage for File {
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
         let allowed = self.ask(Call::Write { name: self.name(), offset })?.min(buf.len());
         self.inner.write_at(&buf[..allowed], offset)
+    }
+
+    fn clone_range(
+        &self,
+        offset: u64,
+        length: u64,
+        source: &dyn Storage,
+        from: u64,
+    ) -> io::Result<bool> {
+        let mut bytes = vec![0; length as usize];
+        read_exact_at(source, &mut bytes, from)?;
+        write_all_at(self, &bytes, offset).map(|()| true)
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
     }
 
     fn punch(&self, offset: u64, length: u64) -> io::Result<()> {

@@ -5,13 +5,14 @@ use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use thinply::chain::{Chain, Kind};
 use thinply::device::Device;
 use thinply::error::{Error, ErrorKind, Result};
-use thinply::storage::Access;
+use thinply::storage::{Access, Storage, opened};
 
 use crate::args::LayersArg;
 use crate::draft::{Draft, Replace};
@@ -109,8 +110,9 @@ impl Export {
 
     fn copy(&self, chain: &Chain, target: Target) -> Result<()> {
         let bar = progress::bar(Some(chain.size()));
+        let shared = target.shared().map_err(|error| target.failed(error, 0))?;
         let written = pump(
-            |feeder| read(chain, feeder),
+            |feeder| read(chain, feeder, shared.as_deref()),
             |piece| {
                 let end = target.put(piece)?;
                 bar.set_position(end);
@@ -130,16 +132,33 @@ fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).open(path)
 }
 
-/// Reads the whole disk, without what is known to be zeros.
-fn read(chain: &Chain, feeder: &Feeder) -> Result<()> {
+/// Reads the whole disk, without what is known to be zeros and what `shared` can have without
+/// copying.
+fn read(chain: &Chain, feeder: &Feeder, shared: Option<&dyn Storage>) -> Result<()> {
     let mut open = true;
+    let mut shares = shared.is_some();
     chain.walk(&mut |extent| {
         let end = extent.offset + extent.length;
         if open && extent.kind != Kind::Data {
             open = feeder.send(Piece::Zeros(extent.offset, extent.length));
         }
+        if !open || extent.kind != Kind::Data {
+            return Ok(());
+        }
         let mut at = extent.offset;
-        while open && extent.kind == Kind::Data && at < end {
+        if let Some(shared) = shared.filter(|_| shares) {
+            chain.stored(&extent, &mut |part| {
+                let target = |error| Error::io(error, "sharing blocks").at(part.offset);
+                shares = shared
+                    .clone_range(part.offset, part.length, part.file, part.at)
+                    .map_err(|error| target(error).in_file(shared.path()))?;
+                if shares {
+                    at = part.offset + part.length;
+                }
+                Ok(shares)
+            })?;
+        }
+        while open && at < end {
             let Some(mut buffer) = feeder.buffer((end - at).min(BUFFER as u64) as usize) else {
                 open = false;
                 break;
@@ -173,6 +192,12 @@ struct Target {
 impl Target {
     fn failed(&self, error: io::Error, offset: u64) -> Error {
         Error::io(error, "writing the target").at(offset).in_file(&self.path)
+    }
+
+    /// The target as a file that may share space with the layers.
+    fn shared(&self) -> io::Result<Option<Arc<dyn Storage>>> {
+        let file = (self.form == Form::Sparse).then(|| self.file.try_clone()).transpose()?;
+        file.map(|file| opened(self.path.clone(), file)).transpose()
     }
 
     fn check_size(&self, size: u64) -> Result<()> {

@@ -5,14 +5,14 @@
 //! lost where they are, when two processes set bits of one byte at once.
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use zerocopy::little_endian::U64;
 use zerocopy::{Immutable, IntoBytes, Unaligned};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Storage, failed, read_exact_at, write_all_at};
-use crate::sync::guard;
+use crate::sync::{Mutex, guard};
 use crate::types::{BLOCK_SIZE, Root, SECTOR_SIZE};
 
 /// What stands before the bitmap. All of it is in one sector, so it is there whole or not at all.

@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use thinply::storage::{Access, Folder, Lock, Storage};
+use thinply::storage::{Access, Folder, Lock, Storage, read_exact_at, write_all_at};
 
 use super::Random;
 use super::disk::{Change, Data, Disk, Names};
@@ -349,6 +350,22 @@ impl Storage for CrashFile {
             state.apply(Change::Write { file: self.file, offset, data });
         }
         entered.map(|_| length)
+    }
+
+    fn clone_range(
+        &self,
+        offset: u64,
+        length: u64,
+        source: &dyn Storage,
+        from: u64,
+    ) -> io::Result<bool> {
+        let mut bytes = vec![0; length as usize];
+        read_exact_at(source, &mut bytes, from)?;
+        write_all_at(self, &bytes, offset).map(|()| true)
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
     }
 
     fn punch(&self, offset: u64, length: u64) -> io::Result<()> {

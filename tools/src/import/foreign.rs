@@ -18,6 +18,7 @@ use imago::storage::drivers::CommonStorageHelper;
 use imago::vmdk::Vmdk;
 use imago::{FormatAccess, Mapping, ShallowMapping, Storage, StorageOpenOptions};
 use rustix::io::preadv;
+use thinply::chain::Chain;
 use thinply::error::{Error, ErrorKind, Result};
 
 use super::format::{Format, serve_it};
@@ -390,7 +391,7 @@ impl Disk for ImageDisk {
         Some(self.access.size())
     }
 
-    fn read(&self, feeder: &Feeder) -> Result<()> {
+    fn read(&self, feeder: &Feeder, _: Option<&Chain>) -> Result<()> {
         let size = self.access.size();
         let (mut at, mut plain, mut compressed) = (0, 0, 0);
         while at < size {

@@ -42,6 +42,9 @@ Examples:
 ///
 /// Zeros take no space, and with a parent only the blocks that differ from it do. The size is
 /// rounded up to a whole sector of 512 bytes.
+///
+/// A raw file on a file system that can share space (XFS, btrfs) is not copied: the layer shares its
+/// space with it, zeros included.
 #[derive(Args, Debug)]
 #[command(after_help = AFTER_HELP)]
 pub struct Import {

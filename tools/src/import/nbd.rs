@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
+use thinply::chain::Chain;
 use thinply::error::{Error, ErrorKind, Result};
 
 use super::source::Disk;
@@ -402,7 +403,7 @@ impl Disk for NbdDisk {
         Some(self.size)
     }
 
-    fn read(&self, feeder: &Feeder) -> Result<()> {
+    fn read(&self, feeder: &Feeder, _: Option<&Chain>) -> Result<()> {
         let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
         let mut at = 0;
         while at < self.size {

@@ -5,10 +5,13 @@ use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 use rustix::io::Errno;
+use thinply::chain::Chain;
 use thinply::error::{Error, ErrorKind, Result};
+use thinply::storage::{Storage, opened};
 use thinply::types::BLOCK_SIZE;
 
 use super::format::{Format, check_raw};
@@ -94,9 +97,18 @@ impl RawDisk {
         Ok(())
     }
 
+    /// The file as one that a layer may share space with.
+    fn shared(&self) -> Result<Option<Arc<dyn Storage>>> {
+        let kind = self.file.metadata().map_err(|e| self.failed(e, 0))?.file_type();
+        let file = kind.is_file().then(|| self.file.try_clone()).transpose();
+        let file = file.map_err(|e| self.failed(e, 0))?;
+        file.map(|file| opened(self.path.clone(), file)).transpose().map_err(|e| self.failed(e, 0))
+    }
+
     /// Reads the data and skips the holes.
-    fn read_ranges(&self, length: u64, feeder: &Feeder) -> Result<()> {
+    fn read_ranges(&self, length: u64, feeder: &Feeder, shares: Option<&Chain>) -> Result<()> {
         let mut at = 0;
+        let mut shares = shares.zip(self.shared()?);
         while at < length {
             // Whole blocks, of which the file system may have said less.
             let data = match self.next(SeekFrom::Data(at), at)? {
@@ -110,6 +122,14 @@ impl RawDisk {
             // At least a block, should a hole appear meanwhile: this loop must end.
             let end = hole.max(data + 1).next_multiple_of(BLOCK_SIZE).min(length);
             at = data;
+            if let Some((chain, file)) = &shares {
+                let whole = (end - at) / BLOCK_SIZE * BLOCK_SIZE;
+                if chain.share(at, whole, &**file, at)? {
+                    at += whole;
+                } else {
+                    shares = None;
+                }
+            }
             while at < end {
                 let length = (end - at).min(BUFFER as u64) as usize;
                 let Some(mut buffer) = feeder.buffer(length) else { return Ok(()) };
@@ -140,9 +160,9 @@ impl Disk for RawDisk {
         self.length
     }
 
-    fn read(&self, feeder: &Feeder) -> Result<()> {
+    fn read(&self, feeder: &Feeder, shares: Option<&Chain>) -> Result<()> {
         match self.length {
-            Some(length) => self.read_ranges(length, feeder),
+            Some(length) => self.read_ranges(length, feeder, shares),
             None => self.read_stream(feeder),
         }
     }

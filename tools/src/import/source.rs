@@ -34,8 +34,9 @@ pub trait Disk: Send + Sync {
     /// Length in bytes; unknown for what can only be read from beginning to end.
     fn length(&self) -> Option<u64>;
 
-    /// Sends the disk's bytes in order. What is left out reads as what lies under the layer.
-    fn read(&self, feeder: &Feeder) -> Result<()>;
+    /// Sends the disk's bytes in order. What is left out reads as what lies under the layer, or is
+    /// in `shares`, a layer without a parent that may have them without copying.
+    fn read(&self, feeder: &Feeder, shares: Option<&Chain>) -> Result<()>;
 }
 
 /// Where the bytes come from.
@@ -97,7 +98,9 @@ impl Source {
     pub fn copy_to(&self, chain: &Chain, fixed: Option<u64>, visible: u64) -> Result<()> {
         let bar = progress::bar(self.0.length());
         let mut sink = Sink::new(chain, fixed, visible);
-        let copied = pump(|feeder| self.0.read(feeder), |piece| sink.put(piece, &bar))
+        // Over a parent only what differs is stored, which takes reading.
+        let shares = (visible == 0).then_some(chain);
+        let copied = pump(|feeder| self.0.read(feeder, shares), |piece| sink.put(piece, &bar))
             .and_then(|()| sink.finish(self.padded()));
         bar.finish_and_clear();
         copied
