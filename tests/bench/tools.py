@@ -32,6 +32,8 @@ LOAD = ROOT / "target/release/examples/bench-load"
 MIB = 1 << 20
 GIB = 1 << 30
 FICLONERANGE = 0x4020940D
+# Of qcow2, unless told otherwise.
+CLUSTER = 64 << 10
 ZSTD = ["-c", "-o", "compression_type=zstd"]
 # Real packages for three changes, there in any Debian.
 CHANGES = [["git"], ["vim-runtime"], ["libc6-dev", "linux-libc-dev", "make"]]
@@ -243,6 +245,25 @@ def change(disk, folder, packages):
     return size
 
 
+def overlay(folder, image, base, before, after):
+    """A qcow2 over `base` with the clusters that a guest's changes have touched, compressed."""
+    plain, piece = folder / "plain.qcow2", folder / "piece"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", plain)
+    with open(before, "rb") as old, open(after, "rb") as new:
+        for offset in range(0, after.stat().st_size, MIB):
+            a, b = old.read(MIB), new.read(MIB)
+            if a == b:
+                continue
+            for at in range(0, len(b), CLUSTER):
+                if a[at:at + CLUSTER] != b[at:at + CLUSTER]:
+                    piece.write_bytes(b[at:at + CLUSTER])
+                    where = f"{offset + at} {len(b[at:at + CLUSTER])}"
+                    run("qemu-io", "-f", "qcow2", "-c", f"write -q -s {piece} {where}", plain)
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", *ZSTD, "-B", base, "-F", "qcow2",
+        plain, image)
+    plain.unlink()
+
+
 def root_file_system(folder, options):
     """A base and three changes: each as a packed layer, a compressed qcow2 and a tar.gz."""
     disk = make_root(folder, options)
@@ -250,8 +271,8 @@ def root_file_system(folder, options):
     tree = Path(options.tree) if options.tree else folder / "tree"
     run("tar", "-C", tree, "-czf", base_tar, ".")
     steps = [("base: a Debian root", base_tar.stat().st_size)]
-    layers, images = [], []
-    rows = []
+    layers, images, rows = [], [], []
+    before = folder / "before.raw"
     for number in range(len(CHANGES) + 1):
         if number:
             tar = change(disk, folder, CHANGES[number - 1])
@@ -259,10 +280,13 @@ def root_file_system(folder, options):
         layer, packed = folder / f"{number}.tply", folder / f"{number}.packed.tply"
         image = folder / f"{number}.qcow2"
         parent = ["--parent", layers[-1]] if layers else []
-        backing = ["-B", images[-1], "-F", "qcow2"] if images else []
         run(THINPLY, "import", *parent, disk, layer)
         run(THINPLY, "pack", layer, packed)
-        run(*qcow2(disk, image, *ZSTD, *backing))
+        if images:
+            overlay(folder, image, images[-1], before, disk)
+        else:
+            run(*qcow2(disk, image, *ZSTD))
+        run("cp", disk, before)
         layers.append(layer)
         images.append(image)
         name, tar = steps[-1]
@@ -275,7 +299,6 @@ def root_file_system(folder, options):
     packs = [(name, out, [command, ["sync", out]]) for name, out, command in [
         ("thinply pack", packed, [THINPLY, "pack", layer, packed]),
         ("qemu-img convert -c, zstd", image, qcow2(disk, image, *ZSTD)),
-        ("qemu-img convert -c, zstd, -m 1 -W off", image, qcow2(disk, image, *ZSTD, "-m", "1")),
     ]]
     # The disk has moved on; the contenders pack what the base was.
     run(THINPLY, "export", "--force", layer, disk)
@@ -293,7 +316,8 @@ def root_file_system(folder, options):
 def random_reads(folder, options, packed, image):
     socket = folder / "socket"
     servers = [
-        ("thinply serve, packed", [THINPLY, "serve", packed, "--socket", socket]),
+        ("thinply serve, packed",
+         [THINPLY, "serve", "--read-only", packed, "--socket", socket]),
         ("qemu-nbd, compressed clusters",
          ["qemu-nbd", "-r", "-f", "qcow2", "-k", socket, "-t", "-e", "16", image]),
     ]
