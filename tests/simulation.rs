@@ -1,7 +1,5 @@
 //! The crash simulator with several clients at once, under a scheduler that a seed decides, and with
-//! planted bugs that it must find. Runs in a build of its own:
-//!
-//! `RUSTFLAGS="--cfg simulation" cargo test --target-dir target/simulation --test simulation`
+//! planted bugs that it must find. Runs in a build of its own: `tests/run simulation`.
 //!
 //! `THINPLY_CRASH_STATES` and `THINPLY_CRASH_SEED` work as in `tests/crash.rs`.
 #![cfg(simulation)]
@@ -126,7 +124,7 @@ fn any_life(seed: u64) -> Outcome {
 #[test]
 fn lives_of_several_clients() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    campaign("several clients", 100, 100, any_life);
+    campaign("several clients", 50, 100, any_life);
 }
 
 /// The first seed below `seeds` that fails, and how.
