@@ -27,23 +27,23 @@ use crash::script::{BLOCKS, Op, several};
 const BUGS: [(Bug, u64); 19] = [
     (Bug::RecordNotSynced, 100),
     (Bug::BitBeforeItsData, 100),
-    (Bug::FreshBitInCheckpoint, 5000),
+    (Bug::FreshBitInCheckpoint, 1000),
     (Bug::ConfirmSkipped, 100),
-    (Bug::ChecksumWithoutLock, 5000),
-    (Bug::FlushJoinsTheRunningOne, 5000),
-    (Bug::JoinedFlushAlwaysSucceeds, 5000),
-    (Bug::RingPlaceReusedEarly, 5000),
-    (Bug::FailedAttemptKeepsItsNumber, 5000),
-    (Bug::FailedSyncRetried, 5000),
-    (Bug::FailedSyncForgotten, 5000),
-    (Bug::FailedRecordKeepsItsBlocks, 5000),
-    (Bug::PunchAfterItsBit, 5000),
-    (Bug::BitBeforeItsWrite, 5000),
-    (Bug::NewestSlotOverwritten, 5000),
-    (Bug::LastRecordTrusted, 5000),
-    (Bug::CacheTrusted, 5000),
-    (Bug::EpochNotSynced, 5000),
-    (Bug::NameNotSynced, 5000),
+    (Bug::ChecksumWithoutLock, 1000),
+    (Bug::FlushJoinsTheRunningOne, 100),
+    (Bug::JoinedFlushAlwaysSucceeds, 1000),
+    (Bug::RingPlaceReusedEarly, 100),
+    (Bug::FailedAttemptKeepsItsNumber, 2000),
+    (Bug::FailedSyncRetried, 1000),
+    (Bug::FailedSyncForgotten, 1000),
+    (Bug::FailedRecordKeepsItsBlocks, 1000),
+    (Bug::PunchAfterItsBit, 2000),
+    (Bug::BitBeforeItsWrite, 1000),
+    (Bug::NewestSlotOverwritten, 100),
+    (Bug::LastRecordTrusted, 100),
+    (Bug::CacheTrusted, 1000),
+    (Bug::EpochNotSynced, 100),
+    (Bug::NameNotSynced, 1000),
 ];
 
 /// One at a time: a planted bug is there for the whole process.
@@ -86,6 +86,15 @@ fn crew(random: &mut Random) -> Vec<Vec<Op>> {
     (0..clients).map(|_| script()).collect()
 }
 
+/// A client that brings about a checkpoint, and others that write to blocks which are still absent.
+fn checkpoint_under_load(random: &mut Random) -> Vec<Vec<Op>> {
+    let mut writes = || -> Vec<Op> {
+        let blocks = (0..4 + random.below(9)).map(|_| *random.pick(&BLOCKS[..15]));
+        blocks.map(|block| Op::Write { offset: block * PAGE, length: PAGE }).collect()
+    };
+    vec![vec![Op::Burst, Op::Flush, Op::Snapshot], writes(), writes(), writes()]
+}
+
 /// Little but what seals the top or closes it.
 fn sealing(random: &mut Random) -> Vec<Op> {
     let ops = (0..2 + random.below(6)).map(|_| match random.below(4) {
@@ -97,8 +106,13 @@ fn sealing(random: &mut Random) -> Vec<Op> {
     ops.collect()
 }
 
-fn together(random: &mut Random, seed: u64, plan: fn(&mut Random) -> Option<Plan>) -> Outcome {
-    rounds(random, seed, crew, plan, |disk, oracle, scripts, plan, seed| {
+fn together(
+    random: &mut Random,
+    seed: u64,
+    scripts: fn(&mut Random) -> Vec<Vec<Op>>,
+    plan: fn(&mut Random) -> Option<Plan>,
+) -> Outcome {
+    rounds(random, seed, scripts, plan, |disk, oracle, scripts, plan, seed| {
         run_together(disk, oracle, scripts, plan, seed)
     })
 }
@@ -111,12 +125,12 @@ fn any_life(seed: u64) -> Outcome {
         match seed % 16 {
             0 if seed.is_multiple_of(64) => ring(random, seed),
             0 => life(random, seed, with_bursts, |_| None),
-            1 => life(random, seed, |random| several(random, true), |_| None),
+            1 => together(random, seed, checkpoint_under_load, |_| None),
             2..4 => life(random, seed, |random| several(random, true), some_fault),
             4..6 => life(random, seed, sealing, |_| None),
             6..8 => life(random, seed, sealing, some_fault),
-            8..12 => together(random, seed, |_| None),
-            _ => together(random, seed, some_fault),
+            8..12 => together(random, seed, crew, |_| None),
+            _ => together(random, seed, crew, some_fault),
         }
     })
 }
