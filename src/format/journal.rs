@@ -137,6 +137,39 @@ pub fn decode(uuid: Uuid, bytes: &RecordBytes) -> Result<Slot> {
     Ok(Slot::Valid(Record { epoch: raw.epoch.get(), sequence: raw.sequence.get(), entries }))
 }
 
+/// Whether bytes that are [`Slot::Torn`] are one bit away from a record, or from none at all: no
+/// write or punch that was cut off leaves that.
+pub fn is_one_bit_off(uuid: Uuid, bytes: &RecordBytes) -> bool {
+    if bytes.iter().map(|byte| byte.count_ones()).sum::<u32>() == 1 {
+        return true;
+    }
+    let raw: &RawRecord = zerocopy::transmute_ref!(bytes);
+    let magic = u32::from_le_bytes(raw.magic) ^ u32::from_le_bytes(MAGIC);
+    let crc = raw.crc.get() ^ checksum(uuid, bytes);
+    let bit = match (magic, crc) {
+        (0, crc) if crc.is_power_of_two() => Some(32 + crc.trailing_zeros() as usize),
+        (0, crc) => flipped_bit(crc),
+        (magic, 0) if magic.is_power_of_two() => Some(magic.trailing_zeros() as usize),
+        _ => None,
+    };
+    let mut mended = Box::new(*bytes);
+    let Some(byte) = bit.and_then(|bit| mended.get_mut(bit / 8)) else { return false };
+    *byte ^= 1 << (bit.unwrap_or_default() % 8);
+    matches!(decode(uuid, &mended), Ok(Slot::Valid(_)))
+}
+
+/// Which bit of a record makes its checksum wrong by `wrong`. A CRC is linear, so what a bit does to
+/// it depends on the bit's distance to the end alone.
+fn flipped_bit(wrong: u32) -> Option<usize> {
+    const POLYNOMIAL: u32 = 0xedb8_8320;
+    let mut effect = POLYNOMIAL;
+    (CHECKED_FROM * 8..BLOCK_SIZE as usize * 8).rev().find(|_| {
+        let found = effect == wrong;
+        effect = effect >> 1 ^ if effect & 1 == 1 { POLYNOMIAL } else { 0 };
+        found
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,9 +192,24 @@ mod tests {
             let mut bad = bytes.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
             assert_eq!(decode(UUID, &bad).unwrap(), Slot::Torn);
+            assert!(is_one_bit_off(UUID, &bad), "{bit}");
         }
         assert_eq!(decode(Uuid([8; 16]), &bytes).unwrap(), Slot::Torn);
         assert_eq!(decode(UUID, &[0; 4096]).unwrap(), Slot::Empty);
+    }
+
+    #[test]
+    fn what_is_torn_is_not_one_bit_off() {
+        let (old, new) = (encode(UUID, &full()), encode(UUID, &Record { epoch: 5, ..full() }));
+        for sector in 1..8 {
+            for (front, back) in [(&new, &old), (&new, &Box::new([0; 4096]))] {
+                let mut torn = front.clone();
+                torn[sector * 512..].copy_from_slice(&back[sector * 512..]);
+                assert!(!is_one_bit_off(UUID, &torn));
+            }
+        }
+        assert!(is_one_bit_off(UUID, &std::array::from_fn(|at| u8::from(at == 700))));
+        assert!(!is_one_bit_off(UUID, &std::array::from_fn(|at| u8::from(at > 700))));
     }
 
     #[test]

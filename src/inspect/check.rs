@@ -13,7 +13,7 @@ use crate::error::{ErrorKind, Result};
 use crate::format::bitmap::Sector;
 use crate::format::geometry::{
     GROUP_SLOT_SIZE, JOURNAL_OFFSET, SLOT_OFFSETS, bitmap_offset, block_count, file_length,
-    group_count, record_offset,
+    group_count,
 };
 use crate::format::header::{Header, State};
 use crate::live::next_group;
@@ -247,19 +247,11 @@ fn check_ring(places: &[RingPlace], header: &Header, report: &mut Report) {
                 ),
             ),
             RingRecord::Refused(error) => report.finding(at, error.to_string()),
-            RingRecord::Torn | RingRecord::Valid(_, Standing::Misplaced) => {}
-        }
-    }
-    let append = record_offset(header.journal_tail + live).0;
-    for place in places {
-        let torn =
-            matches!(place.content, RingRecord::Torn | RingRecord::Valid(_, Standing::Misplaced));
-        if torn && place.offset == append {
-            let what = "a torn record where the next one goes: its commit was cut off";
-            report.unless_open(open, place.offset, what);
-        } else if torn {
-            let what = "a torn record, left by a commit that failed, or damaged";
-            report.unless_open(open, place.offset, what);
+            RingRecord::Torn => report.note(at, "a torn record: a commit or a close was cut off"),
+            RingRecord::Damaged | RingRecord::Valid(_, Standing::Misplaced) => {
+                let what = "a damaged record, or one that stands in another one's place";
+                report.unless_open(open, at, what);
+            }
         }
     }
     if live > 0 {

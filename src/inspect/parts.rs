@@ -169,6 +169,8 @@ pub enum RingRecord {
     Valid(Record, Standing),
     /// Bytes without the right checksum.
     Torn,
+    /// [`RingRecord::Torn`], but one bit away from a record or from nothing.
+    Damaged,
     /// A record whose checksum holds but whose numbers cannot be.
     Refused(Error),
 }
@@ -218,6 +220,7 @@ fn read_place(file: &dyn Storage, uuid: Uuid, number: u64) -> Result<Option<Ring
     read_padded(file, &mut *bytes, offset)?;
     let content = match journal::decode(uuid, &bytes) {
         Ok(journal::Slot::Empty) => return Ok(None),
+        Ok(journal::Slot::Torn) if journal::is_one_bit_off(uuid, &bytes) => RingRecord::Damaged,
         Ok(journal::Slot::Torn) => RingRecord::Torn,
         Ok(journal::Slot::Valid(record)) if record.sequence % JOURNAL_RECORDS != number => {
             RingRecord::Valid(record, Standing::Misplaced)

@@ -197,7 +197,7 @@ impl Journal {
                     records.insert((record.epoch, record.sequence), record);
                 }
                 RingRecord::Refused(_) => doubt = Some("a journal record can't be right"),
-                RingRecord::Valid(..) | RingRecord::Torn => {}
+                RingRecord::Valid(..) | RingRecord::Torn | RingRecord::Damaged => {}
             }
         }
         let blocks = block_count(header.virtual_size);

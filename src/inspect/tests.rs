@@ -3,6 +3,7 @@ use std::sync::Arc;
 use super::*;
 use crate::chain::{Chain, Layers, create, seal};
 use crate::device::Device;
+use crate::format::geometry::record_offset;
 use crate::inspect::{Part, dump};
 use crate::storage::{Access, Folder, MemoryFolder, read_exact_at, write_all_at};
 use crate::types::GROUP_BYTES;
@@ -143,6 +144,35 @@ fn what_a_crash_leaves_is_noted_and_never_found() {
     let lost = check(&*file).unwrap();
     assert_eq!(lost.findings.len(), 1, "{lost:?}");
     assert!(lost.findings[0].what.contains("can't be reached"), "{lost:?}");
+}
+
+/// The ring of a frozen layer is given back without a sync, so a power loss may leave pieces of
+/// records there, for ever.
+#[test]
+fn a_ring_that_was_given_back_in_part_is_noted() {
+    let folder = folder();
+    closed(&folder, "a", SMALL);
+    let chain = open(&folder, "a");
+    for block in 0..3 {
+        chain.write((10 + block) * 4096, &[3; 4096]).unwrap();
+        chain.flush().unwrap();
+    }
+    copy(&folder, "a", "before");
+    chain.close().unwrap();
+    seal(&*folder, "a").unwrap();
+    let (before, file) =
+        (folder.open("before", Access::Read).unwrap(), folder.open("a", Access::Write).unwrap());
+    let first = record_offset(crate::live::newest_header(&*before).unwrap().journal_tail).0;
+    for (place, sectors) in [(first, 8), (first + 4096, 1), (first + 8192, 4)] {
+        let mut left = vec![0; sectors * 512];
+        read_exact_at(&*before, &mut left, place).unwrap();
+        write_all_at(&*file, &left, place).unwrap();
+    }
+    let report = check(&*file).unwrap();
+    assert!(report.is_clean(), "{report:?}");
+    flip(&*file, first + 700, 3);
+    let report = check(&*file).unwrap();
+    assert_eq!(report.findings.len(), 1, "{report:?}");
 }
 
 #[test]

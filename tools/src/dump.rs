@@ -178,6 +178,7 @@ impl From<RingPlace> for JournalRecord {
             RingRecord::Valid(_, Standing::Misplaced) => "in the wrong place".into(),
             RingRecord::Valid(_, Standing::Unknown) => "unknown, without a valid header".into(),
             RingRecord::Torn => "torn".into(),
+            RingRecord::Damaged => "damaged: one bit is wrong".into(),
             RingRecord::Refused(error) => format!("refused: {error}"),
         };
         let record = match place.content {
