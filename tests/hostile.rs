@@ -124,11 +124,18 @@ const RUNNING: &[(&str, &[&str])] = &[
             "crash.rs random_lives",
             "kills/kills.rs what_a_killed_server_promised_is_there",
             "kills/kills.rs a_store_killed_amid_snapshots_loses_nothing_it_promised",
+            "threads.rs what_threads_were_promised_outlives_a_crash_at_any_instant",
         ],
     ),
     (
         "power loss at any instant, inside recovery too",
-        &["crash.rs random_lives", "crash.rs the_ring_goes_round"],
+        &[
+            "crash.rs random_lives",
+            "crash.rs the_ring_goes_round",
+            "threads.rs what_threads_were_promised_outlives_a_crash_at_any_instant",
+            "power/power.rs what_was_promised_before_a_power_cut_is_there",
+            "power/power.rs files_over_the_kernels_client_outlive_power_cuts",
+        ],
     ),
     ("a second writer", &["chain.rs one_writer_and_the_parent_gate"]),
     (

@@ -7,54 +7,37 @@
 //! `THINPLY_KILLS` says how many rounds to run (default 60), `THINPLY_KILLS_SEED` where to begin:
 //! the seed that a failure names replays its load, if not the instants.
 
+#[path = "../load/history.rs"]
+#[allow(dead_code)]
 mod history;
 mod load;
 mod server;
+#[path = "../load/taste.rs"]
+#[allow(dead_code)]
+mod taste;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use fastrand::Rng;
-use rustix::fs::{SeekFrom, seek, statvfs};
+use rustix::fs::statvfs;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use history::{History, SECTOR, Seen};
-use load::{SIZE, Taste};
-use server::{Server, run, thinply};
+use history::{History, Seen};
+
+use server::{Server, born, digest, run, thinply};
+use taste::Taste;
 
 /// Kills in the life of one image.
 const ROUNDS: u64 = 10;
 
 fn number(variable: &str, default: u64) -> u64 {
     std::env::var(variable).map_or(default, |value| value.parse().expect("a number"))
-}
-
-/// A hash of what a file reads as: where its holes are may change.
-fn digest(path: &Path) -> blake3::Hash {
-    let file = File::open(path).unwrap();
-    let length = file.metadata().unwrap().len();
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&length.to_le_bytes());
-    let mut at = 0;
-    // Fails where there is no data any more.
-    while let Ok(start) = seek(&file, SeekFrom::Data(at)) {
-        at = seek(&file, SeekFrom::Hole(start)).unwrap();
-        let mut bytes = vec![0; (at - start) as usize];
-        file.read_exact_at(&mut bytes, start).unwrap();
-        for (sector, place) in bytes.chunks(SECTOR as usize).zip((start..).step_by(512)) {
-            if sector.iter().any(|&byte| byte != 0) {
-                hasher.update(&place.to_le_bytes()).update(sector);
-            }
-        }
-    }
-    hasher.finalize()
 }
 
 /// A folder on a disk, or for odd seeds in memory, where commits are so fast that the journal goes
@@ -105,7 +88,7 @@ impl Life {
         life
     }
 
-    /// A folder with `born.raw`, which has data here and there.
+    /// A folder with `born.raw`, what the image holds at first.
     fn born(
         seed: u64,
         words: &'static [&'static str],
@@ -113,18 +96,8 @@ impl Life {
         top: &'static str,
         connections: u64,
     ) -> Self {
-        let (folder, history) = (folder(seed), Arc::new(History::default()));
-        let mut random = Rng::with_seed(seed);
-        let raw = File::create(folder.path().join("born.raw")).unwrap();
-        raw.set_len(SIZE * SECTOR).unwrap();
-        for start in (0..SIZE).step_by(64).take(700).chain([SIZE - 20]) {
-            let range = start..start + random.u64(1..20);
-            let mut content = Vec::new();
-            let version = history.begin(&range, false).unwrap();
-            History::content(&range, version, &mut content);
-            raw.write_all_at(&content, start * SECTOR).unwrap();
-            history.end(&range, true);
-        }
+        let (folder, mut random) = (folder(seed), Rng::with_seed(seed));
+        let history = Arc::new(born(folder.path(), &mut random));
         let (snapshots, sealed) = (0, BTreeMap::new());
         Self { folder, history, random, seed, words, export, top, connections, snapshots, sealed }
     }
@@ -208,7 +181,7 @@ impl Life {
                 life.pause(40_000);
                 life.snapshots += 1;
                 let name = format!("s{}", life.snapshots);
-                let held = life.history.hold();
+                let mark = life.history.hold();
                 let words = ["container", "snapshot", "web", &name];
                 let mut command = thinply(life.path(), &words).spawn().unwrap();
                 if left == 0 {
@@ -217,7 +190,7 @@ impl Life {
                 }
                 let done = command.wait().unwrap().success();
                 assert!(done || left == 0, "seed {}: no snapshot {name}", life.seed);
-                let view = life.history.since(held);
+                let view = life.history.view(mark);
                 // With the server dead the command may have made it of what the crash left.
                 if left > 0 {
                     views.push((format!("{}@{name}", life.export), view));
@@ -227,14 +200,20 @@ impl Life {
         views
     }
 
-    /// Makes a snapshot while nobody serves. It may be killed too.
+    /// Makes a snapshot while nobody serves. It may be killed too, best while both layers change
+    /// places, which is soon after the old one has its second name.
     fn snapshot(&mut self) {
         self.snapshots += 1;
         let name = format!("s{}.tply", self.snapshots);
         let mut command = thinply(self.path(), &["snapshot", "top.tply", &name]).spawn().unwrap();
         let killed = self.one_in(2);
         if killed {
-            self.pause(20_000);
+            if self.random.bool() {
+                while command.try_wait().unwrap().is_none() && !self.path().join(&name).exists() {
+                    thread::sleep(Duration::from_micros(50));
+                }
+            }
+            self.pause(10_000);
             command.kill().unwrap();
         }
         let done = command.wait().unwrap().success();

@@ -1,12 +1,19 @@
 //! The real server as a process of its own, to be killed.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use fastrand::Rng;
+use rustix::fs::{SeekFrom, seek};
+
+use crate::history::{History, SECTOR};
 use crate::load::Client;
+use crate::taste::{self, SIZE};
 
 /// Longer than any reply takes.
 const TOO_LONG: Duration = Duration::from_secs(60);
@@ -25,6 +32,34 @@ pub fn run(folder: &Path, words: &[&str]) -> String {
     let output = thinply(folder, words).output().unwrap();
     assert!(output.status.success(), "{words:?}: {output:?}");
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// Makes `born.raw` in `folder`: what an image begins with, and its history.
+pub fn born(folder: &Path, random: &mut Rng) -> History {
+    let raw = File::create(folder.join("born.raw")).unwrap();
+    raw.set_len(SIZE * SECTOR).unwrap();
+    taste::born(random, |offset, data| raw.write_all_at(data, offset).unwrap())
+}
+
+/// A hash of what a file reads as: where its holes are may change.
+pub fn digest(path: &Path) -> blake3::Hash {
+    let file = File::open(path).unwrap();
+    let length = file.metadata().unwrap().len();
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&length.to_le_bytes());
+    let mut at = 0;
+    // Fails where there is no data any more.
+    while let Ok(start) = seek(&file, SeekFrom::Data(at)) {
+        at = seek(&file, SeekFrom::Hole(start)).unwrap();
+        let mut bytes = vec![0; (at - start) as usize];
+        file.read_exact_at(&mut bytes, start).unwrap();
+        for (sector, place) in bytes.chunks(SECTOR as usize).zip((start..).step_by(512)) {
+            if sector.iter().any(|&byte| byte != 0) {
+                hasher.update(&place.to_le_bytes()).update(sector);
+            }
+        }
+    }
+    hasher.finalize()
 }
 
 /// `thinply serve` on a socket in its folder.

@@ -99,8 +99,8 @@ struct State {
     clock: u64,
     /// What was replied to before is promised: when the last flush that returned was sent.
     promise: u64,
-    /// No version is forgotten while a view of the past is being made.
-    held: bool,
+    /// How many views of the past are being made: meanwhile no version is forgotten.
+    held: u64,
     /// Those that were ever changed.
     sectors: BTreeMap<u64, Sector>,
     seen: Seen,
@@ -152,6 +152,13 @@ impl State {
     }
 }
 
+/// A moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Mark {
+    now: u64,
+    promise: u64,
+}
+
 /// The history of a device that several clients use. Ranges are of sectors.
 #[derive(Debug, Default)]
 pub struct History(Mutex<State>);
@@ -170,7 +177,7 @@ impl History {
         }
         let (sent, promise, held) = (state.tick(), state.promise, state.held);
         for (_, sector) in state.sectors.range_mut(range.clone()) {
-            if !held {
+            if held == 0 {
                 sector.versions.drain(..sector.floor(promise));
             }
             sector.versions.push(Version { sent, replied: None, zero, promised: false });
@@ -236,25 +243,34 @@ impl History {
         state.promise = state.tick();
     }
 
-    /// Begins a view of the device: it will show all that was replied to before now, and perhaps
-    /// what comes until [`History::since`].
-    pub fn hold(&self) -> u64 {
+    /// Now, to be compared with a copy that is being made.
+    pub fn hold(&self) -> Mark {
         let mut state = self.state();
-        state.held = true;
-        state.tick()
+        state.held += 1;
+        Mark { now: state.tick(), promise: state.promise }
     }
 
-    /// Ends what [`History::hold`] began: what a view made since then may show.
-    pub fn since(&self, held: u64) -> Self {
+    /// What a view that was made since the mark shows: all that was replied to before, and perhaps
+    /// what came since.
+    pub fn view(&self, mark: Mark) -> Self {
+        self.since(mark, mark.now)
+    }
+
+    /// What a crash since the mark may have left.
+    pub fn crash(&self, mark: Mark) -> Self {
+        self.since(mark, mark.promise)
+    }
+
+    fn since(&self, mark: Mark, promise: u64) -> Self {
         let mut state = self.state();
-        state.held = false;
-        let mut view = state.clone();
-        // Flushes since then may have covered what the view doesn't show.
-        for sector in view.sectors.values_mut() {
-            sector.versions.iter_mut().for_each(|v| v.promised &= v.replied < Some(held));
+        state.held -= 1;
+        let mut then = state.clone();
+        // What was promised since may have come too late.
+        for version in then.sectors.values_mut().flat_map(|sector| &mut sector.versions) {
+            version.promised &= version.replied < Some(mark.now);
         }
-        view.promise = held;
-        Self(Mutex::new(view))
+        (then.promise, then.held) = (promise, 0);
+        Self(Mutex::new(then))
     }
 
     /// The ranges that were ever touched, in pieces of at most `most` sectors.
@@ -322,9 +338,9 @@ fn a_flush_or_fua_takes_older_versions_away() {
     assert!(history.end_read(&(0..1), &first).is_err());
     let third = write(&history, true);
     assert!(!shows(&history, &second) && shows(&history, &third));
-    let held = history.hold();
+    let mark = history.hold();
     let fourth = write(&history, true);
-    let view = history.since(held);
+    let view = history.view(mark);
     assert!(shows(&view, &third) && shows(&view, &fourth) && !shows(&view, &second));
     assert!(!shows(&history, &third));
     let sent = history.begin(&(0..1), true).unwrap();
