@@ -95,6 +95,12 @@ impl Image {
         self.layers()?.pop().ok_or_else(|| bad("an image without a layer"))
     }
 
+    /// The media type of a layer that is no packed layer, as images of others have.
+    fn foreign_layer(&self) -> Option<String> {
+        let mut types = self.manifest.layers().iter().map(|layer| layer.media_type().to_string());
+        types.find(|media_type| media_type != LAYER_TYPE)
+    }
+
     /// When it was made, in RFC 3339.
     pub fn created(&self) -> &str {
         self.config.created().as_deref().unwrap_or_default()
@@ -112,9 +118,7 @@ impl Store {
         let index = Index::read(self)?;
         let images = index.entries().filter(|entry| entry.is_manifest).map(|entry| {
             let image = self.load_image(&entry.digest, entry.reference)?;
-            Ok(image.filter(|image| {
-                image.manifest.layers().iter().all(|l| l.media_type().to_string() == LAYER_TYPE)
-            }))
+            Ok(image.filter(|image| image.foreign_layer().is_none()))
         });
         images.filter_map(Result::transpose).collect()
     }
@@ -460,6 +464,10 @@ impl Store {
 
     /// Opens the whole chain, and compares it with the manifest.
     fn check_layers(&self, image: &Image) -> Result<()> {
+        if let Some(found) = image.foreign_layer() {
+            let detail = format!("a layer of type {found}, expected {LAYER_TYPE}");
+            return Err(Error::new(ErrorKind::Unsupported, detail));
+        }
         let layers = image.layers()?;
         let chain = self.open_image(image)?;
         let files: Vec<_> = chain
