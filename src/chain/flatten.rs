@@ -68,7 +68,12 @@ impl Chain {
     }
 
     /// Writes what the newest `above` layers own to `new`, which has none of it yet.
-    fn copy_layers(&self, new: &Self, above: usize, progress: &mut dyn FnMut(u64)) -> Result<()> {
+    pub(crate) fn copy_layers(
+        &self,
+        new: &Self,
+        above: usize,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<()> {
         let mut buffer = vec![0; BUFFER as usize];
         self.walk(&mut |extent| {
             if extent.depth.is_some_and(|depth| depth < above) {

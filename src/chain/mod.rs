@@ -26,6 +26,7 @@ use crate::packed::Packed;
 use crate::planted::{Bug, planted};
 use crate::storage::{Access, Folder, sync_folder};
 use crate::sync::{RwLock, RwLockReadGuard};
+use crate::types::Identity;
 use layers::{Found, check_visible};
 use stack::View;
 
@@ -33,7 +34,7 @@ pub use layer::Layer;
 pub use layers::{Layers, MAX_DEPTH};
 pub use map::{Kind, MapExtent};
 pub use pack::PackOptions;
-pub use setup::{Parent, create, seal};
+pub use setup::{Parent, create, finish_snapshot, seal};
 pub use share::Stored;
 pub use stack::Stack;
 
@@ -150,16 +151,22 @@ impl Chain {
         Ok(())
     }
 
-    /// Stands the top on another parent, which must read the same as what it stands on now, as far
-    /// as that shows. Both must stay until this has returned, also after an error.
+    /// Stands the top, which stands on `from`, on another parent that reads the same, as far as
+    /// `from` shows. Both must stay until this has returned, also after an error.
     ///
     /// # Errors
-    /// Those of [`Layers::stack`] and [`Writable::relink`].
-    pub fn relink(&self, parent: &ParentLink) -> Result<()> {
+    /// [`ErrorKind::ParentMismatch`] where it stands on something else by now; those of
+    /// [`Layers::stack`] and [`Writable::relink`].
+    pub fn relink(&self, from: Identity, parent: &ParentLink) -> Result<()> {
         let mut levels = self.state.write().unwrap_or_else(PoisonError::into_inner);
         let stack = self.layers.stack(parent, &self.folder)?;
-        check_visible(levels.top()?.header().visible_parent_size, stack.virtual_size())?;
+        let header = levels.top()?.header();
         let Some(top) = levels.top.as_mut() else { return Ok(()) };
+        if header.parent.as_ref().map(|link| link.identity) != Some(from) {
+            let detail = format!("doesn't stand on {from} any more");
+            return Err(Error::new(ErrorKind::ParentMismatch, detail).in_file(top.file().path()));
+        }
+        check_visible(header.visible_parent_size, stack.virtual_size())?;
         top.relink(parent)?;
         levels.stack = Some(stack);
         Ok(())

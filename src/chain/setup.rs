@@ -78,6 +78,19 @@ pub fn seal(folder: &dyn Folder, name: &str) -> Result<Parent> {
     })
 }
 
+/// Finishes a snapshot of the live layer `name` that was cut off after the layer had been frozen, as
+/// opening it for writing does.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] where somebody is making it just now; host errors.
+pub fn finish_snapshot(folder: &dyn Folder, name: &str) -> Result<()> {
+    let header = durable_header(&*open_file(folder, name, Access::Read)?)?;
+    if matches!(header.state, State::Frozen(_)) {
+        snapshot::finish(folder, name, header.identity())?;
+    }
+    Ok(())
+}
+
 /// Creates the layer `name` in `folder`, cleanly closed and durable, name included. The size may be
 /// left out where there is a parent.
 ///

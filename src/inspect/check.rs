@@ -177,11 +177,17 @@ fn check_pair(newer: &Header, older: &Header, at: u64, report: &mut Report) {
         visible_parent_size: newer.visible_parent_size,
         ..varying.clone()
     };
+    let relinked = Header { parent: newer.parent.clone(), ..varying.clone() };
     if varying == *newer {
         return;
     }
-    let interrupted = resized == *newer && newer.state == State::InUse;
-    let what = if resized == *newer { "virtual size" } else { "parent or features" };
+    let what = match newer {
+        newer if *newer == resized => "virtual size",
+        newer if *newer == relinked => "parent",
+        _ => "features",
+    };
+    // Both a resize and a relinking may be cut off between the two slots.
+    let interrupted = what != "features" && newer.state == State::InUse;
     report.unless_open(interrupted, at, format!("the slots have not the same {what}"));
 }
 

@@ -30,6 +30,7 @@ fn may_stand_beside(first: &Header, other: &Header) -> bool {
         journal_tail: other.journal_tail,
         virtual_size: other.virtual_size,
         visible_parent_size: other.visible_parent_size,
+        parent: other.parent.clone(),
         ..first.clone()
     };
     varying == *other && first.generation.abs_diff(other.generation) == 1

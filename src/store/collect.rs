@@ -8,7 +8,9 @@ use serde_json::Value;
 use super::disk::{Disk, DiskKind, GONE, LAYER, RECORD, Record, is_layer_of};
 use super::index::{Index, hex_digest, is_hex_digest};
 use super::{Guard, Image, Store, json};
+use crate::chain::finish_snapshot;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::header::State;
 use crate::live::newest_header;
 use crate::packed::Packed;
 use crate::storage::{Access, Folder, Lock, sync_folder};
@@ -42,6 +44,32 @@ pub struct Usage {
     pub reclaimable: u64,
 }
 
+/// A folder of the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Root,
+    Blobs,
+    Disks(DiskKind),
+}
+
+impl Place {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Root => ".",
+            Self::Blobs => "blobs/sha256",
+            Self::Disks(DiskKind::Container) => "containers",
+            Self::Disks(DiskKind::Volume) => "volumes",
+        }
+    }
+}
+
+/// A file that nothing needs.
+#[derive(Debug)]
+struct Garbage {
+    place: Place,
+    name: String,
+}
+
 /// The names in a folder, sorted.
 pub(super) fn listing(folder: &dyn Folder) -> Result<Vec<String>> {
     let fail = |error| Error::io(error, "listing the folder").in_file(folder.path());
@@ -52,8 +80,11 @@ pub(super) fn listing(folder: &dyn Folder) -> Result<Vec<String>> {
 
 impl Store {
     /// Everything that something refers to in the folder of blobs: from the index, from records,
-    /// and from the parent links of layers, those of no record included.
-    pub(super) fn marked(&self, index: &Index) -> Result<BTreeSet<String>> {
+    /// and from the parent links of layers, those of no record included, but for what is `doomed`.
+    fn marked(&self, index: &Index, doomed: &[Garbage]) -> Result<BTreeSet<String>> {
+        let is_doomed = |place: Place, name: &str| {
+            doomed.iter().any(|garbage| garbage.place == place && garbage.name == name)
+        };
         let mut marked = BTreeSet::new();
         self.mark_json(index.value(), &mut marked)?;
         for kind in [DiskKind::Container, DiskKind::Volume] {
@@ -64,14 +95,18 @@ impl Store {
                     if is_hex_digest(&record.manifest) {
                         self.mark_manifest(&record.manifest, &mut marked)?;
                     }
-                } else if name.ends_with(LAYER) || name.ends_with(".top") {
+                } else if (name.ends_with(LAYER) || name.ends_with(".top"))
+                    && !is_doomed(Place::Disks(kind), &name)
+                {
                     self.mark_parents(folder, &name, &mut marked)?;
                 }
             }
         }
         // What is being made stands on something too.
         for name in listing(self.blobs())?.iter().filter(|name| name.starts_with(json::DRAFT)) {
-            self.mark_parents(self.blobs(), name, &mut marked)?;
+            if !is_doomed(Place::Blobs, name) {
+                self.mark_parents(self.blobs(), name, &mut marked)?;
+            }
         }
         Ok(marked)
     }
@@ -126,7 +161,7 @@ impl Store {
     pub(super) fn garbage_of(&self, index: &Index, image: &Image) -> Result<Vec<String>> {
         let mut own = BTreeSet::new();
         self.mark_manifest(&image.id, &mut own)?;
-        let kept = self.marked(index)?;
+        let kept = self.marked(index, &[])?;
         Ok(own.difference(&kept).cloned().collect())
     }
 
@@ -138,33 +173,26 @@ impl Store {
     pub fn collect(&self, dry_run: bool) -> Result<Collected> {
         let guard = self.lock()?;
         if !dry_run {
-            self.finish_removals()?;
+            self.finish_changes()?;
         }
         let mut index = Index::read(self)?;
         let unnamed = self.unnamed_images(&index)?;
-        index.remove(|entry| unnamed.contains(&entry.digest));
+        index.remove(|entry| entry.reference.is_none() && unnamed.contains(&entry.digest));
         let mut found = Collected { images: unnamed, files: Vec::new() };
-        let marked = self.marked(&index)?;
-        let mut doomed = Vec::new();
+        let mut doomed = self.leftovers(&guard)?;
+        let marked = self.marked(&index, &doomed)?;
         for name in listing(self.blobs())? {
-            let garbage =
-                is_hex_digest(&name) && !marked.contains(&name) || name.starts_with(json::DRAFT);
-            if garbage && self.is_idle(self.blobs(), &name)? {
-                doomed.push((self.blobs(), "blobs/sha256", name));
+            if is_hex_digest(&name)
+                && !marked.contains(&name)
+                && self.is_idle(self.blobs(), &name)?
+            {
+                doomed.push(Garbage { place: Place::Blobs, name });
             }
         }
-        for name in listing(self.root())?.into_iter().filter(|n| n.starts_with(json::DRAFT)) {
-            doomed.push((self.root(), ".", name));
-        }
-        for (kind, label) in [(DiskKind::Container, "containers"), (DiskKind::Volume, "volumes")] {
-            let folder = &**self.folder(kind);
-            for name in self.strays(kind)? {
-                doomed.push((folder, label, name));
-            }
-        }
-        for (folder, label, name) in &doomed {
-            let bytes = folder.open(name, Access::Read).and_then(|file| file.allocated());
-            found.files.push((format!("{label}/{name}"), bytes.unwrap_or(0)));
+        for garbage in &doomed {
+            let file = self.place(garbage.place).open(&garbage.name, Access::Read);
+            let bytes = file.and_then(|file| file.allocated()).unwrap_or(0);
+            found.files.push((format!("{}/{}", garbage.place.label(), garbage.name), bytes));
         }
         if dry_run {
             return Ok(found);
@@ -173,8 +201,8 @@ impl Store {
         if !found.images.is_empty() {
             index.write_smaller(self)?;
         }
-        for (folder, _, name) in &doomed {
-            json::remove(*folder, name)?;
+        for garbage in &doomed {
+            json::remove(self.place(garbage.place), &garbage.name)?;
         }
         for folder in [
             &self.folders.root,
@@ -189,11 +217,93 @@ impl Store {
         Ok(found)
     }
 
-    fn finish_removals(&self) -> Result<()> {
+    /// What commands left that were killed, and that nobody is making any more.
+    fn leftovers(&self, guard: &Guard) -> Result<Vec<Garbage>> {
+        let mut found = Vec::new();
+        let mut add = |place, names: Vec<String>| {
+            found.extend(names.into_iter().map(|name| Garbage { place, name }));
+        };
+        let is_draft = |name: &String| name.starts_with(json::DRAFT);
+        for place in [Place::Root, Place::Blobs] {
+            let mut drafts = listing(self.place(place))?;
+            drafts.retain(is_draft);
+            let mut idle = Vec::new();
+            for name in drafts {
+                if place == Place::Root || self.is_idle(self.blobs(), &name)? {
+                    idle.push(name);
+                }
+            }
+            add(place, idle);
+        }
         for kind in [DiskKind::Container, DiskKind::Volume] {
-            for name in listing(&**self.folder(kind))? {
+            add(Place::Disks(kind), self.strays(kind)?);
+        }
+        for name in self.disk_names(DiskKind::Container)? {
+            let disk = Disk { kind: DiskKind::Container, name };
+            add(Place::Disks(DiskKind::Container), self.abandoned(&disk, guard)?);
+        }
+        Ok(found)
+    }
+
+    /// What a snapshot or commit of a container left that was cut off. One that is open is for
+    /// whoever has it.
+    fn abandoned(&self, disk: &Disk, guard: &Guard) -> Result<Vec<String>> {
+        let folder = &**self.folder(disk.kind);
+        let exists = |name: &str| {
+            let fail = |error| Error::io(error, "looking at layers").in_file(folder.path());
+            folder.same_file(name, name).map_err(fail)
+        };
+        let record = self.record(disk)?.unwrap_or_default();
+        let new_top = disk.new_top_file();
+        let has_top = exists(&new_top)?;
+        if record.frozen.is_empty() && !has_top {
+            return Ok(Vec::new());
+        }
+        let file = match self.claim(disk, guard) {
+            Ok(Some(file)) => file,
+            Err(error) if error.kind() != ErrorKind::InUse => return Err(error),
+            _ => return Ok(Vec::new()),
+        };
+        let frozen = matches!(newest_header(&*file)?.state, State::Frozen(_));
+        let mut names = self.unneeded(disk, &record)?;
+        // The frozen layer's new top is still to take its name.
+        names.retain(|_| !frozen);
+        names.extend((has_top && !frozen).then_some(new_top));
+        let mut found = Vec::new();
+        for name in names {
+            if exists(&name)? {
+                found.push(name);
+            }
+        }
+        Ok(found)
+    }
+
+    fn place(&self, place: Place) -> &dyn Folder {
+        match place {
+            Place::Root => self.root(),
+            Place::Blobs => self.blobs(),
+            Place::Disks(kind) => &**self.folder(kind),
+        }
+    }
+
+    /// Brings removals and snapshots to their end that were cut off.
+    fn finish_changes(&self) -> Result<()> {
+        for kind in [DiskKind::Container, DiskKind::Volume] {
+            let folder = &**self.folder(kind);
+            for name in listing(folder)? {
+                let top = name.strip_prefix('.').and_then(|name| name.strip_suffix(".top"));
                 if let Some(name) = name.strip_suffix(GONE) {
                     self.finish_removal(&Disk { kind, name: name.to_owned() })?;
+                } else if let Some(layer) = top {
+                    match finish_snapshot(folder, layer) {
+                        Err(error)
+                            if !matches!(error.kind(), ErrorKind::InUse | ErrorKind::NotFound) =>
+                        {
+                            return Err(error);
+                        }
+                        // Somebody is making it just now, or it was of a disk that is gone.
+                        _ => {}
+                    }
                 }
             }
         }

@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 
 use super::disk::{Disk, DiskKind, Frozen, LAYER, Record};
+use super::draft::Blob;
 use super::index::is_hex_digest;
 use super::{Image, NewImage, Reference, Store, check_name, json};
-use crate::chain::{Chain, create};
+use crate::chain::{Chain, create, seal};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::newest_header;
@@ -57,13 +58,17 @@ impl Store {
     fn find_container(&self, name: &str) -> Result<Option<Container>> {
         let disk = container(name)?;
         let Some(record) = self.record(&disk)? else { return Ok(None) };
-        let saved = |frozen: &Frozen| {
-            let name = frozen.snapshot.clone()?;
-            Some(Saved { name, created: frozen.created.clone() })
-        };
+        let mut snapshots = Vec::new();
+        for frozen in &record.frozen {
+            if let Some(name) = frozen.snapshot.clone()
+                && self.is_made(&disk, frozen)?
+            {
+                snapshots.push(Saved { name, created: frozen.created.clone() });
+            }
+        }
         Ok(Some(Container {
             name: name.to_owned(),
-            snapshots: record.frozen.iter().filter_map(saved).collect(),
+            snapshots,
             base: self.base_of(&disk.file()).ok(),
             created: record.created,
             image: record.image,
@@ -133,13 +138,30 @@ impl Store {
         self.disk_size(&container(name)?)
     }
 
-    /// Opens a container's own disk, or a snapshot of it for reading.
+    /// Opens a snapshot of a container for reading.
     pub fn open_snapshot(&self, name: &str, snapshot: &str) -> Result<Chain> {
         let disk = container(name)?;
         let record = self.record(&disk)?.ok_or_else(|| disk.missing())?;
-        let frozen = find_snapshot(&disk, &record, snapshot)?;
+        let frozen = self.find_snapshot(&disk, &record, snapshot)?;
         let folder = self.folder(DiskKind::Container).clone();
         Chain::open(folder, &frozen.file, Access::Read, self.layers.clone())
+    }
+
+    /// Opens what a container stands on, for reading.
+    pub fn open_base(&self, name: &str) -> Result<Chain> {
+        let base = self.base_of(&container(name)?.file())?;
+        Chain::open(self.folders.blobs.clone(), &base, Access::Read, self.layers.clone())
+    }
+
+    fn find_snapshot<'a>(&self, disk: &Disk, record: &'a Record, name: &str) -> Result<&'a Frozen> {
+        let found = record.frozen.iter().find(|frozen| frozen.snapshot.as_deref() == Some(name));
+        if let Some(frozen) = found
+            && self.is_made(disk, frozen)?
+        {
+            return Ok(frozen);
+        }
+        let detail = format!("container {:?} has no snapshot {name:?}", disk.name);
+        Err(Error::new(ErrorKind::NotFound, detail))
     }
 
     /// Freezes what a container holds under a new file name, which the record has from before; the
@@ -147,20 +169,21 @@ impl Store {
     fn freeze(&self, disk: &Disk, chain: &Chain, snapshot: Option<&str>) -> Result<String> {
         let guard = self.lock()?;
         let mut record = self.record(disk)?.ok_or_else(|| disk.missing())?;
+        self.drop_unneeded(disk, &mut record)?;
         if let Some(name) = snapshot
             && record.frozen.iter().any(|frozen| frozen.snapshot.as_deref() == Some(name))
         {
             let detail = format!("container {:?} has a snapshot {name:?} already", disk.name);
             return Err(Error::new(ErrorKind::Exists, detail));
         }
-        self.forget_unmade(disk, &mut record)?;
         let taken = |n: &u64| {
             let file = format!("{}@{n}{LAYER}", disk.name);
             !record.frozen.iter().any(|frozen| frozen.file == file)
         };
         let number = (1..).find(taken).unwrap_or_default();
         let file = format!("{}@{number}{LAYER}", disk.name);
-        // What a removed container of that name may have left.
+        // What a removed container of that name may have left: once the record has the file, it
+        // counts.
         json::remove(&**self.folder(disk.kind), &file)?;
         record.frozen.push(Frozen {
             file: file.clone(),
@@ -173,23 +196,15 @@ impl Store {
         Ok(file)
     }
 
-    /// Takes layers out of the record that a crash kept from being made: their file is not there,
-    /// or it is the writable one still.
-    fn forget_unmade(&self, disk: &Disk, record: &mut Record) -> Result<()> {
+    /// Whether a layer of a record was made: a crash may have kept its file from being there, or
+    /// left it as a second name of the layer that is written.
+    pub(super) fn is_made(&self, disk: &Disk, frozen: &Frozen) -> Result<bool> {
         let folder = self.folder(disk.kind);
-        let mut unmade = Vec::new();
-        for frozen in &record.frozen {
-            let same = folder
-                .same_file(&frozen.file, &disk.file())
-                .map_err(|error| Error::io(error, "looking at layers").in_file(folder.path()))?;
-            let made = !same && self.own_layers(&frozen.file).is_ok();
-            if !made {
-                json::remove(&**folder, &frozen.file)?;
-                unmade.push(frozen.file.clone());
-            }
-        }
-        record.frozen.retain(|frozen| !unmade.contains(&frozen.file));
-        Ok(())
+        let same = |other: &str| {
+            let fail = |error| Error::io(error, "looking at layers").in_file(folder.path());
+            folder.same_file(&frozen.file, other).map_err(fail)
+        };
+        Ok(same(&frozen.file)? && !same(&disk.file())?)
     }
 
     /// Keeps the present state of a container, which `chain` has open for writing, under a name.
@@ -218,22 +233,27 @@ impl Store {
         let file = self.freeze(&disk, chain, None)?;
         let folder = self.folder(DiskKind::Container).clone();
         let frozen = Chain::open(folder.clone(), &file, Access::Read, self.layers.clone())?;
+        let from = seal(&*folder, &file)?.link.identity;
         let (below, base) = self.own_layers(&file)?;
         let base = base.ok_or_else(|| Error::new(ErrorKind::Corrupt, "stands on no image"))?;
         let record = self.record(&disk)?.ok_or_else(|| disk.missing())?;
         let image = self.image_over(&record, &base)?;
 
-        let draft = self.draft(Some(frozen.size()), Some(&image))?;
-        draft.copy_from(&frozen, below.len() + 1)?;
+        let blob = if below.is_empty() {
+            Blob::pack(self, &frozen)?
+        } else {
+            let draft = self.draft(Some(frozen.size()), Some(&image))?;
+            frozen.copy_layers(draft.chain(), below.len() + 1, &mut |_| {})?;
+            draft.finish()?
+        };
+        drop(frozen);
         let new = NewImage {
             reference: reference.clone(),
             created_by: format!("commit {name}"),
             comment: comment.to_owned(),
         };
-        let made = self.publish(draft, Some(&image), &new)?;
-        let parent = self.parent(&made.top()?)?;
-        drop(frozen);
-        chain.relink(&parent.link)?;
+        let made = self.publish_blob(blob, Some(&image), &new)?;
+        chain.relink(from, &self.parent(&made.top()?)?.link)?;
         self.settle(&disk, &made)?;
         Ok(made)
     }
@@ -259,32 +279,33 @@ impl Store {
         let mut record = self.record(disk)?.ok_or_else(|| disk.missing())?;
         record.image = image.name();
         record.manifest = image.id.clone();
-        self.write_and_drop(disk, record)
+        self.drop_unneeded(disk, &mut record)?;
+        self.write_record(disk, &record)
     }
 
-    /// Writes the record without the frozen layers that nothing stands on any more, and removes
-    /// those.
-    fn write_and_drop(&self, disk: &Disk, mut record: Record) -> Result<()> {
-        let needed = self.needed_layers(disk, &record)?;
-        let (kept, dropped): (Vec<_>, Vec<_>) =
-            record.frozen.into_iter().partition(|frozen| needed.contains(&frozen.file));
-        record.frozen = kept;
-        self.write_record(disk, &record)?;
-        let folder = &**self.folder(disk.kind);
-        for frozen in dropped {
-            json::remove(folder, &frozen.file)?;
-        }
-        sync_folder(folder)
-    }
-
-    /// The frozen layers that a container's top or one of its snapshots stands on.
-    fn needed_layers(&self, disk: &Disk, record: &Record) -> Result<BTreeSet<String>> {
+    /// The frozen layers of a container that were never made, or that neither its top nor a
+    /// snapshot stands on, children first. The container must not be open elsewhere.
+    pub(super) fn unneeded(&self, disk: &Disk, record: &Record) -> Result<Vec<String>> {
         let mut needed: BTreeSet<_> = self.own_layers(&disk.file())?.0.into_iter().collect();
         for frozen in record.frozen.iter().filter(|frozen| frozen.snapshot.is_some()) {
-            needed.extend(self.own_layers(&frozen.file)?.0);
-            needed.insert(frozen.file.clone());
+            if self.is_made(disk, frozen)? {
+                needed.extend(self.own_layers(&frozen.file)?.0);
+                needed.insert(frozen.file.clone());
+            }
         }
-        Ok(needed)
+        let files = record.frozen.iter().rev().map(|frozen| frozen.file.clone());
+        Ok(files.filter(|file| !needed.contains(file)).collect())
+    }
+
+    /// Removes the frozen layers that nothing needs, and takes them out of the record, which is to
+    /// be written: a record may name a layer that isn't there.
+    fn drop_unneeded(&self, disk: &Disk, record: &mut Record) -> Result<()> {
+        let unneeded = self.unneeded(disk, record)?;
+        for file in &unneeded {
+            json::remove(&**self.folder(disk.kind), file)?;
+        }
+        record.frozen.retain(|frozen| !unneeded.contains(&frozen.file));
+        Ok(())
     }
 
     /// Throws away what a container wrote: it holds what its image holds again, or what a snapshot
@@ -302,12 +323,10 @@ impl Store {
             None => None,
         };
         let folder = self.folder(disk.kind);
-        // A snapshot that was cut off may not have its name yet.
-        self.forget_unmade(&disk, &mut record)?;
         let parent = match snapshot {
             Some(snapshot) => {
-                let file = &find_snapshot(&disk, &record, snapshot)?.file;
-                crate::chain::seal(&**folder, file)?
+                let file = &self.find_snapshot(&disk, &record, snapshot)?.file;
+                seal(&**folder, file)?
             }
             None => self.parent(&self.image_of_reset(&disk, &record)?)?,
         };
@@ -319,7 +338,8 @@ impl Store {
         })?;
         json::remove(&**folder, &disk.new_top_file())?;
         sync_folder(&**folder)?;
-        self.write_and_drop(&disk, record)
+        self.drop_unneeded(&disk, &mut record)?;
+        self.write_record(&disk, &record)
     }
 
     /// The blob that a container is reset to: that of its layer, or of its record where the layer
@@ -340,12 +360,4 @@ impl Store {
     pub fn own_depth(&self, name: &str) -> Result<usize> {
         Ok(self.own_layers(&container(name)?.file())?.0.len() + 1)
     }
-}
-
-fn find_snapshot<'a>(disk: &Disk, record: &'a Record, name: &str) -> Result<&'a Frozen> {
-    let found = record.frozen.iter().find(|frozen| frozen.snapshot.as_deref() == Some(name));
-    found.ok_or_else(|| {
-        let detail = format!("container {:?} has no snapshot {name:?}", disk.name);
-        Error::new(ErrorKind::NotFound, detail)
-    })
 }

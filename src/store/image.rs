@@ -220,8 +220,17 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::NotFound`] if the base was removed meanwhile; host errors. Without an answer
     /// nothing but unreferenced blobs may stay, which [`Store::collect`] clears.
-    pub fn publish(&self, mut draft: Draft, base: Option<&Image>, new: &NewImage) -> Result<Image> {
-        let blob = draft.finish()?;
+    pub fn publish(&self, draft: Draft, base: Option<&Image>, new: &NewImage) -> Result<Image> {
+        self.publish_blob(draft.finish()?, base, new)
+    }
+
+    /// [`Store::publish`] of a layer that is packed already.
+    pub(super) fn publish_blob(
+        &self,
+        blob: Blob,
+        base: Option<&Image>,
+        new: &NewImage,
+    ) -> Result<Image> {
         let parent = base.map(|base| self.parent(&base.top()?)).transpose()?;
         let created = json::now();
         let (manifest, config) = describe(&blob, base, parent.as_ref(), new, &created)?;
@@ -231,7 +240,7 @@ impl Store {
                 self.parent(&layer)?;
             }
         }
-        draft.publish(&blob)?;
+        blob.publish()?;
         sync_folder(self.blobs())?;
         self.put(&config)?;
         self.put(&manifest)?;

@@ -118,10 +118,14 @@ impl Index {
                 annotations.insert(NAME.into(), reference.to_string().into());
             }
         }
-        // A name for it makes the entry without one needless.
-        let digest = descriptor.get("digest").cloned();
-        entries.retain(|entry| name_of(entry).is_some() || entry.get("digest") != digest.as_ref());
         entries.push(descriptor);
+        // A manifest that has a name needs no entry without one.
+        let named = |entry: &&Value| name_of(entry).is_some();
+        let digests: Vec<_> =
+            entries.iter().filter(named).filter_map(|entry| entry.get("digest").cloned()).collect();
+        entries.retain(|entry| {
+            name_of(entry).is_some() || !entry.get("digest").is_some_and(|d| digests.contains(d))
+        });
     }
 
     /// The raw entry of a manifest.

@@ -5,7 +5,7 @@ use super::disk::{Disk, DiskKind};
 use super::index::{Index, is_hex_digest};
 use super::{Store, json};
 use crate::chain::Chain;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::inspect;
 use crate::storage::Access;
 
@@ -91,20 +91,33 @@ impl Store {
     }
 
     fn verify_disk(&self, disk: &Disk, note: &mut impl FnMut(String, String)) -> Result<()> {
-        if self.record(disk)?.is_none() {
-            return Ok(());
+        let Some(record) = self.record(disk)? else { return Ok(()) };
+        let mut files = vec![disk.file()];
+        for frozen in record.frozen {
+            if self.is_made(disk, &frozen)? {
+                files.push(frozen.file);
+            }
         }
+        files.iter().try_for_each(|file| self.verify_layer(disk, file, note))
+    }
+
+    fn verify_layer(
+        &self,
+        disk: &Disk,
+        name: &str,
+        note: &mut impl FnMut(String, String),
+    ) -> Result<()> {
         let folder = self.folder(disk.kind);
-        let file = folder.open(&disk.file(), Access::Read).map_err(|error| {
-            Error::io(error, "opening the layer").in_file(folder.path().join(disk.file()))
+        let file = folder.open(name, Access::Read).map_err(|error| {
+            Error::io(error, "opening the layer").in_file(folder.path().join(name))
         })?;
         for finding in inspect::check(&*file)?.findings {
-            note(format!("{} {}", disk.kind.noun(), disk.name), format!("{finding:?}"));
+            note(format!("{} {}", disk.kind.noun(), disk.name), format!("{name}: {finding:?}"));
         }
         drop(file);
-        match Chain::open(folder.clone(), &disk.file(), Access::Read, self.layers.clone()) {
+        match Chain::open(folder.clone(), name, Access::Read, self.layers.clone()) {
             // Somebody writes it, and has opened its chain.
-            Err(error) if error.kind() == crate::error::ErrorKind::InUse => Ok(()),
+            Err(error) if error.kind() == ErrorKind::InUse => Ok(()),
             other => other.map(drop),
         }
     }

@@ -93,7 +93,10 @@ impl StoreExports {
         let name = format!("container/{}", request.container());
         let open = self.slots().get(&name).and_then(|slot| slot.disk.upgrade());
         match open {
-            Some(disk) => carry_out(&self.store, &disk.chain, request),
+            Some(disk) => {
+                let _one = disk.changing.lock().unwrap_or_else(PoisonError::into_inner);
+                carry_out(&self.store, &disk.chain, request)
+            }
             None => {
                 let disk = Disk::new(DiskKind::Container, request.container())?;
                 let chain = self.store.open_disk(&disk, Access::Write)?;
@@ -133,7 +136,8 @@ impl StoreExports {
             opened = target.open(&self.store);
         }
         let opened = opened.map(|chain| {
-            Arc::new(OpenDisk { chain, name: name.to_owned(), exports: Arc::downgrade(self) })
+            let (changing, exports) = (Mutex::default(), Arc::downgrade(self));
+            Arc::new(OpenDisk { chain, changing, name: name.to_owned(), exports })
         });
         let disk = match opened {
             Ok(disk) => disk,
@@ -188,6 +192,8 @@ impl Exports for Shared {
 /// A disk that clients have; closed when the last of them is gone.
 struct OpenDisk {
     chain: Chain,
+    /// Held by whoever commits it or takes a snapshot: one at a time.
+    changing: Mutex<()>,
     name: String,
     exports: Weak<StoreExports>,
 }

@@ -190,6 +190,10 @@ impl File {
     }
 
     fn write(&mut self, time: Time, offset: u64, data: &[u8]) {
+        let end = offset + data.len() as u64;
+        if end > self.length() {
+            self.lengths.push((time, end));
+        }
         let mut done = 0;
         while done < data.len() {
             let (number, from) =
@@ -245,15 +249,42 @@ pub type Names = BTreeMap<String, usize>;
 /// Something that was done to the disk.
 #[derive(Clone, Debug)]
 pub enum Change {
-    Write { file: usize, offset: u64, data: Data },
-    Clear { file: usize, from: u64, to: u64 },
-    Length { file: usize, length: u64 },
-    Sync { file: usize, upto: Time },
-    FailedSync { file: usize, upto: Time, seed: u64 },
-    DropCache { file: usize, from: u64, to: u64 },
+    Write {
+        file: usize,
+        offset: u64,
+        data: Data,
+    },
+    Clear {
+        file: usize,
+        from: u64,
+        to: u64,
+    },
+    Length {
+        file: usize,
+        length: u64,
+    },
+    Sync {
+        file: usize,
+        upto: Time,
+    },
+    FailedSync {
+        file: usize,
+        upto: Time,
+        seed: u64,
+    },
+    DropCache {
+        file: usize,
+        from: u64,
+        to: u64,
+    },
     NewFile,
     Names(Names),
-    SyncNames,
+    /// Of the names that begin so.
+    SyncNames(&'static str),
+}
+
+fn own((name, &file): (&String, &usize)) -> (String, usize) {
+    (name.clone(), file)
 }
 
 /// A folder's files and their names. A clone shares all content, so it costs little.
@@ -316,8 +347,19 @@ impl Disk {
                 self.names = Arc::new(names.clone());
                 self.history.push(self.names.clone());
             }
-            Change::SyncNames => self.history = vec![self.names.clone()],
+            Change::SyncNames(prefix) => self.sync_names(prefix),
         }
+    }
+
+    /// All states that are left have the present names that begin so.
+    fn sync_names(&mut self, prefix: &str) {
+        let present: Names =
+            self.names.iter().filter(|(name, _)| name.starts_with(prefix)).map(own).collect();
+        for state in &mut self.history {
+            let others = state.iter().filter(|(name, _)| !name.starts_with(prefix)).map(own);
+            *state = Arc::new(others.chain(present.iter().map(own)).collect());
+        }
+        self.history.dedup();
     }
 
     /// When the last change was made.

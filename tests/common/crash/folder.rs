@@ -183,6 +183,14 @@ impl CrashFolder {
         self.state().fired
     }
 
+    /// Makes the names durable that begin with `prefix`: those of one folder of several.
+    pub fn sync_names(&self, prefix: &'static str) -> io::Result<()> {
+        let mut state = self.called();
+        state.enter(Kind::Sync)?;
+        state.apply(Change::SyncNames(prefix));
+        Ok(())
+    }
+
     fn names(&self, change: impl FnOnce(&mut Names) -> io::Result<()>) -> io::Result<()> {
         let mut state = self.called();
         state.enter(Kind::Allocate)?;
@@ -262,10 +270,7 @@ impl Folder for CrashFolder {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let mut state = self.called();
-        state.enter(Kind::Sync)?;
-        state.apply(Change::SyncNames);
-        Ok(())
+        self.sync_names("")
     }
 }
 

@@ -11,6 +11,7 @@ pub mod folder;
 pub mod judge;
 pub mod lives;
 pub mod oracle;
+pub mod parts;
 pub mod script;
 
 /// A small generator with a seed to repeat a run by.

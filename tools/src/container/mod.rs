@@ -2,6 +2,7 @@
 
 mod change;
 mod diff;
+mod files;
 
 use clap::{Args, Subcommand};
 use serde::Serialize;

@@ -47,7 +47,7 @@ impl New {
             None => 0,
         };
         let draft = store.draft(Some(source.first_size(size, visible)), base.as_ref())?;
-        source.copy_to(draft.chain()?, size, visible)?;
+        source.copy_to(draft.chain(), size, visible)?;
         let new = NewImage { reference: name.clone(), created_by, comment: self.message.clone() };
         let image = store.publish(draft, base.as_ref(), &new)?;
         print_id(&image)?;
