@@ -148,6 +148,37 @@ const RUNNING: &[(&str, &[&str])] = &[
     ),
 ];
 
+const STORE: &[(&str, &[&str])] = &[
+    (
+        "kill between any two steps of create, commit, remove and collect",
+        &["store_crash.rs a_kill_or_a_power_loss_between_any_two_steps_leaves_a_store_that_works"],
+    ),
+    (
+        "two processes at once",
+        &["cli/store.rs commits_and_snapshots_of_a_served_container_at_once_lose_nothing"],
+    ),
+    (
+        "a name taken meanwhile",
+        &["cli/store.rs a_name_that_is_taken_is_refused_or_moves_as_an_image_name_does"],
+    ),
+    (
+        "removing what is in use",
+        &["cli/store.rs removing_what_is_in_use_is_refused_with_who_uses_it"],
+    ),
+    (
+        "a blob that is missing, short or altered",
+        &["cli/store.rs a_blob_that_is_missing_short_or_altered_is_found_and_refused"],
+    ),
+    (
+        "a full disk, on which removal must still work",
+        &["cli/store.rs removal_works_on_a_full_disk"],
+    ),
+    (
+        "odd names (../x, empty, 300 bytes, Unicode)",
+        &["cli/store.rs odd_names_are_refused_and_make_nothing"],
+    ),
+];
+
 /// What has no test: nothing in the library decides by a wall clock, so a clock that jumps changes
 /// nothing. The store alone reads it, in one place, to note when something was made.
 #[test]
@@ -171,7 +202,7 @@ fn nothing_decides_by_a_wall_clock() {
 
 #[test]
 fn every_item_has_its_tests() {
-    for (item, tests) in [IMAGE, NBD, RUNNING].into_iter().flatten() {
+    for (item, tests) in [IMAGE, NBD, RUNNING, STORE].into_iter().flatten() {
         assert!(!tests.is_empty(), "{item}");
         for test in *tests {
             let (file, name) = test.split_once(' ').unwrap();

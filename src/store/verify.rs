@@ -21,7 +21,20 @@ pub struct Finding {
 impl Store {
     /// Reads everything: blobs against their digests, images against their layers, disks against
     /// their records, every layer against the format.
+    ///
+    /// A change under way may look like damage. So what is found is looked for again, with all
+    /// changes kept out.
     pub fn verify(&self) -> Result<Vec<Finding>> {
+        match self.examine() {
+            Ok(findings) if findings.is_empty() => Ok(findings),
+            _ => {
+                let _guard = self.lock()?;
+                self.examine()
+            }
+        }
+    }
+
+    fn examine(&self) -> Result<Vec<Finding>> {
         let mut findings = Vec::new();
         let mut note = |subject: String, detail: String| findings.push(Finding { subject, detail });
         self.verify_blobs(&mut note)?;

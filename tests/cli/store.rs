@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Stdio};
 
-use crate::support::{Folder, KIB, MIB, noise, start};
+use crate::support::{Folder, KIB, MIB, noise, skip, start};
 
 /// A folder with a store that has the image `base`, of 4 MiB.
 pub fn stocked() -> Folder {
@@ -35,13 +35,13 @@ fn tidy(folder: &Folder) {
     assert_eq!(folder.ok(&["gc"]), "Reclaimed: 0 bytes\n");
 }
 
-struct Served {
+pub struct Served {
     child: Child,
     socket: String,
 }
 
 impl Served {
-    fn all(folder: &Folder) -> Self {
+    pub fn all(folder: &Folder) -> Self {
         use std::io::{BufRead, BufReader};
         let mut command = folder.command(&["serve", "--all", "--socket", "nbd.sock"]);
         let mut child = start(command.stdout(Stdio::piped()));
@@ -51,7 +51,7 @@ impl Served {
         Self { child, socket: folder.join("nbd.sock").display().to_string() }
     }
 
-    fn client(&self, export: &str) -> std::io::Result<Client> {
+    pub fn client(&self, export: &str) -> std::io::Result<Client> {
         Client::connect(Path::new(&self.socket), export)
     }
 }
@@ -189,8 +189,7 @@ fn removal_works_on_a_full_disk() {
         .arg(folder.join("store"))
         .status();
     if !mounted.is_ok_and(|status| status.success()) {
-        println!("skipped: no right to mount a tmpfs");
-        return;
+        return skip("no right to mount a tmpfs");
     }
     let _unmount = Unmount(folder.join("store"));
     folder.write("base.raw", &noise(1, 2 * MIB as usize));
@@ -358,6 +357,92 @@ fn images_go_through_an_archive_and_come_back_the_same() {
     assert_eq!(folder.ok(&["image", "ls"]).lines().count(), 1);
     folder.ok(&["gc"]);
     assert_eq!(blobs(&folder), [""; 0]);
+}
+
+#[test]
+fn commits_and_snapshots_of_a_served_container_at_once_lose_nothing() {
+    let folder = stocked();
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    let served = Served::all(&folder);
+    let mut client = served.client("container/c").unwrap();
+    for round in 0..8u64 {
+        let (image, snapshot) = (format!("base:{round}"), format!("s{round}"));
+        let verbs: [&[&str]; 3] = [
+            &["container", "commit", "c", &image],
+            &["container", "snapshot", "c", &snapshot],
+            &["container", "commit", "c", "base:again"],
+        ];
+        let children = verbs.map(|verb| start(&mut folder.command(verb)));
+        for at in 0..8 {
+            client.write((8 * round + at) * 4096, &[round as u8 + 1; 4096]).unwrap();
+        }
+        for child in children {
+            assert!(child.wait_with_output().unwrap().status.success());
+        }
+    }
+    for at in 0..64 {
+        assert_eq!(client.read(at * 4096, 4096).unwrap(), [(at / 8) as u8 + 1; 4096], "{at}");
+    }
+    client.disconnect().unwrap();
+    drop(served);
+    // What lost its name to another commit goes.
+    folder.ok(&["gc"]);
+    tidy(&folder);
+}
+
+#[test]
+fn diff_names_the_files_that_changed() {
+    let folder = Folder::new();
+    let tree = folder.join("tree");
+    fs::create_dir_all(tree.join("etc/old")).unwrap();
+    for (name, text) in [("etc/same", "same"), ("etc/changed", "before"), ("etc/old/file", "x")] {
+        fs::write(tree.join(name), text).unwrap();
+    }
+    let Ok(_) = std::process::Command::new("/usr/sbin/debugfs").arg("-V").output() else {
+        return skip("needs debugfs and mke2fs");
+    };
+    folder.ok(&["image", "build-from", "tree", "base"]);
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    assert_eq!(folder.json(&["container", "diff", "--json", "c"])["files"], serde_json::json!([]));
+    // Changes a copy of the disk as root of it, and writes what differs into the container.
+    folder.write("changed", b"after, and longer");
+    folder.write("added", b"new");
+    let served = Served::all(&folder);
+    let mut client = served.client("container/c").unwrap();
+    let size = folder.json(&["container", "inspect", "c"])[0]["device_size"].as_u64().unwrap();
+    let disk: Vec<u8> = (0..size)
+        .step_by(MIB as usize)
+        .flat_map(|at| client.read(at, (size - at).min(MIB) as u32).unwrap())
+        .collect();
+    folder.write("disk.raw", &disk);
+    let commands = "rm /etc/old/file\nrmdir /etc/old\nrm /etc/changed\n\
+                    write changed /etc/changed\nmkdir /new\nwrite added /new/\u{1b}file\n";
+    folder.write("commands", commands.as_bytes());
+    let mut debugfs = std::process::Command::new("/usr/sbin/debugfs");
+    debugfs.args(["-w", "-f", "commands", "disk.raw"]).current_dir(folder.path());
+    assert!(crate::support::output(&mut debugfs).status.success());
+    let changed = folder.read("disk.raw");
+    for (at, (new, old)) in changed.chunks(4096).zip(disk.chunks(4096)).enumerate() {
+        if new != old {
+            client.write(at as u64 * 4096, new).unwrap();
+        }
+    }
+    client.disconnect().unwrap();
+    drop(served);
+    let shown = folder.ok(&["container", "diff", "c"]);
+    let files: Vec<_> = shown.lines().filter(|line| !line.starts_with(' ')).collect();
+    let expected = ["C /etc/changed", "D /etc/old", "A /new", "A /new/?file"];
+    assert_eq!(files, expected, "{shown}");
+    let files = &folder.json(&["container", "diff", "--json", "c"])["files"];
+    assert_eq!(files[3], serde_json::json!({"change": "added", "path": "/new/\u{1b}file"}));
+    // A file system that isn't what its magic number says.
+    let served = Served::all(&folder);
+    let mut client = served.client("container/c").unwrap();
+    client.write(1024, &[0xff; 48]).unwrap();
+    client.disconnect().unwrap();
+    drop(served);
+    let run = folder.run(&["container", "diff", "c"]);
+    assert!(run.refused().contains("ext4"), "{run:?}");
 }
 
 #[test]

@@ -43,6 +43,12 @@ pub const VERBS: [&str; 23] = [
     "man",
 ];
 
+/// Says that a test can't run here, which is a failure where nothing may be skipped.
+pub fn skip(reason: &str) {
+    assert!(std::env::var("THINPLY_STRICT").as_deref() != Ok("1"), "strict mode: {reason}");
+    println!("skipped: {reason}");
+}
+
 /// Held where a child is started, and where a lock on a layer is taken or given back. A child has
 /// the parent's open files, with their locks, until it has become another program.
 static STARTING: Mutex<()> = Mutex::new(());

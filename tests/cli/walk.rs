@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::store::cost;
-use crate::support::{Folder, KIB, output, start};
+use crate::support::{Folder, KIB, output, skip, start};
 
 /// Runs the page's commands like a shell that knows one job.
 struct Shell<'a> {
@@ -136,8 +136,7 @@ fn has(program: &str) -> bool {
 #[test]
 fn the_walk_prints_what_the_page_says() {
     if !["qemu-io", "nbdinfo", "/usr/sbin/mke2fs"].into_iter().all(has) {
-        println!("skipped: needs qemu-io, nbdinfo and mke2fs");
-        return;
+        return skip("needs qemu-io, nbdinfo and mke2fs");
     }
     let folder = Folder::new();
     let mut shell = Shell { folder: &folder, job: None };

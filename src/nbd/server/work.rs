@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use super::buffer::Replies;
 use super::export::Export;
@@ -227,7 +228,8 @@ fn change(device: &dyn Device, command: Command, payload: &[u8]) -> crate::error
     }
 }
 
-/// Worker threads shared by the connections of an export; started when there is work for them.
+/// Worker threads shared by the connections of an export; started when there is work for them, and
+/// gone when there was none for a while.
 pub(super) struct Pool {
     state: Mutex<Queue>,
     added: Condvar,
@@ -243,6 +245,8 @@ struct Queue {
 }
 
 impl Pool {
+    const LINGER: Duration = Duration::from_secs(10);
+
     pub(super) fn new(max_threads: usize) -> Arc<Self> {
         let (state, added) = (Mutex::default(), Condvar::new());
         Arc::new(Self { state, added, max_threads: max_threads.max(1) })
@@ -290,8 +294,14 @@ impl Pool {
                 return None;
             }
             state.idle += 1;
-            state = self.added.wait(state).unwrap_or_else(PoisonError::into_inner);
+            let wait = self.added.wait_timeout(state, Self::LINGER);
+            let (held, timeout) = wait.unwrap_or_else(PoisonError::into_inner);
+            state = held;
             state.idle -= 1;
+            if timeout.timed_out() && state.jobs.is_empty() {
+                state.threads -= 1;
+                return None;
+            }
         }
     }
 }
