@@ -284,6 +284,7 @@ impl<'a> Plan<'a> {
         let index = match (&*self.load.places, &*self.load.rw) {
             ("same", _) => self.count - 1,
             ("fresh", _) if number >= self.count => return None,
+            ("fresh", "write") => number,
             ("fresh", _) => shuffled(number, self.count, self.load.seed),
             (_, "read" | "write") => number % self.count,
             _ => self.random() % self.count,

@@ -1,0 +1,172 @@
+"""What is measured: how each server makes its layers, and the command that serves one."""
+
+import contextlib
+import os
+import socket as sockets
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+THINPLY = ROOT / "target/release/thinply"
+LOAD = ROOT / "target/release/examples/bench-load"
+
+
+def run(*command):
+    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+def load(socket, rw, block, depth=1, connections=1, seconds=60, ops=1 << 60, seed=1):
+    """Operations a second."""
+    arguments = (rw, block, depth, connections, seconds, ops, seed)
+    done, took = run(LOAD, "load", socket, *arguments).split()
+    return int(done) / float(took)
+
+
+def answers(path):
+    with sockets.socket(sockets.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+@contextlib.contextmanager
+def serving(command, socket):
+    """Runs a server until the block ends; yields its process id."""
+    # Servers complain when the client hangs up in the middle, which it does when its time is over.
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen(list(map(str, command)), **quiet)
+    while not answers(socket):
+        if server.poll() is not None:
+            sys.exit(f"{command[0]} did not start")
+        time.sleep(0.005)
+    yield server.pid
+    server.terminate()
+    server.wait()
+    socket.unlink(missing_ok=True)
+
+
+class Contender:
+    """Images of one size in a folder; `create` makes one, over a parent if one is named."""
+
+    def __init__(self, folder, size):
+        self.folder, self.size = folder, size
+
+
+class Thinply(Contender):
+    name = "thinply"
+
+    def create(self, name, parent=None):
+        base = ["--parent", self.folder / parent] if parent else ["--size", self.size]
+        run(THINPLY, "create", *base, self.folder / name)
+
+    def command(self, name, socket, read_only=False):
+        flags = ["--read-only"] if read_only else []
+        return [THINPLY, "serve", *flags, self.folder / name, "--socket", socket]
+
+
+class QemuNbd(Contender):
+    name, options = "qemu-nbd qcow2", []
+
+    def create(self, name, parent=None):
+        base = ["-b", parent, "-F", "qcow2"] if parent else []
+        size = [] if parent else [self.size]
+        run(
+            "qemu-img", "create", "-q", "-f", "qcow2", *self.options, *base,
+            self.folder / name, *size,
+        )
+
+    def command(self, name, socket, read_only=False):
+        flags = ["-r"] if read_only else []
+        image = self.folder / name
+        return ["qemu-nbd", "-f", "qcow2", "-k", socket, "-t", "-e", "16", *flags, image]
+
+
+class QemuNbdExtended(QemuNbd):
+    name = "qemu-nbd qcow2, extended_l2"
+    options = ["-o", "extended_l2=on,cluster_size=128k"]
+
+
+class StorageDaemon(QemuNbd):
+    name = "qemu-storage-daemon qcow2"
+
+    def command(self, name, socket, read_only=False):
+        return self.many({"": self.folder / name}, socket, read_only)
+
+    @staticmethod
+    def many(images, socket, read_only=False):
+        """The command that serves each image under its name."""
+        address = f"addr.type=unix,addr.path={socket},max-connections=0"
+        command = ["qemu-storage-daemon", "--nbd-server", address]
+        access, writable = (",read-only=on", "") if read_only else ("", ",writable=on")
+        for name, image in images.items():
+            node = f"n{name}"
+            command += [
+                "--blockdev", f"driver=file,node-name=f{node},filename={image}{access}",
+                "--blockdev", f"driver=qcow2,node-name={node},file=f{node}{access}",
+                "--export", f"type=nbd,id=e{node},node-name={node},name={name}{writable}",
+            ]
+        return command
+
+
+class Raw(Contender):
+    """A raw file: one without layers, so that a fresh overlay is an empty sparse file."""
+
+    def create(self, name, parent=None):
+        if parent and not name.startswith("fresh"):
+            os.link(self.folder / parent, self.folder / name)
+        else:
+            with open(self.folder / name, "wb") as file:
+                file.truncate(self.size)
+
+
+class NbdkitFile(Raw):
+    name = "nbdkit file (raw)"
+
+    def command(self, name, socket, read_only=False):
+        flags = ["-r"] if read_only else []
+        return ["nbdkit", "-f", *flags, "-U", socket, "file", self.folder / name]
+
+
+class NbdkitCow(NbdkitFile):
+    name = "nbdkit file with cow"
+
+    def command(self, name, socket, read_only=False):
+        # Its overlay is a temporary file of the server's own.
+        base = self.folder / "layer0"
+        return ["nbdkit", "-f", "-U", socket, "--filter=cow", "file", base]
+
+
+class SameServerRaw(Raw):
+    name = "raw file, thinply's server"
+
+    def command(self, name, socket, read_only=False):
+        return [LOAD, "serve", socket, self.size, self.folder / name]
+
+
+CONTENDERS = {
+    kind.__name__: kind
+    for kind in (
+        Thinply, QemuNbd, QemuNbdExtended, StorageDaemon, NbdkitFile, NbdkitCow, SameServerRaw,
+    )
+}
+
+
+def build(contender, depth, socket):
+    """The last layer of a chain, made if its folder is not there: layer 0 holds every block, each
+    other one its share at random places, the same in all contenders."""
+    new = not contender.folder.exists()
+    contender.folder.mkdir(exist_ok=True)
+    for left in contender.folder.glob("fresh*"):
+        left.unlink()
+    for level in range(depth if new else 0):
+        contender.create(f"layer{level}", f"layer{level - 1}" if level else None)
+        # The cow filter forgets what is written through it: its base is written as a plain file.
+        command = NbdkitFile.command if isinstance(contender, NbdkitCow) else type(contender).command
+        with serving(command(contender, f"layer{level}", socket), socket):
+            if level == 0:
+                load(socket, "write/fresh", 1 << 20, 4)
+            else:
+                ops = max(contender.size // depth // 4096, 1)
+                load(socket, "randwrite", 4096, 16, ops=ops, seed=level)
+    return f"layer{depth - 1}"
