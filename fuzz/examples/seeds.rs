@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use thinply_fuzz::image::{self, CUT, Ending, FIX_CHECKSUMS, FIX_ENTRIES, FIX_LINK};
+use thinply_fuzz::packed;
 
 fn put(target: &str, name: &str, input: &[u8]) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
@@ -98,4 +99,22 @@ fn main() {
             &[&[style, style.rotate_left(3)][..], &bytes].concat(),
         );
     }
+    // Zeros, text and noise in neighbouring blocks and at the edges of groups; a patch of each part.
+    let blocks =
+        [0, 200, 0, 201, 0, 70, 0, 71, 0, 0, 9, 90, 60, 255, 254, 100, 0, 200, 255, 80, 255, 1];
+    for flags in 0..16u8 {
+        for frame_blocks in [1, 4, 64] {
+            let head = [flags, frame_blocks, 0, 4, blocks.len() as u8 / 2];
+            let input = [&head[..], &blocks].concat();
+            put("packed", &format!("flags-{flags}-{frame_blocks}"), &input);
+            for part in 0..6u8 {
+                let patch = [part, part % 2, 17 * part, 0, 3, 1, 2, 3];
+                let name = format!("flags-{flags}-{frame_blocks}-part-{part}");
+                put("packed", &name, &[&input[..], &patch].concat());
+            }
+        }
+    }
+    let most: Vec<u8> = (0..95).flat_map(|n| [0, 64 + n * 2]).collect();
+    let head = [packed::FIX_CHECKSUMS | packed::FIX_HASHES, 1, 0, 0, 95];
+    put("packed", "two-chunks", &[&head[..], &most].concat());
 }

@@ -1,5 +1,7 @@
-//! What the fuzz targets share: the limits of every input, images as inputs, operations as inputs.
+//! What the fuzz targets share: the limits of every input, images, packed layers
+//! and operations as inputs.
 
 pub mod image;
 pub mod limits;
 pub mod operations;
+pub mod packed;

@@ -400,7 +400,7 @@ impl Footer {
         zerocopy::transmute!(raw)
     }
 
-    /// Reads the footer of a file of `length` bytes with this header.
+    /// Reads the footer of a file of `length` bytes with this header, and how its directory is read.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`].
@@ -408,7 +408,7 @@ impl Footer {
         bytes: &[u8; FOOTER_SIZE as usize],
         length: u64,
         header: &[u8],
-    ) -> Result<(Self, DirectoryChecksum)> {
+    ) -> Result<(Self, Directory)> {
         let raw: &RawFooter = zerocopy::transmute_ref!(bytes);
         if raw.magic != FOOTER_MAGIC {
             return corrupt("no footer at the end: the file was cut short or is unfinished".into());
@@ -434,31 +434,42 @@ impl Footer {
             zero_blocks: raw.zero_blocks.get(),
             root: Root(raw.root),
         };
-        Ok((footer, DirectoryChecksum(raw.directory_crc.get())))
+        let directory = Directory {
+            end: offset,
+            root: footer.root,
+            crc: raw.directory_crc.get(),
+            hasher: crc32fast::Hasher::new(),
+            entries: Vec::new(),
+        };
+        Ok((footer, directory))
     }
+}
 
-    /// Reads the directory.
+/// A directory that is being read. It comes in pieces, and the first one that cannot be ends it: a
+/// sparse file that claims many groups costs no memory.
+#[derive(Debug)]
+pub struct Directory {
+    /// Where it stands; maps end there.
+    end: u64,
+    root: Root,
+    /// The CRC-32 that the footer has.
+    crc: u32,
+    hasher: crc32fast::Hasher,
+    entries: Vec<Entry>,
+}
+
+impl Directory {
+    /// Takes the next bytes, a whole number of entries.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`], also where the root is not the one that the footer names.
-    pub fn directory(
-        &self,
-        bytes: &[u8],
-        crc: DirectoryChecksum,
-        header: &PackedHeader,
-    ) -> Result<Vec<Entry>> {
-        let expected = checksum(&[], bytes);
-        if crc.0 != expected {
-            return corrupt(format!(
-                "directory has checksum {:#010x}, expected {expected:#010x}",
-                crc.0
-            ));
-        }
+    /// [`ErrorKind::Corrupt`].
+    pub fn push(&mut self, bytes: &[u8], header: &PackedHeader) -> Result<()> {
+        self.hasher.update(bytes);
         let Ok(raw) = <[RawEntry]>::ref_from_bytes(bytes) else {
             return corrupt("a directory entry is cut short".into());
         };
         let groups = group_count(header.virtual_size);
-        let mut entries: Vec<Entry> = Vec::with_capacity(raw.len());
+        self.entries.reserve(raw.len());
         for raw in raw {
             let entry = Entry {
                 group: Group(raw.group.get()),
@@ -467,7 +478,7 @@ impl Footer {
                 data_blocks: raw.data_blocks.get(),
                 hash: raw.hash,
             };
-            let after = entries.last().map_or(0, |last| last.group.0 + 1);
+            let after = self.entries.last().map_or(0, |last| last.group.0 + 1);
             if !(after..groups).contains(&entry.group.0) {
                 return corrupt(format!(
                     "directory names group {}, expected one from {after} below {groups}",
@@ -476,25 +487,36 @@ impl Footer {
             }
             let end = entry.map_offset.checked_add(u64::from(entry.map_length));
             if entry.map_offset < HEADER_SIZE
-                || end.is_none_or(|end| end > self.directory_offset)
+                || end.is_none_or(|end| end > self.end)
                 || u64::from(entry.data_blocks) > GROUP_BLOCKS
                 || entry.map_length > MAX_MAP_LENGTH
             {
                 return corrupt(format!("directory: the map of group {} cannot be", entry.group.0));
             }
-            entries.push(entry);
+            self.entries.push(entry);
         }
-        let root = header.root(&entries);
+        Ok(())
+    }
+
+    /// The entries, once all bytes have come.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`], also where the root is not the one that the footer names.
+    pub fn finish(self, header: &PackedHeader) -> Result<Vec<Entry>> {
+        let expected = self.hasher.finalize();
+        if self.crc != expected {
+            return corrupt(format!(
+                "directory has checksum {:#010x}, expected {expected:#010x}",
+                self.crc
+            ));
+        }
+        let root = header.root(&self.entries);
         if root != self.root {
             return corrupt(format!("root {root}, expected {}", self.root));
         }
-        Ok(entries)
+        Ok(self.entries)
     }
 }
-
-/// The CRC-32 that a footer has for the directory.
-#[derive(Clone, Copy, Debug)]
-pub struct DirectoryChecksum(u32);
 
 /// Which blocks of a group are present and which have data, and where that stands.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,8 +5,8 @@ use crate::format::packed::{
     ENTRY_SIZE, Entry, FOOTER_SIZE, Footer, HEADER_SIZE, PackedHeader, has_magic,
 };
 
-/// Bytes of the directory that are read at a time, so that memory follows what is really there.
-const STEP: u64 = 1 << 20;
+/// Bytes of the directory that are read at a time, a whole number of entries.
+const STEP: u64 = (16 << 10) * ENTRY_SIZE;
 
 /// The parts, checked against each other and the root.
 #[derive(Debug)]
@@ -35,21 +35,19 @@ impl Opening {
         let at = length - FOOTER_SIZE;
         let mut footer = [0; FOOTER_SIZE as usize];
         read("reading the footer", at, &mut footer)?;
-        let (footer, checksum) =
+        let (footer, mut directory) =
             Footer::decode(&footer, length, &*header).map_err(|error| error.at(at))?;
         let (mut at, end) = (footer.directory_offset, at);
         debug_assert_eq!(end - at, footer.group_count * ENTRY_SIZE);
-        let mut directory = Vec::new();
+        let mut bytes = vec![0; STEP.min(end - at) as usize];
         while at < end {
-            let filled = directory.len();
-            let part = STEP.min(end - at);
-            directory.resize(filled + part as usize, 0);
-            read("reading the directory", at, directory.get_mut(filled..).unwrap_or_default())?;
-            at += part;
+            bytes.truncate((end - at) as usize);
+            read("reading the directory", at, &mut bytes)?;
+            directory.push(&bytes, &parsed).map_err(|error| error.at(at))?;
+            at += bytes.len() as u64;
         }
         let at = footer.directory_offset;
-        let entries =
-            footer.directory(&directory, checksum, &parsed).map_err(|error| error.at(at))?;
+        let entries = directory.finish(&parsed).map_err(|error| error.at(at))?;
         Ok(Self { header: parsed, footer, entries })
     }
 }
