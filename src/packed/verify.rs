@@ -104,8 +104,24 @@ impl Packed {
                 continue;
             };
             for (frame, blocks) in chunk.frames.iter().zip(frames.by_ref()) {
-                if let Some(start) = start {
-                    self.verify_frame(map, &chunk, number, (start, frame.end), blocks, watch)?;
+                match start {
+                    Some(start) => {
+                        let place = (start, frame.end);
+                        self.verify_frame(map, &chunk, number, place, blocks, watch)?;
+                    }
+                    // The chunk before says where it begins.
+                    None => {
+                        let detail = format!(
+                            "frame {number} of group {} begins where a chunk that is damaged says",
+                            map.group.0
+                        );
+                        let guest = blocks
+                            .first()
+                            .zip(blocks.last())
+                            .map(|(first, last)| span(first, last));
+                        let error = self.corrupt(detail, map.chunks_offset);
+                        watch.found(Damage { guest, error });
+                    }
                 }
                 watch.verified(blocks.len() as u64);
                 (start, number) = (Some(frame.end), number + 1);
