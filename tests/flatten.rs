@@ -8,9 +8,10 @@ use common::bench::Bench;
 use common::crash::Random;
 use common::crash::disk::Disk;
 use common::crash::folder::CrashFolder;
-use thinply::chain::{Chain, Kind, Layer, MapExtent, PackOptions, Parent, seal};
+use thinply::chain::{Chain, Kind, Layer, MapExtent, PackOptions, Parent, Plan, seal};
 use thinply::device::{Detail, Device, ZeroMode};
 use thinply::error::{ErrorKind, Result};
+use thinply::format::header::ParentLink;
 use thinply::packed::Compression;
 use thinply::storage::{Access, Folder, write_all_at};
 
@@ -54,7 +55,18 @@ fn layer(folder: &dyn Folder, name: &str) -> Layer {
 fn flatten(bench: &Bench, name: &str, onto: Option<&str>) -> Result<Parent> {
     let link = onto.map(|name| seal(&*bench.folder, name).unwrap().link);
     let chain = bench.open("top", Access::Read)?;
-    chain.flatten(&bench.folder, name, link.as_ref(), Arc::default(), &mut |_| {})
+    fold(&chain, &bench.folder, name, link.as_ref())
+}
+
+fn fold(
+    chain: &Chain,
+    folder: &Arc<dyn Folder>,
+    name: &str,
+    onto: Option<&ParentLink>,
+) -> Result<Parent> {
+    let plan = Plan::flatten(chain, onto)?;
+    chain.derive_live(&plan, folder, name, Arc::default(), &mut |_| {})?;
+    seal(&**folder, name)
 }
 
 #[test]
@@ -103,14 +115,14 @@ fn what_is_no_ancestor_or_not_still_is_refused() {
     bench.create("stranger", SIZE);
     assert_eq!(flatten(&bench, "x", Some("stranger")).unwrap_err().kind(), ErrorKind::InvalidInput);
     let open = bench.write("top");
-    let error = open.flatten(&bench.folder, "x", None, Arc::default(), &mut |_| {});
+    let error = fold(&open, &bench.folder, "x", None);
     assert_eq!(error.unwrap_err().kind(), ErrorKind::InvalidInput);
     open.close().unwrap();
     // An ancestor that OUT would not find again.
     let link = seal(&*bench.folder, "base").unwrap().link;
     let elsewhere: Arc<dyn Folder> = Arc::new(thinply::storage::MemoryFolder::new("elsewhere"));
     let top = bench.read("top");
-    let error = top.flatten(&elsewhere, "x", Some(&link), Arc::default(), &mut |_| {});
+    let error = fold(&top, &elsewhere, "x", Some(&link));
     assert_eq!(error.unwrap_err().kind(), ErrorKind::NotFound);
     assert!(bench.folder.open("x", Access::Read).is_err());
     assert!(elsewhere.open("x", Access::Read).is_err());
@@ -136,7 +148,7 @@ fn packed_layers_are_folded_and_stood_on_like_live_ones() {
         let chain = bench.read(name);
         for (suffix, onto) in [("all", None), ("part", Some(&onto))] {
             let out = format!("{name}-{suffix}");
-            chain.flatten(&bench.folder, &out, onto, Arc::default(), &mut |_| {}).unwrap();
+            fold(&chain, &bench.folder, &out, onto).unwrap();
             let flat = bench.read(&out);
             assert!(content(&flat) == content(&chain), "{out}");
             assert_eq!(flat.paths().len(), 1 + usize::from(onto.is_some()), "{out}");
@@ -162,9 +174,9 @@ fn a_power_loss_at_any_step_leaves_the_old_layers_and_no_half_truth() {
         let bench = Bench::in_folder(Arc::new(folder.clone()));
         let base = seal(&folder, "base").unwrap().link;
         folder.lose_power_after(calls);
-        let flattened = bench.open("top", Access::Read).and_then(|chain| {
-            chain.flatten(&bench.folder, "new", Some(&base), Arc::default(), &mut |_| {})
-        });
+        let flattened = bench
+            .open("top", Access::Read)
+            .and_then(|chain| fold(&chain, &bench.folder, "new", Some(&base)));
         let through = flattened.is_ok();
         drop(bench);
         let disk = folder.disk().crashed(&mut random);

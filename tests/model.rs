@@ -1,4 +1,5 @@
-//! Arbitrary sequences of operations over chains, against a byte array for each layer.
+//! Arbitrary sequences of operations over chains of live, frozen and packed layers, and of the verbs
+//! that make new layers of them, against a byte array for each layer.
 
 mod common;
 
@@ -6,8 +7,13 @@ use std::sync::Arc;
 
 use common::bench::{BLOCK, Bench, Disk};
 use proptest::prelude::*;
-use thinply::chain::{Chain, seal};
+use thinply::chain::{
+    Chain, Layer, Mismatch, PackOptions, Parent, Plan, Rule, compare as compare_disks, seal,
+};
 use thinply::device::{Detail, Device, ZeroMode};
+use thinply::error::ErrorKind;
+use thinply::packed::Compression;
+use thinply::storage::{Access, write_all_at};
 
 /// One group, and a bit of a second one that doesn't end at a block.
 const SIZE: u64 = GROUP + 40 * BLOCK as u64 + 512;
@@ -41,13 +47,27 @@ enum Op {
         size: u64,
     },
     Reopen,
-    /// Folds the layers above a snapshot, or all of them, into a new one.
-    Flatten {
-        onto: usize,
+    /// Makes a new layer of the chain, and goes on over it or with it.
+    Derive {
+        verb: Verb,
+        /// Which of the sealed layers has a part in it.
+        with: usize,
+        packed: bool,
     },
     /// Drops the chain without closing it, after a flush; recovery must bring all back.
     Kill,
 }
+
+#[derive(Clone, Copy, Debug)]
+enum Verb {
+    Pack,
+    Flatten,
+    Rebase,
+    Compact,
+    Diff,
+}
+
+const VERBS: [Verb; 5] = [Verb::Pack, Verb::Flatten, Verb::Rebase, Verb::Compact, Verb::Diff];
 
 fn range() -> impl Strategy<Value = (u64, u64)> {
     let place = (prop::sample::select(&EDGES[..]), -3i64..3, prop_oneof![Just(0i64), -700i64..700]);
@@ -72,7 +92,8 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Op::Snapshot),
         1 => range().prop_map(|(offset, _)| Op::Resize { size: (offset / 512 * 512).max(512) }),
         1 => Just(Op::Reopen),
-        1 => any::<usize>().prop_map(|onto| Op::Flatten { onto }),
+        4 => (prop::sample::select(&VERBS[..]), any::<usize>(), any::<bool>())
+            .prop_map(|(verb, with, packed)| Op::Derive { verb, with, packed }),
         1 => Just(Op::Kill),
     ]
 }
@@ -123,9 +144,8 @@ struct Run {
     bench: Bench,
     chain: Option<Chain>,
     disk: Disk,
-    snapshots: Vec<Disk>,
-    /// What each flattened layer must show.
-    flat: Vec<Disk>,
+    /// What each sealed layer must show.
+    sealed: Vec<(String, Disk)>,
 }
 
 impl Run {
@@ -133,7 +153,7 @@ impl Run {
         let bench = Bench::default();
         bench.create("top", size);
         let chain = Some(bench.write("top"));
-        Self { bench, chain, disk: Disk::new(size), snapshots: Vec::new(), flat: Vec::new() }
+        Self { bench, chain, disk: Disk::new(size), sealed: Vec::new() }
     }
 
     fn chain(&self) -> &Chain {
@@ -164,14 +184,16 @@ impl Run {
             Op::Read { offset, length } => {
                 let (offset, length) = clip(&self.disk, offset, length);
                 let mut found = vec![0xee; length as usize];
-                assert!(self.chain().try_read(offset, &mut found).unwrap());
+                if !self.chain().try_read(offset, &mut found).unwrap() {
+                    self.chain().read(offset, &mut found).unwrap();
+                }
                 assert!(found == self.disk.read(offset, length as usize), "read at {offset}");
             }
             Op::Flush => self.chain().flush().unwrap(),
             Op::Snapshot => {
-                let name = format!("snapshot-{}", self.snapshots.len());
+                let name = format!("snapshot-{}", self.sealed.len());
                 self.chain().snapshot(&name).unwrap();
-                self.snapshots.push(self.disk.clone());
+                self.sealed.push((name, self.disk.clone()));
             }
             Op::Resize { size } => {
                 self.chain().resize(size, true).unwrap();
@@ -181,7 +203,11 @@ impl Run {
                 self.chain.take().unwrap().close().unwrap();
                 self.chain = Some(self.bench.write("top"));
             }
-            Op::Flatten { onto } => self.flatten(onto),
+            Op::Derive { verb, with, packed } => {
+                self.chain.take().unwrap().close().unwrap();
+                self.derive(verb, with, packed);
+                self.chain = Some(self.bench.write("top"));
+            }
             Op::Kill => {
                 self.chain().flush().unwrap();
                 self.chain = None;
@@ -191,36 +217,107 @@ impl Run {
         }
     }
 
-    fn flatten(&mut self, onto: usize) {
-        self.chain.take().unwrap().close().unwrap();
-        let onto = onto.checked_rem(self.snapshots.len() + 1).filter(|&n| n < self.snapshots.len());
-        let link = onto
-            .map(|number| seal(&*self.bench.folder, &format!("snapshot-{number}")).unwrap().link);
-        let name = format!("flat-{}", self.flat.len());
-        let layers = Arc::default();
+    /// A sealed layer, or none.
+    fn choose(&self, with: usize) -> Option<Parent> {
+        let (name, _) = self.sealed.get(with.checked_rem(self.sealed.len() + 1)?)?;
+        Some(seal(&*self.bench.folder, name).unwrap())
+    }
+
+    fn derive(&mut self, verb: Verb, with: usize, packed: bool) {
         let still = self.bench.read("top");
-        still.flatten(&self.bench.folder, &name, link.as_ref(), layers, &mut |_| {}).unwrap();
-        drop(still);
-        let depth = onto.map_or(0, |number| number + 1);
-        assert_eq!(self.bench.read(&name).paths().len(), 1 + depth, "{name}");
-        self.flat.push(self.disk.clone());
-        self.chain = Some(self.bench.write("top"));
+        let depth = still.paths().len();
+        let other = self.choose(with);
+        let plan = match (verb, &other) {
+            (Verb::Pack, _) => return self.pack(depth > 1 && packed),
+            (Verb::Flatten, Some(parent)) => match Plan::flatten(&still, Some(&parent.link)) {
+                Err(error) if error.kind() == ErrorKind::InvalidInput => return,
+                plan => plan.unwrap(),
+            },
+            (Verb::Flatten, None) => Plan::flatten(&still, None).unwrap(),
+            (Verb::Compact, _) => Plan::compact(&still),
+            (Verb::Rebase | Verb::Diff, Some(parent)) => Plan::rebase(&still, parent),
+            (Verb::Rebase | Verb::Diff, None) => return,
+        };
+        let name = format!("derived-{}", self.sealed.len());
+        self.carry_out(&still, &plan, &name, packed || matches!(verb, Verb::Diff));
+        let new = self.bench.read(&name);
+        assert_eq!(compare_disks(&still, &new, Rule::Content, &|_| {}).unwrap(), None, "{verb:?}");
+        if let Some((name, disk)) = with.checked_rem(self.sealed.len()).map(|n| &self.sealed[n]) {
+            let sealed = self.bench.read(name);
+            let found = compare_disks(&sealed, &new, Rule::Content, &|_| {}).unwrap();
+            let expected = disk.first_difference(&self.disk).map(Mismatch::Content);
+            assert_eq!(found, expected, "{name} and {verb:?}");
+        }
+        drop((still, new));
+        self.go_on(name);
+    }
+
+    fn carry_out(&self, chain: &Chain, plan: &Plan, name: &str, packed: bool) {
+        let (folder, layers, progress) = (&self.bench.folder, Arc::default(), &mut |_| {});
+        if packed {
+            let zstd = Compression::Zstd(1);
+            let made = chain.derive_packed(plan, folder, Vec::new(), layers, zstd, progress);
+            write_all_at(&*folder.create(name).unwrap(), &made.unwrap().1, 0).unwrap();
+        } else {
+            chain.derive_live(plan, folder, name, layers, progress).unwrap();
+        }
+    }
+
+    /// Packs the layer below the top, or else the top, and goes on over that instead: the same
+    /// content under another identity.
+    fn pack(&mut self, below: bool) {
+        let Some((name, disk)) = self.sealed.last().filter(|_| below).cloned() else {
+            let still = self.bench.read("top");
+            let name = format!("packed-{}", self.sealed.len());
+            self.write_packed(&still, &name);
+            drop(still);
+            return self.go_on(name);
+        };
+        let link = |name: &str| Layer::open(self.bench.folder.open(name, Access::Read).unwrap());
+        let parent = link("top").unwrap().parent().cloned();
+        let packed = format!("packed-{}", self.sealed.len());
+        self.write_packed(&self.bench.read(&name), &packed);
+        let new = seal(&*self.bench.folder, &packed).unwrap();
+        let is_parent = parent.map(|link| link.identity) == link(&name).unwrap().identity();
+        self.sealed.push((packed, disk));
+        if is_parent {
+            let still = self.bench.read("top");
+            self.carry_out(&still, &Plan::relink(&still, &new), "new", false);
+            drop(still);
+            self.bench.folder.rename("new", "top").unwrap();
+        }
+    }
+
+    fn write_packed(&self, chain: &Chain, name: &str) {
+        let options = PackOptions { compression: Compression::None, drop_equal: false };
+        let (_, bytes) = chain.pack(Vec::new(), &options, &mut |_| {}).unwrap();
+        write_all_at(&*self.bench.folder.create(name).unwrap(), &bytes, 0).unwrap();
+    }
+
+    /// The disk goes on over a new layer that shows the same, or, where that can be written, with it.
+    fn go_on(&mut self, name: String) {
+        let folder = &self.bench.folder;
+        let layer = Layer::open(folder.open(&name, Access::Read).unwrap()).unwrap();
+        let writable = layer.identity().is_none();
+        drop(layer);
+        if writable {
+            folder.rename(&name, "top").unwrap();
+            return;
+        }
+        folder.remove("top").unwrap();
+        self.bench.overlay("top", &name, None);
+        self.sealed.push((name, self.disk.clone()));
     }
 
     fn finish(mut self) {
         compare(self.chain(), &self.disk, "at the end");
         self.chain.take().unwrap().close().unwrap();
         compare(&self.bench.read("top"), &self.disk, "after closing");
-        for (number, disk) in self.snapshots.iter().enumerate() {
-            let name = format!("snapshot-{number}");
-            compare(&self.bench.read(&name), disk, &name);
+        for (name, disk) in &self.sealed {
+            compare(&self.bench.read(name), disk, name);
             // Nobody may have opened it before: all caches empty.
             let fresh = Bench::in_folder(self.bench.folder.clone());
-            compare(&fresh.read(&name), disk, &name);
-        }
-        for (number, disk) in self.flat.iter().enumerate() {
-            let name = format!("flat-{number}");
-            compare(&self.bench.read(&name), disk, &name);
+            compare(&fresh.read(name), disk, name);
         }
     }
 }

@@ -1,16 +1,20 @@
-//! The stack of layers as one block device: newest-first reads, copy-up, snapshots.
+//! The stack of layers as one block device: newest-first reads, copy-up, snapshots, and new layers
+//! made of what it shows.
 //!
 //! A [`Chain`] is a top layer, writable or not, over a [`Stack`] of sealed ones. Invariants:
 //! - only the top is ever written, and only by this object, under its exclusive lock;
 //! - what a layer shows of those below it ends at its visible parent size, to the byte.
 
+mod compare;
+mod derive;
 mod device;
-mod flatten;
+mod fold;
 mod layer;
 mod layers;
 mod map;
 mod owners;
 mod pack;
+mod pair;
 mod setup;
 mod share;
 mod snapshot;
@@ -30,10 +34,14 @@ use crate::types::Identity;
 use layers::{Found, check_visible};
 use stack::View;
 
+pub use compare::{Mismatch, Rule, compare};
+pub use derive::Plan;
+pub use fold::Sink;
 pub use layer::Layer;
 pub use layers::{Layers, MAX_DEPTH};
 pub use map::{Kind, MapExtent};
 pub use pack::PackOptions;
+pub use pair::{Content, Raw};
 pub use setup::{Parent, create, finish_snapshot, seal};
 pub use share::Stored;
 pub use stack::Stack;
@@ -107,7 +115,7 @@ impl Chain {
         layers: Arc<Layers>,
     ) -> Result<Self> {
         let levels = match access {
-            Access::Read => open_sealed(&folder, name, &layers)?,
+            Access::Read => sealed_levels(&folder, name, Some(&layers))?,
             Access::Write => open_writable(&folder, name, &layers)?,
         };
         let read_only = levels.top.is_none();
@@ -199,11 +207,15 @@ fn stack_below(
     Ok(Some(stack))
 }
 
-fn open_sealed(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Result<Levels> {
+/// The levels of a layer that is only read, on what `layers` finds below it, or alone.
+fn sealed_levels(folder: &Arc<dyn Folder>, name: &str, layers: Option<&Layers>) -> Result<Levels> {
     let path = folder.path().join(name);
     let layer = Layer::open(setup::open_file(&**folder, name, Access::Read)?)?;
-    let below = stack_below(layer.parent(), layer.visible_parent_size(), folder, layers)
-        .map_err(|error| error.in_file(path))?;
+    let below = match layers {
+        Some(layers) => stack_below(layer.parent(), layer.visible_parent_size(), folder, layers)
+            .map_err(|error| error.in_file(path))?,
+        None => None,
+    };
     let mut found = vec![Arc::new(Found { layer, folder: folder.clone() })];
     found.extend(below.iter().flat_map(|stack| stack.found().iter().cloned()));
     Ok(Levels::read_only(Arc::new(Stack::new(found))))

@@ -68,7 +68,10 @@ impl Chain {
         let (id, identity) = levels.top()?.plan_freeze()?;
         let link = ParentLink { identity, hint: snapshot.to_owned() };
         let new_top = self.build_top(link, levels.size)?;
-        self.link_snapshot(snapshot)?;
+        self.link_snapshot(snapshot).inspect_err(|_| {
+            // It means nothing yet; the next snapshot would replace it.
+            let _ = self.folder.remove(&new_top_name(&self.name));
+        })?;
 
         let Some(top) = levels.top.as_mut() else { return Ok(()) };
         let layer = Layer::Live(top.freeze(id)?);

@@ -243,7 +243,9 @@ impl Store {
             Blob::pack(self, &frozen)?
         } else {
             let draft = self.draft(Some(frozen.size()), Some(&image))?;
-            frozen.copy_layers(draft.chain(), below.len() + 1, &mut |_| {})?;
+            let blobs = self.folders.blobs.clone();
+            let below = Chain::open(blobs, &base, Access::Read, self.layers.clone())?;
+            frozen.copy_above(&below, draft.chain())?;
             draft.finish()?
         };
         drop(frozen);

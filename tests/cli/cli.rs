@@ -2,9 +2,11 @@
 //! of them does.
 
 mod contract;
+mod derive;
 mod disks;
 mod flatten;
 mod help;
+mod kill;
 mod layers;
 mod packed;
 mod repair;

@@ -8,7 +8,7 @@ use std::process::Command;
 use crate::support::{Folder, Run, VERBS, output};
 
 /// A run of each subcommand that takes an existing layer, on the file `x.tply`.
-const ON_A_LAYER: [&[&str]; 12] = [
+const ON_A_LAYER: [&[&str]; 16] = [
     &["snapshot", "x.tply", "s.tply"],
     &["info", "x.tply"],
     &["info", "--chain", "x.tply"],
@@ -18,6 +18,10 @@ const ON_A_LAYER: [&[&str]; 12] = [
     &["export", "x.tply", "out"],
     &["pack", "x.tply", "packed.tply"],
     &["flatten", "x.tply", "y.tply"],
+    &["rebase", "--parent", "x.tply", "x.tply", "y.tply"],
+    &["compact", "x.tply", "y.tply"],
+    &["diff", "x.tply", "x.tply"],
+    &["compare", "x.tply", "x.tply"],
     &["resize", "x.tply", "1G"],
     &["create", "--parent", "x.tply", "child.tply"],
     &["serve", "x.tply", "--socket", "x.sock"],
@@ -200,8 +204,10 @@ fn a_name_that_is_taken_stays_as_it_is() {
     let folder = Folder::new();
     folder.ok(&["create", "--size", "1M", "x.tply"]);
     folder.write("taken", b"mine");
-    let runs: [&[&str]; 5] = [
+    let runs: [&[&str]; 7] = [
         &["flatten", "x.tply", "taken"],
+        &["rebase", "--parent", "x.tply", "x.tply", "taken"],
+        &["compact", "x.tply", "taken"],
         &["create", "--size", "1M", "taken"],
         &["snapshot", "x.tply", "taken"],
         &["import", "x.tply", "taken"],

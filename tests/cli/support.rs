@@ -17,7 +17,7 @@ pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;
 
 /// Every subcommand, as the help lists them.
-pub const VERBS: [&str; 23] = [
+pub const VERBS: [&str; 27] = [
     "create",
     "snapshot",
     "info",
@@ -30,6 +30,10 @@ pub const VERBS: [&str; 23] = [
     "pack",
     "verify",
     "flatten",
+    "rebase",
+    "compact",
+    "diff",
+    "compare",
     "resize",
     "serve",
     "image",

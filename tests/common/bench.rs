@@ -74,6 +74,18 @@ impl Disk {
         data
     }
 
+    /// The first byte in which two disks differ; the shorter one goes on with zeros.
+    pub fn first_difference(&self, other: &Self) -> Option<u64> {
+        let mut blocks: Vec<_> = self.blocks().chain(other.blocks()).collect();
+        blocks.sort_unstable();
+        blocks.into_iter().find_map(|block| {
+            let offset = block * BLOCK as u64;
+            let (a, b) = (self.read(offset, BLOCK), other.read(offset, BLOCK));
+            let place = a.iter().zip(&b).position(|(a, b)| a != b)?;
+            Some(offset + place as u64)
+        })
+    }
+
     /// The numbers of the blocks that were ever written.
     pub fn blocks(&self) -> impl Iterator<Item = u64> + '_ {
         self.blocks.keys().copied()

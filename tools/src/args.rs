@@ -16,7 +16,8 @@ pub const LAYERS_VARIABLE: &str = "THINPLY_LAYERS";
 const AFTER_HELP: &str = "\
 Exit codes:
   0    done; for check: nothing was found
-  1    the answer is no: check found something, repair lost something
+  1    the answer is no: check or verify found something, repair lost something,
+       compare saw a difference
   2    an error, said on standard error; nothing half-made stays
   130  interrupted
 
@@ -59,6 +60,10 @@ pub enum Command {
     Pack(crate::pack::Pack),
     Verify(crate::verify::Verify),
     Flatten(crate::flatten::Flatten),
+    Rebase(crate::rebase::Rebase),
+    Compact(crate::compact::Compact),
+    Diff(crate::diff::Diff),
+    Compare(crate::compare::Compare),
     Resize(crate::resize::Resize),
     Serve(crate::serve::Serve),
     Image(crate::image::ImageVerbs),
@@ -88,6 +93,10 @@ impl Command {
             Self::Pack(verb) => verb.run(),
             Self::Verify(verb) => verb.run(),
             Self::Flatten(verb) => verb.run(),
+            Self::Rebase(verb) => verb.run(),
+            Self::Compact(verb) => verb.run(),
+            Self::Diff(verb) => verb.run(),
+            Self::Compare(verb) => verb.run(),
             Self::Resize(verb) => verb.run(),
             Self::Serve(verb) => verb.run(),
             Self::Image(verbs) => verbs.run(),

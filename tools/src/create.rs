@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use thinply::chain::create;
 
+use crate::draft::Draft;
 use crate::parent::ParentArg;
 use crate::paths::Place;
 use crate::{Answer, Outcome, size};
@@ -39,7 +40,9 @@ impl Create {
         let place = Place::vacant(&self.file)?;
         size::check(self.size)?;
         let (parent, layers) = self.parent.prepare(&place)?;
-        create(&place.folder, &place.name, self.size, parent.as_ref(), &layers)?;
+        let draft = Draft::new(&place.directory);
+        create(&place.folder, draft.name(), self.size, parent.as_ref(), &layers)?;
+        draft.publish_at(&place)?;
         Ok(Answer::Yes)
     }
 }

@@ -1,15 +1,18 @@
 //! Files that appear under their name only once they are whole.
 
-use std::fs;
+use std::fs::{self, File};
 use std::hash::{BuildHasher, RandomState};
+use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+use std::time::Duration;
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 use thinply::error::{Error, Result};
 use thinply::storage::sync_folder;
 
+use crate::pack::BUFFER;
 use crate::paths::Place;
 
 /// Exit code after an interrupt, as shells have it.
@@ -23,11 +26,49 @@ fn drafts() -> MutexGuard<'static, Vec<PathBuf>> {
 }
 
 /// A file under a temporary name, in the folder where it shall stay. It is removed unless it is
-/// published, also when a signal ends the process.
+/// published, also when a signal ends the process. One that a killed process left is removed by the
+/// next run that makes a draft in the folder.
 #[derive(Debug)]
 pub struct Draft {
     directory: PathBuf,
     name: String,
+    /// Says to others that there is a draft in use in the folder.
+    _presence: Option<File>,
+}
+
+const PREFIX: &str = ".thinply-";
+const SUFFIX: &str = ".tmp";
+
+/// Locks the folder for as long as the answer is open: everybody who has a draft in it does, so
+/// whoever gets the lock alone first finds nothing but drafts that were left over. No answer where
+/// folders can't be locked; there nothing is ever cleared.
+fn join(directory: &Path) -> Option<File> {
+    let folder = File::open(directory).ok()?;
+    if flock(&folder, FlockOperation::NonBlockingLockExclusive).is_ok() {
+        clear(directory);
+    }
+    // Others clear the folder in no time, but a stranger may hold the lock for ever.
+    (0..100).find_map(|_| match flock(&folder, FlockOperation::NonBlockingLockShared) {
+        Err(Errno::WOULDBLOCK) => {
+            std::thread::sleep(Duration::from_millis(10));
+            None
+        }
+        other => Some(other.is_ok()),
+    });
+    Some(folder)
+}
+
+fn clear(directory: &Path) {
+    let is_draft = |name: &str| {
+        let random = name.strip_prefix(PREFIX).and_then(|name| name.strip_suffix(SUFFIX));
+        random.is_some_and(|hex| hex.len() == 16 && hex.bytes().all(|b| b.is_ascii_hexdigit()))
+    };
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        if entry.file_name().to_str().is_some_and(is_draft) {
+            // One that can't be removed stays in nobody's way.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// Whether publishing may replace a file.
@@ -52,8 +93,8 @@ impl Draft {
                 std::process::exit(INTERRUPTED);
             });
         });
-        let name = format!(".thinply-{:016x}.tmp", RandomState::new().hash_one(()));
-        let draft = Self { directory: directory.to_owned(), name };
+        let name = format!("{PREFIX}{:016x}{SUFFIX}", RandomState::new().hash_one(()));
+        let draft = Self { directory: directory.to_owned(), name, _presence: join(directory) };
         drafts().push(draft.path());
         draft
     }
@@ -66,6 +107,19 @@ impl Draft {
     /// The temporary path.
     pub fn path(&self) -> PathBuf {
         self.directory.join(&self.name)
+    }
+
+    /// Creates the file, has `write` put a packed layer into it, and syncs it.
+    pub fn packed<T>(
+        &self,
+        write: impl FnOnce(BufWriter<File>) -> Result<(T, BufWriter<File>)>,
+    ) -> Result<T> {
+        let failed = |error| Error::io(error, "writing the new file").in_file(&self.directory);
+        let file = File::create_new(self.path()).map_err(failed)?;
+        let (made, out) = write(BufWriter::with_capacity(BUFFER, file))?;
+        let file = out.into_inner().map_err(|error| failed(error.into_error()))?;
+        file.sync_all().map_err(failed)?;
+        Ok(made)
     }
 
     /// Gives the file the name of a layer that is not there yet, durably.
@@ -169,5 +223,34 @@ mod tests {
         names.sort();
         assert_eq!(names, ["free", "taken"]);
         assert_eq!(fs::read_to_string(dir.path().join("taken")).unwrap(), "new");
+    }
+
+    #[test]
+    fn drafts_that_nobody_has_are_cleared_and_others_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let names = || {
+            let entries = fs::read_dir(dir.path()).unwrap();
+            let mut names: Vec<_> =
+                entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        };
+        let others =
+            [".thinply-0123.tmp", ".thinply-0123456789abcdef", "thinply-0123456789abcdef.tmp"];
+        let left = ".thinply-0123456789abcdef.tmp";
+        for name in others.into_iter().chain([left]) {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        let alive = Draft::new(dir.path());
+        fs::write(alive.path(), "").unwrap();
+        assert_eq!(names().len(), others.len() + 1);
+        assert!(!names().contains(&left.to_owned()));
+        // Somebody has a draft, so nothing is known about the others.
+        fs::write(dir.path().join(left), "").unwrap();
+        drop(Draft::new(dir.path()));
+        assert!(alive.path().exists() && names().contains(&left.to_owned()));
+        drop(alive);
+        drop(Draft::new(dir.path()));
+        assert_eq!(names(), others);
     }
 }

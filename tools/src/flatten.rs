@@ -1,20 +1,15 @@
 //! `thinply flatten`
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
-use serde::Serialize;
-use thinply::chain::Layer;
-use thinply::device::Device;
-use thinply::error::{Error, ErrorKind, Result};
-use thinply::format::header::{ParentLink, check_hint};
+use thinply::chain::Plan;
 use thinply::storage::Access;
 
 use crate::args::LayersArg;
-use crate::draft::Draft;
-use crate::output::Output;
+use crate::derive::{Form, Maker, sealed};
 use crate::paths::Place;
-use crate::{Answer, Outcome, progress};
+use crate::{Answer, Outcome};
 
 const AFTER_HELP: &str = "\
 OUT appears when it is whole and durable, and shows exactly what FILE shows. The layers that it was
@@ -50,54 +45,16 @@ pub struct Flatten {
     out: PathBuf,
 }
 
-#[derive(Debug, Serialize)]
-struct Made {
-    file: String,
-    virtual_size: u64,
-    identity: String,
-    parent: Option<String>,
-}
-
 impl Flatten {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
         let place = Place::existing(&self.file)?;
         let out = Place::vacant(&self.out)?;
-        let onto = self.onto.as_deref().map(ancestor).transpose()?;
+        let onto = self.onto.as_deref().map(|path| sealed(&Place::existing(path)?)).transpose()?;
         let chain = place.chain(Access::Read, self.layers.layers()?)?;
-        let draft = Draft::new(&out.directory);
-        let bar = progress::bar(Some(chain.size()));
-        let made = chain.flatten(
-            &out.folder,
-            draft.name(),
-            onto.as_ref(),
-            self.layers.layers()?,
-            &mut |done| bar.set_position(done),
-        )?;
-        bar.finish_and_clear();
-        draft.publish_at(&out)?;
-        if self.json {
-            let mut output = Output::new();
-            output.json(&Made {
-                file: out.path().display().to_string(),
-                virtual_size: made.virtual_size,
-                identity: made.link.identity.to_string(),
-                parent: onto.map(|link| link.hint),
-            })?;
-            output.print()?;
-        }
+        let plan = Plan::flatten(&chain, onto.as_ref().map(|parent| &parent.link))?;
+        let Self { layers, json, .. } = self;
+        Maker { out: &out, form: Form::Frozen, layers, json: *json }.make(&chain, &plan)?;
         Ok(Answer::Yes)
     }
-}
-
-/// The link to an ancestor; one that is not frozen can't be one.
-fn ancestor(path: &Path) -> Result<ParentLink> {
-    let place = Place::existing(path)?;
-    check_hint(&place.name)
-        .map_err(|error| Error::new(ErrorKind::InvalidInput, error.to_string()).in_file(path))?;
-    let identity = Layer::open(place.open(Access::Read)?)?.identity().ok_or_else(|| {
-        let detail = "is not frozen, so nothing stands on it";
-        Error::new(ErrorKind::InvalidInput, detail).in_file(path)
-    })?;
-    Ok(ParentLink { identity, hint: place.name })
 }

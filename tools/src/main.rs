@@ -2,11 +2,15 @@
 
 mod args;
 mod check;
+mod compact;
+mod compare;
 mod completions;
 mod container;
 mod control;
 mod create;
 mod demo;
+mod derive;
+mod diff;
 mod draft;
 mod dump;
 mod export;
@@ -23,6 +27,7 @@ mod parent;
 mod paths;
 mod progress;
 mod pump;
+mod rebase;
 mod repair;
 mod resize;
 mod serve;

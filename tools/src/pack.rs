@@ -1,13 +1,12 @@
 //! `thinply pack`
 
-use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
 use thinply::chain::{Chain, PackOptions};
-use thinply::error::{Error, Result};
+use thinply::error::Result;
 use thinply::packed::{Compression, Summary};
 use thinply::storage::Access;
 use thinply::types::BLOCK_SIZE;
@@ -19,7 +18,8 @@ use crate::paths::Place;
 use crate::{Answer, Outcome, progress};
 
 const DEFAULT_LEVEL: i32 = 3;
-const BUFFER: usize = 1 << 20;
+/// Bytes that are written at a time.
+pub const BUFFER: usize = 1 << 20;
 
 const AFTER_HELP: &str = "\
 FILE alone is packed, not what it stands on; OUT has the same parent. OUT appears when it is whole.
@@ -33,12 +33,8 @@ Examples:
 #[derive(Args, Debug)]
 #[command(after_help = AFTER_HELP)]
 pub struct Pack {
-    /// Compress by zstd at level N [default: 3]
-    #[arg(long, value_name = "N", conflicts_with = "uncompressed")]
-    zstd: Option<i32>,
-    /// Store blocks as they are, so that runs of them are read with one call
-    #[arg(long)]
-    uncompressed: bool,
+    #[command(flatten)]
+    packing: PackingArgs,
     /// Leave out blocks that are equal to what lies under them
     #[arg(long)]
     drop_equal: bool,
@@ -51,6 +47,28 @@ pub struct Pack {
     file: PathBuf,
     /// The file to make, which must not exist, or - for standard output
     out: PathBuf,
+}
+
+/// How a packed layer stores its blocks.
+#[derive(Args, Debug)]
+pub struct PackingArgs {
+    /// Compress by zstd at level N [default: 3]
+    #[arg(long, value_name = "N", conflicts_with = "uncompressed")]
+    zstd: Option<i32>,
+    /// Store blocks as they are, so that runs of them are read with one call
+    #[arg(long)]
+    uncompressed: bool,
+}
+
+impl PackingArgs {
+    /// As the library has it.
+    pub fn compression(&self) -> Compression {
+        if self.uncompressed {
+            Compression::None
+        } else {
+            Compression::Zstd(self.zstd.unwrap_or(DEFAULT_LEVEL))
+        }
+    }
 }
 
 /// What was made.
@@ -68,16 +86,13 @@ impl Pack {
         let place = Place::existing(&self.file)?;
         if self.out.as_os_str() == "-" {
             let chain = place.chain(Access::Read, self.layers.layers()?)?;
-            self.pack(&chain, io::stdout()).map(drop)?;
+            self.pack(&chain, BufWriter::with_capacity(BUFFER, io::stdout())).map(drop)?;
             return Ok(Answer::Yes);
         }
         let out = Place::vacant(&self.out)?;
         let chain = place.chain(Access::Read, self.layers.layers()?)?;
         let draft = Draft::new(&out.directory);
-        let failed = |error, operation: &str| Error::io(error, operation).in_file(&self.out);
-        let file = File::create_new(draft.path()).map_err(|e| failed(e, "creating the file"))?;
-        let (summary, file) = self.pack(&chain, file)?;
-        file.sync_all().map_err(|error| failed(error, "syncing the new file"))?;
+        let summary = draft.packed(|file| self.pack(&chain, file))?;
         draft.publish_at(&out)?;
         let facts = Facts {
             root: summary.root.to_string(),
@@ -96,20 +111,11 @@ impl Pack {
     }
 
     fn pack<W: Write>(&self, chain: &Chain, out: W) -> Result<(Summary, W)> {
-        let compression = if self.uncompressed {
-            Compression::None
-        } else {
-            Compression::Zstd(self.zstd.unwrap_or(DEFAULT_LEVEL))
-        };
-        let options = PackOptions { compression, drop_equal: self.drop_equal };
+        let options =
+            PackOptions { compression: self.packing.compression(), drop_equal: self.drop_equal };
         let bar = progress::bar(None);
-        let out = BufWriter::with_capacity(BUFFER, out);
         let packed = chain.pack(out, &options, &mut |blocks| bar.set_position(blocks * BLOCK_SIZE));
         bar.finish_and_clear();
-        let (summary, out) = packed?;
-        let out = out
-            .into_inner()
-            .map_err(|error| Error::io(error.into_error(), "writing a packed layer"))?;
-        Ok((summary, out))
+        packed
     }
 }

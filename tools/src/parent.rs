@@ -20,8 +20,9 @@ pub struct ParentArg {
     /// Stand on layer P, which is frozen for ever if it isn't yet
     #[arg(long, value_name = "P")]
     parent: Option<PathBuf>,
+    /// Where it is looked for.
     #[command(flatten)]
-    layers: LayersArg,
+    pub layers: LayersArg,
 }
 
 impl ParentArg {
