@@ -163,7 +163,7 @@ fn damage_is_found_where_it_is_and_said_in_both_forms() {
         (100, "header slot 0 does not have its checksum"),
         (65536, "header slot 1 does not begin with the magic"),
         (20_000, "reserved area"),
-        ((1 << 20) + 5000, "torn record"),
+        ((1 << 20) + 5000, "a damaged record"),
         ((2 << 20) + 700, "bitmap sector 1 of group 0"),
         ((2 << 20) + 9000, "reserved area"),
     ] {
