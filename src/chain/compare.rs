@@ -1,12 +1,12 @@
 //! Comparing two disks, on all processors.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 
 use super::Kind;
 use super::pair::{Content, PIECE, Pair, Run, fill};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::guard;
+use crate::sync::{Mutex, guard};
 
 /// Bytes that are read of each side at a time: both fit a processor's own cache.
 const BUFFER: u64 = 256 << 10;

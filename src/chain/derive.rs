@@ -2,7 +2,7 @@
 //! is a [`Plan`] of what the new layer stands on and holds, and one way to carry it out.
 
 use std::io::Write;
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 
 use super::fold::{Sink, Take, fold};
 use super::stack::Stack;
@@ -13,6 +13,7 @@ use crate::format::header::ParentLink;
 use crate::live::{self, NewLayer};
 use crate::packed::{Compression, Summary, Writer};
 use crate::storage::{Access, Folder};
+use crate::sync::RwLock;
 use crate::types::{BLOCK_SIZE, Block};
 
 /// What a new layer shall be.
