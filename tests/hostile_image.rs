@@ -56,7 +56,7 @@ impl Files {
     }
 
     /// Changes bytes of both header slots, under checksums that hold.
-    fn forge(&self, name: &str, change: impl Fn(&mut [u8])) {
+    fn forge(&self, name: &str, mut change: impl FnMut(&mut [u8])) {
         let file = fs::OpenOptions::new().read(true).write(true).open(self.path(name)).unwrap();
         for (number, at) in (0u32..).zip(SLOTS) {
             let mut slot = [0; 4096];
@@ -128,6 +128,29 @@ fn shifts_and_sizes_that_overflow() {
     for offset in [56, 72, 80, 96] {
         for value in [1 << 63, u64::MAX] {
             assert_eq!(forged(offset, &put(value)), ErrorKind::Corrupt, "{offset}");
+        }
+    }
+}
+
+/// A writer that counted on would leave a layer that nothing opens.
+#[test]
+fn counters_near_their_end() {
+    // Generation, epoch, journal tail.
+    for offset in [56, 72, 80] {
+        for (value, writable) in [((1 << 62) - 1, true), (1 << 62, false), ((1 << 63) - 1, false)] {
+            let files = Files::with_disk();
+            let mut counter = value - 2;
+            files.forge("a", |slot| {
+                counter += 1;
+                slot[offset..offset + 8].copy_from_slice(&put(counter));
+            });
+            files.open("a", Access::Read).unwrap();
+            if writable {
+                files.open("a", Access::Write).unwrap().close().unwrap();
+            } else {
+                assert_eq!(files.refuse("a", Access::Write).kind(), ErrorKind::ReadOnly);
+            }
+            files.open("a", Access::Read).unwrap();
         }
     }
 }

@@ -2,8 +2,6 @@
 //! errors, and the answers agree with each other.
 #![no_main]
 
-use std::sync::Arc;
-
 use libfuzzer_sys::fuzz_target;
 use thinply::error::{ErrorKind, Result};
 use thinply::packed::{Compression, Damage, Packed, Watch, Writer};

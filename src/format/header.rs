@@ -227,11 +227,15 @@ impl Header {
 
     fn check(&self) -> Result<()> {
         check_sizes(self.virtual_size, self.visible_parent_size, self.parent.as_ref())?;
-        // A file is opened and committed to far fewer times than this; sums can't overflow.
-        if [self.generation, self.epoch, self.journal_tail].iter().any(|&n| n > u64::MAX / 2) {
+        if self.highest_counter() >= 1 << 63 {
             return corrupt("generation, epoch or journal tail of 2^63 or more".into());
         }
         Ok(())
+    }
+
+    /// The highest of generation, epoch and journal tail: what a writer counts up.
+    pub fn highest_counter(&self) -> u64 {
+        self.generation.max(self.epoch).max(self.journal_tail)
     }
 }
 

@@ -53,8 +53,8 @@ impl Writable {
     /// *in use* under a new epoch, durably.
     ///
     /// # Errors
-    /// [`ErrorKind::InUse`], [`ErrorKind::ReadOnly`] for a frozen layer or an unknown
-    /// read-only-compatible feature, `NotAnImage`, `Corrupt`, `Unsupported`, `Loss`; host errors.
+    /// [`ErrorKind::InUse`], [`ErrorKind::ReadOnly`] for a frozen layer, an unknown
+    /// read-only-compatible feature or counters near their end, `NotAnImage`, `Corrupt`, `Unsupported`, `Loss`; host errors.
     pub fn open(file: Arc<dyn Storage>) -> Result<Self> {
         take_lock(&*file, Lock::Exclusive)?;
         let mut slots = Slots::read_durable(&*file)?;
@@ -261,6 +261,12 @@ fn check_writable(header: &Header) -> Result<()> {
         return Err(Error::new(
             ErrorKind::ReadOnly,
             format!("writing needs the feature in bit {bit}, which this build lacks"),
+        ));
+    }
+    if header.highest_counter() >= 1 << 62 {
+        return Err(Error::new(
+            ErrorKind::ReadOnly,
+            "generation, epoch or journal tail of 2^62 or more: no room to count the writes",
         ));
     }
     Ok(())
