@@ -48,8 +48,9 @@ fn run(input: &[u8]) {
     let kinds = [ErrorKind::Io, ErrorKind::NoSpace, ErrorKind::Poisoned, ErrorKind::Unsupported];
     let ops = [Op::Read, Op::Write, Op::Zero, Op::Trim, Op::Flush, Op::Extents, Op::Prefetch];
     let faulty = faults & 8 != 0;
+    let fault = ops[usize::from(faults >> 5) % ops.len()];
     if faulty {
-        device.fail(ops[usize::from(faults >> 5) % ops.len()], kinds[usize::from(faults & 3)]);
+        device.fail(fault, kinds[usize::from(faults & 3)]);
     }
     let served = &*SERVED;
     EXPORTS.insert(Export::new("disk", Arc::new(device)).unwrap()).unwrap();
@@ -63,6 +64,7 @@ fn run(input: &[u8]) {
             structured: style & 8 == 0,
             read_only: style & 1 != 0,
             faulty,
+            flush_fails: faulty && fault == Op::Flush,
             disk: vec![0; SIZE as usize],
         };
         let in_step = style & 32 == 0;
@@ -126,6 +128,7 @@ struct Session {
     structured: bool,
     read_only: bool,
     faulty: bool,
+    flush_fails: bool,
     disk: Vec<u8>,
 }
 
@@ -168,7 +171,10 @@ impl Session {
         }
         let allowed_to_fail = self.faulty || request.flags & FAST_ZERO != 0;
         assert!(reply.error == 0 || allowed_to_fail, "{}: {}", request.kind, reply.message);
-        if reply.error != 0 {
+        // A change that shall be durable is made before its flush fails.
+        let made = self.flush_fails && request.flags & (FUA | FAST_ZERO) == FUA;
+        let changes = [WRITE, WRITE_ZEROES, TRIM].contains(&request.kind);
+        if reply.error != 0 && !(made && changes) {
             return;
         }
         let range = request.offset as usize..(request.offset + u64::from(request.length)) as usize;

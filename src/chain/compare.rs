@@ -1,7 +1,7 @@
 //! Comparing two disks, on all processors.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Kind;
 use super::pair::{Content, PIECE, Pair, Run, fill};
