@@ -20,6 +20,15 @@ pub enum Detail {
     Files,
 }
 
+/// What a [`Device::try_read`] may spend, beyond copying.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effort {
+    /// Nothing.
+    Copy,
+    /// The processor's time to decompress what the page cache holds compressed.
+    Decode,
+}
+
 /// What a [`Device::zero`] call asks for beyond zeros.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ZeroMode {
@@ -46,8 +55,9 @@ pub trait Device: Send + Sync {
     /// Fills `buf` from `offset`.
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
 
-    /// [`Device::read`] if the page cache holds everything. `buf` is undefined after `Ok(false)`.
-    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool>;
+    /// [`Device::read`] if the page cache holds everything and no more than `effort` is needed.
+    /// `buf` is undefined after `Ok(false)`.
+    fn try_read(&self, offset: u64, buf: &mut [u8], effort: Effort) -> Result<bool>;
 
     /// Writes `data` at `offset`; durable after the next [`Device::flush`].
     fn write(&self, offset: u64, data: &[u8]) -> Result<()>;

@@ -3,7 +3,7 @@
 use super::layer::prefetch;
 use super::map::Kind;
 use super::{Chain, Levels};
-use crate::device::{Detail, Device, Extent, ZeroMode, check_range, push_extent};
+use crate::device::{Detail, Device, Effort, Extent, ZeroMode, check_range, push_extent};
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::{Under, Writable, ZeroKind, words};
 use crate::storage::Wait;
@@ -100,8 +100,12 @@ impl Device for Chain {
         self.levels().read(offset, buf, Wait::Yes).map(drop)
     }
 
-    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
-        self.levels().read(offset, buf, Wait::No)
+    fn try_read(&self, offset: u64, buf: &mut [u8], effort: Effort) -> Result<bool> {
+        let wait = match effort {
+            Effort::Copy => Wait::No,
+            Effort::Decode => Wait::Decode,
+        };
+        self.levels().read(offset, buf, wait)
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<()> {

@@ -20,7 +20,6 @@ mod slots;
 mod turn;
 mod writable;
 mod write;
-mod writeback;
 
 use crate::error::Result;
 use crate::storage::Wait;

@@ -10,7 +10,6 @@ use super::recover::recover;
 use super::sealed::Sealed;
 use super::slots::Slots;
 use super::turn::Turn;
-use super::writeback::Writeback;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::{
     JOURNAL_OFFSET, JOURNAL_RECORDS, block_offset, file_length, group_count, is_virtual_size,
@@ -18,7 +17,9 @@ use crate::format::geometry::{
 };
 use crate::format::header::{Header, ParentLink, State};
 use crate::planted::{Bug, planted};
-use crate::storage::{Lock, Storage, Wait, failed, read_blocks, take_lock, write_all_at};
+use crate::storage::{
+    Lock, Storage, Wait, Writeback, failed, read_blocks, take_lock, write_all_at,
+};
 use crate::sync::{Mutex, guard};
 use crate::types::{BLOCK_SIZE, Block, FreezeId, Identity, Uuid, Word};
 

@@ -1,7 +1,6 @@
 //! What all packed layers of a process share, with a bound on its memory: decoded frames, keyed by
 //! the content that they belong to, and chunks, keyed by the open file, since they hold its offsets.
 
-use std::hash::Hash;
 use std::sync::{Arc, LazyLock};
 
 use quick_cache::Weighter;
@@ -17,6 +16,8 @@ const FRAME_BYTES: u64 = 16 << 20;
 /// Bytes of chunks that are kept; they describe some 500 times as much data.
 const CHUNK_BYTES: u64 = 16 << 20;
 
+/// The bytes of a decoded frame.
+pub(super) type Decoded = Arc<Vec<u8>>;
 /// A frame of a group of a layer.
 pub(super) type FrameKey = (Root, Group, u32);
 /// A chunk of a group of an open file.
@@ -25,8 +26,8 @@ pub(super) type ChunkKey = (u64, Group, u32);
 #[derive(Clone)]
 struct Bytes;
 
-impl Weighter<FrameKey, Arc<[u8]>> for Bytes {
-    fn weight(&self, _: &FrameKey, frame: &Arc<[u8]>) -> u64 {
+impl Weighter<FrameKey, Decoded> for Bytes {
+    fn weight(&self, _: &FrameKey, frame: &Decoded) -> u64 {
         (size_of::<FrameKey>() + frame.len()) as u64
     }
 }
@@ -38,41 +39,35 @@ impl Weighter<ChunkKey, Arc<Chunk>> for Bytes {
     }
 }
 
-static FRAMES: LazyLock<Cache<FrameKey, Arc<[u8]>, Bytes>> =
-    LazyLock::new(|| Cache::with_weighter((FRAME_BYTES / (16 << 10)) as usize, FRAME_BYTES, Bytes));
+static FRAMES: LazyLock<Cache<FrameKey, Decoded, Bytes>> =
+    LazyLock::new(|| Cache::with_weighter((FRAME_BYTES / (48 << 10)) as usize, FRAME_BYTES, Bytes));
 static CHUNKS: LazyLock<Cache<ChunkKey, Arc<Chunk>, Bytes>> =
-    LazyLock::new(|| Cache::with_weighter((CHUNK_BYTES / 3500) as usize, CHUNK_BYTES, Bytes));
+    LazyLock::new(|| Cache::with_weighter((CHUNK_BYTES / 5600) as usize, CHUNK_BYTES, Bytes));
 
-/// The decoded frame, made by `make` unless it is known; `None` where that would be waiting.
-pub(super) fn frame(
-    key: FrameKey,
-    wait: Wait,
-    make: impl FnOnce() -> Result<Arc<[u8]>>,
-) -> Result<Option<Arc<[u8]>>> {
-    get(&FRAMES, &key, wait, make)
+/// The decoded frame, made by `make` unless it is known. Threads that race for it wait for the first.
+pub(super) fn frame(key: FrameKey, make: impl FnOnce() -> Result<Decoded>) -> Result<Decoded> {
+    FRAMES.get_or_insert_with(&key, make)
 }
 
-/// The chunk, as [`frame`].
+/// The decoded frame, if it is known.
+pub(super) fn known_frame(key: FrameKey) -> Option<Decoded> {
+    FRAMES.get(&key)
+}
+
+/// Keeps a decoded frame.
+pub(super) fn keep_frame(key: FrameKey, frame: Decoded) {
+    FRAMES.insert(key, frame);
+}
+
+/// The chunk, made by `make` unless it is known; `None` where that would be waiting.
 pub(super) fn chunk(
     key: ChunkKey,
     wait: Wait,
     make: impl FnOnce() -> Result<Arc<Chunk>>,
 ) -> Result<Option<Arc<Chunk>>> {
-    get(&CHUNKS, &key, wait, make)
-}
-
-fn get<K: Copy + Eq + Hash, V: Clone>(
-    cache: &Cache<K, V, Bytes>,
-    key: &K,
-    wait: Wait,
-    make: impl FnOnce() -> Result<V>,
-) -> Result<Option<V>>
-where
-    Bytes: Weighter<K, V>,
-{
     match wait {
-        Wait::Yes => cache.get_or_insert_with(key, make).map(Some),
-        Wait::No => Ok(cache.get(key)),
+        Wait::Yes => CHUNKS.get_or_insert_with(&key, make).map(Some),
+        Wait::Decode | Wait::No => Ok(CHUNKS.get(&key)),
     }
 }
 

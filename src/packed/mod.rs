@@ -9,6 +9,7 @@
 mod cache;
 mod lazy;
 mod opening;
+mod press;
 mod reader;
 mod verify;
 mod writer;

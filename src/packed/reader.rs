@@ -1,15 +1,19 @@
 //! Reading a packed layer.
 
+use std::cell::RefCell;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::cache;
+use zstd::bulk::Decompressor;
+
+use super::cache::{self, Decoded};
 use super::opening::Opening;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap::Bits;
 use crate::format::header::ParentLink;
 use crate::format::packed::{
-    CHUNK_FRAMES, Chunk, ChunkPlace, Entry, Footer, Map, PackedHeader, frame_hash, has_magic,
+    CHUNK_FRAMES, Chunk, ChunkPlace, Entry, Footer, Frame, Map, PackedHeader, frame_hash, has_magic,
 };
 use crate::storage::{Lock, Storage, Wait, failed, read_blocks, read_exact_at, take_lock};
 use crate::sync::LazyTable;
@@ -21,6 +25,8 @@ struct Loaded {
     map: Map,
     /// Blocks whose checksum held since the open.
     checked: Box<[AtomicU64; GROUP_WORDS as usize]>,
+    /// Frames whose hash held since the open, a bit for each.
+    hashed: Box<[AtomicU64]>,
 }
 
 /// A number that tells open files apart.
@@ -142,7 +148,9 @@ impl Packed {
         let load = || {
             let map = self.read_map(entry)?;
             let checked = Box::new(std::array::from_fn(|_| AtomicU64::new(0)));
-            Ok(Loaded { map, checked })
+            let frames = map.data_blocks.div_ceil(self.header.frame_blocks);
+            let hashed = (0..frames.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+            Ok(Loaded { map, checked, hashed })
         };
         self.loaded.get_or_try_make(place as u64, load).map(Some)
     }
@@ -221,8 +229,8 @@ impl Packed {
             .map_err(|error| error.in_file(self.file.path()))
     }
 
-    /// Reads present bytes, `from` counted from the word's start; false where `wait` is
-    /// [`Wait::No`] and it would take a disk or a decompression.
+    /// Reads present bytes, `from` counted from the word's start; false where `wait` forbids what it
+    /// would take.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] for a block (compressed: a frame) that is not what was packed.
@@ -272,7 +280,7 @@ impl Packed {
                     let stored = part.stored.0 + within;
                     self.read_raw(loaded, &part, word, rank, (at, stored), piece, wait)?
                 }
-                None => self.read_decoded(&loaded.map, &part, within, piece, wait)?,
+                None => self.read_decoded(loaded, &part, within, piece, wait)?,
             };
             if !done {
                 return Ok(false);
@@ -338,15 +346,13 @@ impl Packed {
     /// Reads bytes of a compressed frame.
     fn read_decoded(
         &self,
-        map: &Map,
+        loaded: &Loaded,
         part: &Part,
         within: u64,
         buf: &mut [u8],
         wait: Wait,
     ) -> Result<bool> {
-        let key = (self.root(), map.group, part.frame);
-        let decode = || self.decode(map.group, part);
-        let Some(frame) = cache::frame(key, wait, decode)? else { return Ok(false) };
+        let Some(frame) = self.frame(loaded, part, wait)? else { return Ok(false) };
         let wanted = frame.get(within as usize..).and_then(|rest| rest.get(..buf.len()));
         match wanted {
             Some(bytes) => buf.copy_from_slice(bytes),
@@ -355,19 +361,78 @@ impl Packed {
         Ok(true)
     }
 
+    /// The decoded bytes of a frame; `None` where `wait` forbids what it takes.
+    fn frame(&self, loaded: &Loaded, part: &Part, wait: Wait) -> Result<Option<Decoded>> {
+        let key = (self.root(), loaded.map.group, part.frame);
+        match wait {
+            Wait::Yes => {
+                let decode = || match self.decode_once(loaded, part, wait)? {
+                    Some(frame) => Ok(frame),
+                    None => Err(self.corrupt("no frame".into(), part.stored.0)),
+                };
+                cache::frame(key, decode).map(Some)
+            }
+            Wait::No => Ok(cache::known_frame(key)),
+            Wait::Decode => match cache::known_frame(key) {
+                Some(frame) => Ok(Some(frame)),
+                None => {
+                    let frame = self.decode_once(loaded, part, wait)?;
+                    frame.iter().for_each(|frame| cache::keep_frame(key, frame.clone()));
+                    Ok(frame)
+                }
+            },
+        }
+    }
+
+    /// The decoded bytes of a frame, verified: against its hash the first time, and against the
+    /// checksum of what is stored from then on, which makes the same bytes. `None` where the page
+    /// cache lacks a byte and `wait` is not [`Wait::Yes`].
+    fn decode_once(&self, loaded: &Loaded, part: &Part, wait: Wait) -> Result<Option<Decoded>> {
+        let Some(stored) = self.stored(part, wait)? else { return Ok(None) };
+        let bit = 1 << (part.frame % 64);
+        let hashed = loaded.hashed.get(part.frame as usize / 64);
+        let decoded = if hashed.is_some_and(|word| word.load(Ordering::Relaxed) & bit != 0) {
+            part.expand(&stored)
+        } else {
+            part.decode(&stored)
+        };
+        let frame = decoded.map_err(|what| self.unlike(loaded.map.group, part, &what))?;
+        hashed.map(|word| word.fetch_or(bit, Ordering::Relaxed));
+        Ok(Some(Arc::new(frame)))
+    }
+
     /// The decoded bytes of a frame, verified against its hash.
-    pub(super) fn decode(&self, group: Group, part: &Part) -> Result<Arc<[u8]>> {
+    pub(super) fn decode(&self, group: Group, part: &Part) -> Result<Vec<u8>> {
+        let stored = self.stored(part, Wait::Yes)?.unwrap_or_default();
+        part.decode(&stored).map_err(|what| self.unlike(group, part, &what))
+    }
+
+    fn stored(&self, part: &Part, wait: Wait) -> Result<Option<Vec<u8>>> {
         let (from, to) = part.stored;
         let mut stored = vec![0; (to - from) as usize];
-        read_blocks(&*self.file, from, &mut stored, Wait::Yes)?;
-        part.decode(&stored)
-            .map(Into::into)
-            .map_err(|what| self.corrupt(format!("group {}: {what}", group.0), from))
+        let all = read_blocks(&*self.file, from, &mut stored, wait)?;
+        Ok(all.then_some(stored))
+    }
+
+    fn unlike(&self, group: Group, part: &Part, what: &str) -> Error {
+        self.corrupt(format!("group {}: {what}", group.0), part.stored.0)
     }
 
     pub(super) fn corrupt(&self, detail: String, offset: u64) -> Error {
         Error::new(ErrorKind::Corrupt, detail).at(offset).in_file(self.file.path())
     }
+}
+
+/// Decompresses a frame that takes at most `room` bytes then, with a context that each thread keeps:
+/// to make one costs as much as to decode a frame.
+fn decompress(stored: &[u8], room: usize) -> io::Result<Vec<u8>> {
+    thread_local! {
+        static KEPT: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
+    }
+    KEPT.with_borrow_mut(|kept| match kept {
+        Some(decompressor) => decompressor.decompress(stored, room),
+        None => kept.insert(Decompressor::new()?).decompress(stored, room),
+    })
 }
 
 impl Part {
@@ -399,24 +464,34 @@ impl Part {
 
     /// The decoded bytes, verified against the hash; else what is wrong.
     pub fn decode(&self, stored: &[u8]) -> std::result::Result<Vec<u8>, String> {
-        let number = self.frame;
-        let frame = self.chunk.frames.get(self.place());
-        if frame.map(|frame| frame.checksum) != Some(crc32fast::hash(stored)) {
-            return Err(format!("frame {number} does not have its checksum"));
-        }
-        let decoded = if self.is_raw() {
-            stored.to_vec()
-        } else {
-            // The room is exact, so a frame that would grow beyond it is refused.
-            zstd::bulk::decompress(stored, self.decoded as usize)
-                .map_err(|error| format!("frame {number} can't be decompressed: {error}"))?
-        };
-        if decoded.len() as u64 != self.decoded
-            || frame.map(|frame| frame.hash) != Some(frame_hash(&decoded))
-        {
-            return Err(format!("frame {number} is not what its hash says"));
+        let decoded = self.expand(stored)?;
+        if self.entry().map(|frame| frame.hash) != Some(frame_hash(&decoded)) {
+            return Err(format!("frame {} is not what its hash says", self.frame));
         }
         Ok(decoded)
+    }
+
+    /// The decoded bytes if what is stored has its checksum; else what is wrong.
+    fn expand(&self, stored: &[u8]) -> std::result::Result<Vec<u8>, String> {
+        let number = self.frame;
+        if self.entry().map(|frame| frame.checksum) != Some(crc32fast::hash(stored)) {
+            return Err(format!("frame {number} does not have its checksum"));
+        }
+        if self.is_raw() {
+            return Ok(stored.to_vec());
+        }
+        // The room is exact, so a frame that would grow beyond it is refused.
+        let decoded = decompress(stored, self.decoded as usize)
+            .map_err(|error| format!("frame {number} can't be decompressed: {error}"))?;
+        if decoded.len() as u64 != self.decoded {
+            let found = decoded.len();
+            return Err(format!("frame {number} has {found} bytes, expected {}", self.decoded));
+        }
+        Ok(decoded)
+    }
+
+    fn entry(&self) -> Option<&Frame> {
+        self.chunk.frames.get(self.place())
     }
 
     fn place(&self) -> usize {

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::{Compression, Damage, Packed, Summary, Watch, Writer};
 use crate::error::{ErrorKind, Result};
 use crate::format::header::ParentLink;
-use crate::format::packed::{FOOTER_SIZE, HEADER_SIZE};
+use crate::format::packed::{CHUNK_FRAMES, FOOTER_SIZE, FRAME_BLOCKS, HEADER_SIZE};
 use crate::storage::{Folder, MemoryFolder, Storage, Wait, write_all_at};
 use crate::types::{BLOCK_SIZE, Block, GROUP_BLOCKS, Identity, Root};
 
@@ -175,7 +175,8 @@ fn every_flipped_bit_is_found_everywhere() {
 /// Text in more frames than one chunk holds.
 fn two_chunks() -> Content {
     let text = |block: u64| Box::new([block as u8 | 1; BLOCK_SIZE as usize]);
-    (0..270).map(|block| (block, Some(text(block)))).collect()
+    let blocks = u64::from(CHUNK_FRAMES * FRAME_BLOCKS);
+    (0..blocks + 14).map(|block| (block, Some(text(block)))).collect()
 }
 
 #[test]
@@ -205,13 +206,15 @@ fn a_damaged_block_fails_alone_and_a_damaged_frame_alone() {
     assert_eq!(guest, [Some((BLOCK_SIZE, BLOCK_SIZE))]);
 
     // Other content than any other test's: decoded frames are shared by what they hold.
-    let content: Content =
-        (0..8).map(|block| (block, Some(Box::new([0x40 + block as u8; 4096])))).collect();
+    let in_frame = u64::from(FRAME_BLOCKS);
+    let content: Content = (0..2 * in_frame)
+        .map(|block| (block, Some(Box::new([0x40 + block as u8; 4096]))))
+        .collect();
     let (_, mut bytes) = pack(&content, Compression::Zstd(3));
     bytes[HEADER_SIZE as usize + 6] ^= 1;
     let layer = open(&bytes).unwrap();
-    for block in 0..8 {
-        assert_eq!(read(&layer, block).is_err(), block < 4, "block {block}");
+    for block in 0..2 * in_frame {
+        assert_eq!(read(&layer, block).is_err(), block < in_frame, "block {block}");
     }
 }
 

@@ -148,7 +148,7 @@ impl Packed {
         let part = self.frame_part(map, chunk.clone(), number, place);
         let Some(part) = tell(watch, guest, part)? else { return Ok(()) };
         let (bytes, unlike) = match self.decode(map.group, &part) {
-            Ok(decoded) => (decoded.to_vec(), None),
+            Ok(decoded) => (decoded, None),
             // Blocks that are stored as they are can be told apart by their checksums.
             Err(error) if error.kind() == ErrorKind::Corrupt && part.is_raw() => {
                 let mut stored = vec![0; part.decoded as usize];

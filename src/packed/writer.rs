@@ -2,15 +2,14 @@
 
 use std::io::{self, Write};
 
-use zstd::bulk::Compressor;
-
+use super::press::{BATCH, Press};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap::Bits;
 use crate::format::geometry::{block_count, is_virtual_size};
 use crate::format::header::ParentLink;
 use crate::format::packed::{
     CHUNK_FRAMES, Chunk, Entry, FOOTER_SIZE, FRAME_BLOCKS, Footer, Frame, HEADER_SIZE, Map,
-    PackedHeader, encode_directory, frame_hash,
+    PackedHeader, encode_directory,
 };
 use crate::types::{BLOCK_SIZE, Block, GROUP_WORDS, Group, Root};
 
@@ -45,19 +44,22 @@ struct Open {
     data: Box<Bits>,
     frames: Vec<Frame>,
     checksums: Vec<u32>,
-    /// Blocks of the frame that is not full yet.
+    /// Blocks of the batch that is not full yet.
     pending: Vec<u8>,
 }
 
 /// Writes a packed layer to a file or a pipe. Blocks come in ascending order; what is not pushed is
 /// absent. Without [`Writer::finish`] the output is no layer.
 ///
-/// Its memory is bounded by one group, and 56 bytes for each group that has been written.
+/// Frames are made on all processors, and the output is the same however many there are. Memory is
+/// bounded by one group's tables, 2 MiB for each processor, and 56 bytes for each group that has been
+/// written.
 pub struct Writer<W> {
     out: W,
     at: u64,
     header: PackedHeader,
-    compressor: Option<Compressor<'static>>,
+    compression: Compression,
+    press: Press,
     open: Option<Open>,
     /// Blocks below this one have been passed.
     next: u64,
@@ -89,18 +91,13 @@ impl<W: Write> Writer<W> {
                 format!("a layer of {virtual_size} bytes that shows {visible_parent_size}"),
             ));
         }
-        let compressor = match compression {
-            Compression::None => None,
-            Compression::Zstd(level) if zstd::compression_level_range().contains(&level) => {
-                let compressor = Compressor::new(level);
-                Some(compressor.map_err(|error| Error::io(error, "starting zstd"))?)
-            }
-            Compression::Zstd(level) => {
-                let detail =
-                    format!("zstd level {level}, expected {:?}", zstd::compression_level_range());
-                return Err(Error::new(ErrorKind::InvalidInput, detail));
-            }
-        };
+        let levels = zstd::compression_level_range();
+        if let Compression::Zstd(level) = compression
+            && !levels.contains(&level)
+        {
+            let detail = format!("zstd level {level}, expected {levels:?}");
+            return Err(Error::new(ErrorKind::InvalidInput, detail));
+        }
         let header = PackedHeader {
             virtual_size,
             visible_parent_size,
@@ -114,7 +111,8 @@ impl<W: Write> Writer<W> {
             out,
             at: HEADER_SIZE,
             header,
-            compressor,
+            compression,
+            press: Press::new(compression),
             open: None,
             next: 0,
             entries: Vec::new(),
@@ -137,10 +135,9 @@ impl<W: Write> Writer<W> {
         }
         let open = self.enter(block)?;
         set(&mut open.data, block);
-        open.checksums.push(crc32fast::hash(&bytes));
         open.pending.extend_from_slice(&bytes);
-        if open.pending.len() as u64 == u64::from(FRAME_BLOCKS) * BLOCK_SIZE {
-            self.frame()?;
+        if open.pending.len() == BATCH {
+            self.send()?;
         }
         Ok(())
     }
@@ -163,7 +160,7 @@ impl<W: Write> Writer<W> {
         if self.open.as_ref().is_some_and(|open| open.group != group) {
             self.close_group()?;
         }
-        if self.open.is_none() && self.compressor.is_none() {
+        if self.open.is_none() && self.compression == Compression::None {
             let gap = self.at.next_multiple_of(BLOCK_SIZE) - self.at;
             self.write(&vec![0; gap as usize])?;
         }
@@ -187,37 +184,36 @@ impl<W: Write> Writer<W> {
         Ok(())
     }
 
-    /// Stores the pending blocks as a frame, if there are any.
-    fn frame(&mut self) -> Result<()> {
+    /// Hands the pending blocks over, to become frames.
+    fn send(&mut self) -> Result<()> {
         let Some(open) = self.open.as_mut().filter(|open| !open.pending.is_empty()) else {
             return Ok(());
         };
-        let decoded = std::mem::take(&mut open.pending);
-        let smaller = match &mut self.compressor {
-            Some(compressor) => compressor
-                .compress(&decoded)
-                .map_err(|error| Error::io(error, "compressing a frame"))
-                .map(|bytes| Some(bytes).filter(|bytes| bytes.len() < decoded.len()))?,
-            None => None,
-        };
-        let stored = smaller.as_ref().unwrap_or(&decoded);
-        let end = (self.at - open.frames_offset) as u32 + stored.len() as u32;
-        open.frames.push(Frame {
-            hash: frame_hash(&decoded),
-            end,
-            checksum: crc32fast::hash(stored),
-        });
-        self.write(stored)?;
-        if let Some(open) = &mut self.open {
-            open.pending = decoded;
-            open.pending.clear();
+        let blocks = std::mem::take(&mut open.pending);
+        if self.press.is_full() {
+            self.store()?;
         }
-        Ok(())
+        self.press.send(blocks)
+    }
+
+    /// Writes the next frames that are ready; false if there are none left.
+    fn store(&mut self) -> Result<bool> {
+        let (Some(batch), Some(open)) = (self.press.take()?, &mut self.open) else {
+            return Ok(false);
+        };
+        let begin = (self.at - open.frames_offset) as u32;
+        open.frames.extend(
+            batch.frames.into_iter().map(|frame| Frame { end: begin + frame.end, ..frame }),
+        );
+        open.checksums.extend(batch.checksums);
+        self.write(&batch.stored)?;
+        Ok(true)
     }
 
     /// Writes the chunks and the map of the group that is open.
     fn close_group(&mut self) -> Result<()> {
-        self.frame()?;
+        self.send()?;
+        while self.store()? {}
         let Some(open) = self.open.take() else { return Ok(()) };
         let chunks_offset = self.at;
         let blocks = (CHUNK_FRAMES * FRAME_BLOCKS) as usize;

@@ -6,6 +6,7 @@
 
 mod file;
 mod memory;
+mod writeback;
 
 use std::fmt::Debug;
 use std::io;
@@ -17,6 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 pub use file::{FileFolder, holders, opened};
 pub use memory::MemoryFolder;
+pub use writeback::Writeback;
 
 /// A lock that one open file holds against all others, in this process and elsewhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,15 +159,17 @@ pub fn sync_folder(folder: &dyn Folder) -> Result<()> {
 pub enum Wait {
     /// Do all that it takes.
     Yes,
-    /// Answer `false` instead.
+    /// Answer `false` instead, but take the time to decompress.
+    Decode,
+    /// Answer `false` instead, also where decompressing would take long.
     No,
 }
 
-/// Fills `buf`; false where `wait` is [`Wait::No`] and the page cache lacks a byte.
+/// Fills `buf`; false unless `wait` is [`Wait::Yes`] where the page cache lacks a byte.
 pub fn read_blocks(file: &dyn Storage, offset: u64, buf: &mut [u8], wait: Wait) -> Result<bool> {
     let result = match wait {
         Wait::Yes => read_exact_at(file, buf, offset).map(|()| true),
-        Wait::No => read_exact_cached_at(file, buf, offset),
+        Wait::Decode | Wait::No => read_exact_cached_at(file, buf, offset),
     };
     result.map_err(failed(file, "reading blocks", offset))
 }

@@ -15,8 +15,8 @@ use crate::storage::{Access, Lock, Storage};
 use crate::types::Identity;
 
 const BUFFER: usize = 1 << 20;
-/// zstd's own default.
-const LEVEL: i32 = 3;
+/// As `thinply pack` has it; no slower than level 3 at the size of a frame, and smaller.
+const LEVEL: i32 = 4;
 
 /// A layer of the live layout that is being filled. While it lives its file is locked, which keeps
 /// [`Store::collect`] from it; dropping it removes it.

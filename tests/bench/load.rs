@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use thinply::chain::Chain;
-use thinply::device::{Detail, Device, Extent, ZeroMode, push_extent};
+use thinply::device::{Detail, Device, Effort, Extent, ZeroMode, push_extent};
 use thinply::nbd::server::{Export, ExportTable, Listener, Server, ServerConfig};
 use thinply::storage::{Access, FileFolder, Folder};
 
@@ -344,7 +344,7 @@ impl Device for Raw {
         host(self.file.read_exact_at(buf, offset))
     }
 
-    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Answer<bool> {
+    fn try_read(&self, offset: u64, buf: &mut [u8], _: Effort) -> Answer<bool> {
         self.read(offset, buf).map(|()| true)
     }
 
@@ -402,7 +402,7 @@ impl Device for Null {
         Ok(())
     }
 
-    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Answer<bool> {
+    fn try_read(&self, offset: u64, buf: &mut [u8], _: Effort) -> Answer<bool> {
         self.read(offset, buf).map(|()| true)
     }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
-use thinply::device::{Detail, Device, Extent, ZeroMode, check_range, push_extent};
+use thinply::device::{Detail, Device, Effort, Extent, ZeroMode, check_range, push_extent};
 use thinply::error::{Error, ErrorKind, Result};
 
 const BLOCK: u64 = 4096;
@@ -179,7 +179,7 @@ impl Device for TestDevice {
         Ok(())
     }
 
-    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
+    fn try_read(&self, offset: u64, buf: &mut [u8], _: Effort) -> Result<bool> {
         check_range(self.size, offset, buf.len() as u64)?;
         self.enter(Op::TryRead)?;
         if self.cold {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use fastrand::Rng;
-use thinply::device::{Detail, Device, Extent, ZeroMode, push_extent};
+use thinply::device::{Detail, Device, Effort, Extent, ZeroMode, push_extent};
 use thinply::error::Result;
 
 const SECTOR: usize = 512;
@@ -92,7 +92,7 @@ impl Device for Disk {
         Ok(())
     }
 
-    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
+    fn try_read(&self, offset: u64, buf: &mut [u8], _: Effort) -> Result<bool> {
         self.read(offset, buf).map(|()| true)
     }
 

@@ -1,5 +1,6 @@
 //! `thinply export`
 
+use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
@@ -12,12 +13,13 @@ use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use thinply::chain::{Chain, Kind};
 use thinply::device::Device;
 use thinply::error::{Error, ErrorKind, Result};
-use thinply::storage::{Access, Storage, opened};
+use thinply::storage::{Access, Storage, Writeback, opened};
 
 use crate::args::LayersArg;
+use crate::crew::{Turns, spread};
 use crate::draft::{Draft, Replace};
 use crate::paths::{Place, same_file, vacant};
-use crate::pump::{BUFFER, Feeder, Piece, block_runs, is_zero, pump};
+use crate::pump::{BUFFER, block_runs, is_zero};
 use crate::{Answer, Outcome, progress};
 
 const AFTER_HELP: &str = "\
@@ -103,24 +105,31 @@ impl Export {
     }
 
     fn target(&self, file: io::Result<File>, form: Form) -> Result<Target> {
-        let file =
-            file.map_err(|error| Error::io(error, "opening the target").in_file(&self.dst))?;
-        Ok(Target { path: self.dst.clone(), file, form })
+        let failed = |error| Error::io(error, "opening the target").in_file(&self.dst);
+        let file = file.map_err(failed)?;
+        let again = (form == Form::Sparse).then(|| file.try_clone()).transpose().map_err(failed)?;
+        let storage = again.map(|file| opened(self.dst.clone(), file));
+        let storage = storage.transpose().map_err(failed)?;
+        let path = self.dst.clone();
+        Ok(Target { path, file, form, storage, writeback: Writeback::default() })
     }
 
     fn copy(&self, chain: &Chain, target: Target) -> Result<()> {
         let bar = progress::bar(Some(chain.size()));
-        let shared = target.shared().map_err(|error| target.failed(error, 0))?;
-        let written = pump(
-            |feeder| read(chain, feeder, shared.as_deref()),
-            |piece| {
-                let end = target.put(piece)?;
-                bar.set_position(end);
+        let turns = Turns::default();
+        let copied = spread(
+            &turns,
+            |give| list(chain, target.storage.as_deref(), give),
+            |number, piece| {
+                // A stream takes everything in order.
+                let turn = (target.form == Form::Stream).then_some((&turns, number));
+                target.put(chain, piece, turn)?;
+                bar.inc(piece.length());
                 Ok(())
             },
         );
         bar.finish_and_clear();
-        written?;
+        copied?;
         match target.form {
             Form::Device => target.file.sync_data().map_err(|error| target.failed(error, 0)),
             Form::Sparse | Form::Stream => Ok(()),
@@ -132,15 +141,35 @@ fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).open(path)
 }
 
-/// Reads the whole disk, without what is known to be zeros and what `shared` can have without
-/// copying.
-fn read(chain: &Chain, feeder: &Feeder, shared: Option<&dyn Storage>) -> Result<()> {
+/// A part of a disk, as offset and length.
+#[derive(Clone, Copy, Debug)]
+enum Piece {
+    /// At most [`BUFFER`] bytes to read.
+    Data(u64, u64),
+    /// Known to be zeros.
+    Zeros(u64, u64),
+}
+
+impl Piece {
+    fn length(self) -> u64 {
+        match self {
+            Self::Data(_, length) | Self::Zeros(_, length) => length,
+        }
+    }
+}
+
+/// Lists the whole disk in order, without what `shared` can have without copying.
+fn list(
+    chain: &Chain,
+    shared: Option<&dyn Storage>,
+    give: &mut dyn FnMut(Piece) -> bool,
+) -> Result<()> {
     let mut open = true;
     let mut shares = shared.is_some();
     chain.walk(&mut |extent| {
         let end = extent.offset + extent.length;
         if open && extent.kind != Kind::Data {
-            open = feeder.send(Piece::Zeros(extent.offset, extent.length));
+            open = give(Piece::Zeros(extent.offset, extent.length));
         }
         if !open || extent.kind != Kind::Data {
             return Ok(());
@@ -159,14 +188,9 @@ fn read(chain: &Chain, feeder: &Feeder, shared: Option<&dyn Storage>) -> Result<
             })?;
         }
         while open && at < end {
-            let Some(mut buffer) = feeder.buffer((end - at).min(BUFFER as u64) as usize) else {
-                open = false;
-                break;
-            };
-            chain.read(at, &mut buffer)?;
-            let next = at + buffer.len() as u64;
-            open = feeder.send(Piece::Data(at, buffer));
-            at = next;
+            let length = (end - at).min(BUFFER as u64);
+            open = give(Piece::Data(at, length));
+            at += length;
         }
         Ok(())
     })
@@ -187,17 +211,14 @@ struct Target {
     path: PathBuf,
     file: File,
     form: Form,
+    /// The file once more, where it may share space with the layers.
+    storage: Option<Arc<dyn Storage>>,
+    writeback: Writeback,
 }
 
 impl Target {
     fn failed(&self, error: io::Error, offset: u64) -> Error {
         Error::io(error, "writing the target").at(offset).in_file(&self.path)
-    }
-
-    /// The target as a file that may share space with the layers.
-    fn shared(&self) -> io::Result<Option<Arc<dyn Storage>>> {
-        let file = (self.form == Form::Sparse).then(|| self.file.try_clone()).transpose()?;
-        file.map(|file| opened(self.path.clone(), file)).transpose()
     }
 
     fn check_size(&self, size: u64) -> Result<()> {
@@ -209,23 +230,41 @@ impl Target {
         Ok(())
     }
 
-    /// Writes a piece; answers where it ends.
-    fn put(&self, piece: &Piece) -> Result<u64> {
-        let (at, end) = match piece {
-            Piece::Data(offset, data) => (*offset, offset + data.len() as u64),
-            Piece::Zeros(offset, length) => (*offset, offset + length),
-        };
+    /// Copies a piece; what goes to a stream waits for its turn.
+    fn put(&self, chain: &Chain, piece: Piece, turn: Option<(&Turns, u64)>) -> Result<()> {
+        thread_local! {
+            static BYTES: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+        }
+        BYTES.with_borrow_mut(|bytes| {
+            if let Piece::Data(offset, length) = piece {
+                bytes.resize(length as usize, 0);
+                chain.read(offset, bytes)?;
+            }
+            match turn {
+                Some((turns, number)) => turns.take(number, || self.write(piece, bytes)),
+                None => self.write(piece, bytes),
+            }
+        })
+    }
+
+    /// Writes a piece, of which `bytes` is the data.
+    fn write(&self, piece: Piece, bytes: &[u8]) -> Result<()> {
+        let (Piece::Data(offset, _) | Piece::Zeros(offset, _)) = piece;
         let written = match (piece, self.form) {
-            (Piece::Data(offset, data), Form::Sparse) => self.put_sparse(*offset, data),
-            (Piece::Data(offset, data), Form::Device) => self.file.write_all_at(data, *offset),
-            (Piece::Data(_, data), Form::Stream) => (&self.file).write_all(data),
+            (Piece::Data(..), Form::Sparse) => self.put_sparse(offset, bytes),
+            (Piece::Data(..), Form::Device) => self.file.write_all_at(bytes, offset),
+            (Piece::Data(..), Form::Stream) => (&self.file).write_all(bytes),
             (Piece::Zeros(..), Form::Sparse) => Ok(()),
-            (Piece::Zeros(offset, length), Form::Device) => self.zero_device(*offset, *length),
+            (Piece::Zeros(_, length), Form::Device) => self.zero_device(offset, length),
             (Piece::Zeros(_, length), Form::Stream) => {
-                zeros(*length, |part| (&self.file).write_all(part))
+                zeros(length, |part| (&self.file).write_all(part))
             }
         };
-        written.map_err(|error| self.failed(error, at)).map(|()| end)
+        written.map_err(|error| self.failed(error, offset))?;
+        if let Some(storage) = &self.storage {
+            self.writeback.count(storage, piece.length());
+        }
+        Ok(())
     }
 
     /// Leaves out blocks of zeros.

@@ -8,6 +8,7 @@ mod completions;
 mod container;
 mod control;
 mod create;
+mod crew;
 mod demo;
 mod derive;
 mod diff;

@@ -17,7 +17,8 @@ use crate::output::Output;
 use crate::paths::Place;
 use crate::{Answer, Outcome, progress};
 
-const DEFAULT_LEVEL: i32 = 3;
+/// At the size of a frame no slower than level 3, and smaller.
+const DEFAULT_LEVEL: i32 = 4;
 /// Bytes that are written at a time.
 pub const BUFFER: usize = 1 << 20;
 
@@ -52,7 +53,7 @@ pub struct Pack {
 /// How a packed layer stores its blocks.
 #[derive(Args, Debug)]
 pub struct PackingArgs {
-    /// Compress by zstd at level N [default: 3]
+    /// Compress by zstd at level N [default: 4]
     #[arg(long, value_name = "N", conflicts_with = "uncompressed")]
     zstd: Option<i32>,
     /// Store blocks as they are, so that runs of them are read with one call

@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use thinply::chain::Chain;
-use thinply::device::{Detail, Device, Extent, ZeroMode};
+use thinply::device::{Detail, Device, Effort, Extent, ZeroMode};
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::nbd::server::{Export, Exports, Log};
 use thinply::storage::Access;
@@ -223,8 +223,8 @@ impl Device for OpenDisk {
         self.chain.read(offset, buf)
     }
 
-    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
-        self.chain.try_read(offset, buf)
+    fn try_read(&self, offset: u64, buf: &mut [u8], effort: Effort) -> Result<bool> {
+        self.chain.try_read(offset, buf, effort)
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<()> {

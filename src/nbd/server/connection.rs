@@ -21,7 +21,7 @@ use super::export::Export;
 use super::handshake;
 use super::link::{Gone, Link, Want, failure};
 use super::work::{Job, Read, Wait, device_failure};
-use crate::device::Extent;
+use crate::device::{Effort, Extent};
 use crate::nbd::proto::{self, Command, Errno, Refusal, Request, Terms};
 
 /// Replies are sent once this much has come together, even if more requests wait.
@@ -29,6 +29,8 @@ const SEND_AT: usize = 256 << 10;
 /// Payloads up to this length pass through the receive buffer; longer ones go straight into their
 /// own.
 const SMALL_PAYLOAD: usize = 32 << 10;
+/// Reads up to this length may be decompressed on the thread of the connection.
+const SMALL_READ: usize = 64 << 10;
 /// First size of a payload buffer, which doubles as bytes arrive.
 const FIRST_PAYLOAD: usize = 256 << 10;
 /// A longer payload buffer is given back after use.
@@ -174,7 +176,11 @@ impl Connection<'_> {
             self.send()?;
         }
         let (device, link) = (&**self.export.device(), self.link);
-        let done = read.reply(device, Wait::Never, &mut self.replies, &mut self.extents, |error| {
+        // Nobody waits for this thread then, and to hand the read on would cost as much.
+        let alone = !self.busy && self.received.bytes().is_empty();
+        let small = length <= SMALL_READ;
+        let wait = Wait::Never(if alone && small { Effort::Decode } else { Effort::Copy });
+        let done = read.reply(device, wait, &mut self.replies, &mut self.extents, |error| {
             link.log(&format!("read failed: {error}"));
         });
         if done {

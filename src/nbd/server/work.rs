@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::buffer::Replies;
 use super::export::Export;
 use super::link::Ticket;
-use crate::device::{Detail, Device, Extent, ZeroMode};
+use crate::device::{Detail, Device, Effort, Extent, ZeroMode};
 use crate::error::{Error, ErrorKind};
 use crate::nbd::proto::{self, Command, Errno};
 use crate::sync::guard;
@@ -42,10 +42,10 @@ pub(super) fn out_of_range(command: Command) -> Errno {
     }
 }
 
-/// Whether a call may wait for a disk.
+/// Whether a call may wait for a disk, and what it may spend if not.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wait {
-    Never,
+    Never(Effort),
     Allowed,
 }
 
@@ -156,7 +156,7 @@ impl Read {
         head.copy_from_slice(header);
         let done = match wait {
             _ if length == 0 => Ok(true),
-            Wait::Never => device.try_read(offset, data),
+            Wait::Never(effort) => device.try_read(offset, data, effort),
             Wait::Allowed => device.read(offset, data).map(|()| true),
         };
         let done = done.map_err(|error| (error, offset))?;

@@ -31,7 +31,7 @@ const OPENING: u64 = 0;
 /// A packed layer read from a [`ByteSource`] through a cache.
 ///
 /// Opening fetches header, footer and directory; a read fetches the map of its group, the chunks
-/// that describe its frames (16 KiB of data each) and those frames, unless the cache has them. All of
+/// that describe its frames (48 KiB of data each) and those frames, unless the cache has them. All of
 /// them are verified up to the root.
 #[derive(Debug)]
 pub struct LazyPacked<S> {
@@ -192,7 +192,7 @@ impl<S: ByteSource> LazyPacked<S> {
     }
 
     /// The decoded bytes of a frame.
-    fn frame(&self, first_part: u64, map: &Map, frame: u32) -> Result<Arc<[u8]>> {
+    fn frame(&self, first_part: u64, map: &Map, frame: u32) -> Result<shared::Decoded> {
         let load = || {
             let (number, place) = (frame / CHUNK_FRAMES, (frame % CHUNK_FRAMES) as usize);
             let chunk = self.chunk(first_part, map, number)?;
@@ -208,13 +208,12 @@ impl<S: ByteSource> LazyPacked<S> {
             let (from, to) = part.stored;
             self.part(first_part + u64::from(frame), from, to - from, |bytes| {
                 part.decode(bytes)
-                    .map(Into::into)
+                    .map(Arc::new)
                     .map_err(|what| self.corrupt(format!("group {}: {what}", map.group.0), from))
             })
         };
         let key = (self.root(), map.group, frame);
-        shared::frame(key, Wait::Yes, load)?
-            .ok_or_else(|| self.corrupt("no frame".into(), map.frames_offset))
+        shared::frame(key, load)
     }
 
     /// A part of the layer, from the cache if that has it, else from the source and then into the

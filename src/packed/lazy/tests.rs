@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use super::{ByteSource, FileSource, LazyPacked};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::packed::FRAME_BLOCKS;
 use crate::packed::{Compression, Writer};
 use crate::storage::{Folder, MemoryFolder, Storage, read_exact_at, write_all_at};
 use crate::types::{BLOCK_SIZE, Block, GROUP_BLOCKS, Root};
@@ -65,9 +66,9 @@ fn block(seed: u64) -> [u8; BLOCK] {
     })
 }
 
-/// Blocks with data: enough for three chunks in the first group, and a few in another.
+/// Blocks with data: enough for two chunks in the first group, and a few in another.
 fn blocks() -> impl Iterator<Item = u64> {
-    (0..600).map(|n| n * 2).chain([3 * GROUP_BLOCKS + 5, 3 * GROUP_BLOCKS + 6])
+    (0..800).map(|n| n * 2).chain([3 * GROUP_BLOCKS + 5, 3 * GROUP_BLOCKS + 6])
 }
 
 /// `salt` makes another layer of the same shape; a frame known to the process is not fetched.
@@ -148,16 +149,17 @@ fn a_read_fetches_no_more_than_it_needs() {
     let layer = LazyPacked::open(far.clone(), root, cache()).unwrap();
     let opening = far.take_sent();
     assert_eq!(opening, 4096 + 128 + 2 * 56);
-    // A map of 19 occupied words with three chunks, one chunk of 64 frames, one frame.
+    // A map of 25 occupied words with two chunks, one chunk of 64 frames, one frame.
     read(&layer, 8).unwrap();
-    let map = 96 + 19 * 16 + 3 * 32 + 4;
-    let chunk = 64 * (40 + 4 * 4) + 4;
+    let map = 96 + 25 * 16 + 2 * 32 + 4;
+    let frame = u64::from(FRAME_BLOCKS);
+    let chunk = 64 * (40 + 4 * frame) + 4;
     let first = far.take_sent();
-    assert!((map + chunk + 1..=map + chunk + 4 * 4096).contains(&first), "{first}");
+    assert!((map + chunk + 1..=map + chunk + frame * BLOCK_SIZE).contains(&first), "{first}");
     read(&layer, 10).unwrap();
     assert_eq!(far.take_sent(), 0, "the same frame");
-    read(&layer, 16).unwrap();
-    assert!((1..=4 * 4096).contains(&far.take_sent()), "another frame of the chunk");
+    read(&layer, 2 * frame).unwrap();
+    assert!((1..=frame * BLOCK_SIZE).contains(&far.take_sent()), "another frame of the chunk");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
-use crate::storage::Storage;
+use super::Storage;
 use crate::sync::{Mutex, guard};
 
 /// Writeback starts after this many bytes.
@@ -14,7 +14,7 @@ const EVERY: u64 = 32 << 20;
 
 /// Starts writeback of one file now and then.
 #[derive(Debug, Default)]
-pub(super) struct Writeback {
+pub struct Writeback {
     /// Bytes written since it was last started.
     unwritten: AtomicU64,
     thread: Mutex<Option<JoinHandle<()>>>,
