@@ -6,7 +6,10 @@ import subprocess
 import sys
 import unittest
 
-from support import BLOCK, GiB, KiB, MiB, Case, Server, TiB, extents, nbd, need, pattern, run, used
+from support import (
+    BLOCK, PATIENCE, THINPLY, Case, GiB, KiB, MiB, Server, TiB, die_with_parent, extents, nbd, need,
+    pattern, run, used,
+)
 
 
 def setUpModule():
@@ -255,6 +258,29 @@ class Commands(Case):
             handle.pwrite(data, 12345)
             self.put(12345, data)
             self.check("over TCP", handle)
+
+    def test_socket_activation(self):
+        file = self.create("activated.tply", MiB)
+        handle = nbd.NBD()
+        handle.connect_systemd_socket_activation([THINPLY, "serve", str(file)])
+        handle.pwrite(pattern(5000, "activated"), 3)
+        self.assert_bytes(handle.pread(5000, 3), pattern(5000, "activated"))
+        handle.shutdown()
+        # So libnbd ends the server with SIGTERM, and waits for it.
+        del handle
+        with Server(file) as server:
+            self.assert_bytes(server.connect().pread(5000, 3), pattern(5000, "activated"))
+
+    def test_the_uri_of_a_relative_socket_works_from_anywhere(self):
+        file = self.create("relative.tply", MiB)
+        command = [THINPLY, "serve", file.name, "--socket", "s", "--once"]
+        with subprocess.Popen(command, cwd=self.folder, stdout=subprocess.PIPE, text=True,
+                              preexec_fn=die_with_parent) as server:
+            handle = nbd.NBD()
+            handle.connect_uri(server.stdout.readline().strip())
+            self.assertEqual(handle.get_size(), MiB)
+            handle.shutdown()
+            self.assertEqual(server.wait(PATIENCE), 0)
 
     def test_nbdsh(self):
         """The shell itself, as people use it."""

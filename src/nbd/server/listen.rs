@@ -110,16 +110,17 @@ impl Listener {
         Ok(this)
     }
 
-    /// The NBD URI of `export` on this socket, percent-encoded. A socket bound to all addresses
-    /// shows as `localhost`.
+    /// The NBD URI of `export` on this socket, percent-encoded, to be used from any folder. A socket
+    /// bound to all addresses shows as `localhost`.
     pub fn uri(&self, export: &str) -> String {
         let name = encode(export.as_bytes());
         match &self.socket {
             Socket::Unix(listener) => {
                 let address = listener.local_addr().ok();
                 let path = address.as_ref().and_then(|address| address.as_pathname());
-                let path = path.unwrap_or(Path::new("")).as_os_str().as_bytes();
-                format!("nbd+unix:///{name}?socket={}", encode(path))
+                let path = path.unwrap_or(Path::new(""));
+                let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+                format!("nbd+unix:///{name}?socket={}", encode(path.as_os_str().as_bytes()))
             }
             Socket::Tcp(listener) => {
                 let place = listener.local_addr().map_or_else(|_| String::new(), host_and_port);
