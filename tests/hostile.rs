@@ -155,7 +155,11 @@ const STORE: &[(&str, &[&str])] = &[
     ),
     (
         "two processes at once",
-        &["cli/store.rs commits_and_snapshots_of_a_served_container_at_once_lose_nothing"],
+        &[
+            "cli/races.rs two_processes_at_each_pair_of_verbs",
+            "cli/races.rs two_processes_at_each_pair_of_verbs_on_a_served_container",
+            "cli/store.rs commits_and_snapshots_of_a_served_container_at_once_lose_nothing",
+        ],
     ),
     (
         "a name taken meanwhile",

@@ -9,6 +9,7 @@ mod help;
 mod kill;
 mod layers;
 mod packed;
+mod races;
 mod repair;
 mod show;
 mod store;

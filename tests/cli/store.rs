@@ -66,7 +66,7 @@ impl Drop for Served {
 #[path = "../../tools/src/demo/client.rs"]
 #[allow(dead_code)]
 mod client;
-use client::Client;
+pub use client::Client;
 
 #[test]
 fn odd_names_are_refused_and_make_nothing() {

@@ -63,6 +63,12 @@ pub fn start(command: &mut Command) -> Child {
     command.spawn().unwrap()
 }
 
+/// Does something while no child is being started, so that none has this process's open files.
+pub fn alone<T>(act: impl FnOnce() -> T) -> T {
+    let _guard = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    act()
+}
+
 /// Runs a child to its end.
 pub fn output(command: &mut Command) -> Output {
     start(command).wait_with_output().unwrap()
@@ -144,6 +150,11 @@ impl Run {
 impl Folder {
     pub fn new() -> Self {
         Self { dir: tempfile::tempdir().unwrap() }
+    }
+
+    /// One on a file system in memory, if there is one.
+    pub fn in_memory() -> Self {
+        tempfile::tempdir_in("/dev/shm").map_or_else(|_| Self::new(), |dir| Self { dir })
     }
 
     pub fn path(&self) -> &Path {
