@@ -144,14 +144,22 @@ const RUNNING: &[(&str, &[&str])] = &[
     ),
     (
         "no file descriptors left",
-        &["nbd_limits.rs without_descriptors_the_server_neither_dies_nor_spins"],
+        &[
+            "nbd_limits.rs without_descriptors_the_server_neither_dies_nor_spins",
+            "cli/store_limits.rs without_descriptors_clients_that_are_there_go_on",
+            "cli/store_limits.rs serving_raises_its_own_limit_of_descriptors",
+        ],
     ),
 ];
 
 const STORE: &[(&str, &[&str])] = &[
     (
         "kill between any two steps of create, commit, remove and collect",
-        &["store_crash.rs a_kill_or_a_power_loss_between_any_two_steps_leaves_a_store_that_works"],
+        &[
+            "store_crash.rs a_kill_or_a_power_loss_between_any_two_steps_leaves_a_store_that_works",
+            "cli/store_kill.rs an_image_comes_whole_or_not_at_all",
+            "cli/store_kill.rs an_archive_comes_whole_or_not_at_all",
+        ],
     ),
     (
         "two processes at once",
@@ -175,7 +183,10 @@ const STORE: &[(&str, &[&str])] = &[
     ),
     (
         "a full disk, on which removal must still work",
-        &["cli/store.rs removal_works_on_a_full_disk"],
+        &[
+            "cli/store_limits.rs removal_works_on_a_full_disk",
+            "cli/store_limits.rs removal_works_on_a_full_ext4",
+        ],
     ),
     (
         "odd names (../x, empty, 300 bytes, Unicode)",

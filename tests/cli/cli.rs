@@ -13,5 +13,7 @@ mod races;
 mod repair;
 mod show;
 mod store;
+mod store_kill;
+mod store_limits;
 mod support;
 mod walk;

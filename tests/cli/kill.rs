@@ -23,21 +23,26 @@ const CALLS: [&str; 11] = [
     "unlink",
 ];
 
-fn have_strace() -> bool {
+pub fn have_strace() -> bool {
     let probe = ["-qq", "-o", "/dev/null", "-e", "inject=fsync:signal=KILL:when=1", "--", "true"];
     Command::new("strace").args(probe).output().is_ok_and(|output| output.status.success())
 }
 
 /// Runs a command once for each of its calls, and kills it as it begins that call. `judge` looks at
-/// what each of these runs leaves.
-fn kill_at_every_call(folder: &Folder, args: &[&str], mut judge: impl FnMut(&str)) -> u32 {
+/// what each of these runs leaves. `follow` is strace's option for other threads and processes.
+pub fn kill_at_every_call(
+    folder: &Folder,
+    args: &[&str],
+    follow: &[&str],
+    mut judge: impl FnMut(&str),
+) -> u32 {
     let mut killed = 0;
     for call in CALLS {
         for number in 1.. {
             let plain = folder.command(args);
             let mut command = Command::new("strace");
             let inject = format!("inject={call}:signal=KILL:when={number}");
-            command.args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={call}")]);
+            command.args(follow).args(["-qq", "-o", "/dev/null", "-e", &format!("trace={call}")]);
             command.args(["-e", &inject, "--"]).arg(plain.get_program()).args(args);
             for (key, value) in plain.get_envs() {
                 match value {
@@ -111,7 +116,7 @@ fn files_stay_and_nothing_half_made_stays() {
         };
         let expected = shown(&folder);
         fs::remove_file(folder.join("out")).unwrap();
-        let killed = kill_at_every_call(&folder, args, |what| {
+        let killed = kill_at_every_call(&folder, args, &["-f"], |what| {
             let mut left = contents(&folder);
             if left.remove("out").is_some() {
                 assert!(shown(&folder) == expected, "{what}: OUT is there, but not whole");
@@ -144,7 +149,7 @@ fn a_snapshot_is_made_or_not_and_the_next_run_finishes_or_clears_it() {
     };
     let expected = shown("top.tply");
     let args = ["snapshot", "top.tply", "snap.tply"];
-    let killed = kill_at_every_call(&folder, &args, |what| {
+    let killed = kill_at_every_call(&folder, &args, &["-f"], |what| {
         for (name, bytes) in old.iter().filter(|(name, _)| **name != "top.tply") {
             assert!(folder.read(name) == *bytes, "{what}: {name} has changed");
         }

@@ -113,7 +113,7 @@ fn copy(of: &Folder, round: u64) -> Folder {
 }
 
 /// Names, and a digest of what reads under them.
-type View = BTreeMap<String, u64>;
+pub type View = BTreeMap<String, u64>;
 
 fn digest(chain: &Chain) -> u64 {
     let mut bytes = vec![0; chain.size() as usize];
@@ -125,7 +125,8 @@ fn digest(chain: &Chain) -> u64 {
     hasher.finish()
 }
 
-fn view(folder: &Folder) -> View {
+/// What a store shows.
+pub fn view(folder: &Folder) -> View {
     alone(|| {
         let store = Store::open(&folder.join("store")).unwrap();
         let mut seen = View::new();

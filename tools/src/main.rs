@@ -22,6 +22,7 @@ mod import;
 mod info;
 mod man;
 mod map;
+mod moment;
 mod output;
 mod pack;
 mod parent;

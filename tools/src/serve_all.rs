@@ -12,15 +12,18 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use thinply::chain::Chain;
 use thinply::device::{Detail, Device, Effort, Extent, ZeroMode};
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::nbd::server::{Export, Exports, Log};
 use thinply::storage::Access;
-use thinply::store::{Disk, DiskKind, Store};
+use thinply::store::{Disk, DiskKind, Reference, Store};
 
-use crate::container::carry_out;
+use crate::container::Changes;
 use crate::control::{self, Request};
+use crate::moment::{Moment, Moments};
+use crate::paths::closing;
 
 /// How long a client waits for the one before it to be gone.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -88,21 +91,50 @@ impl StoreExports {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Carries a control request out, on the open disk if there is one.
-    fn change(&self, request: &Request) -> Result<String> {
-        let name = format!("container/{}", request.container());
-        let open = self.slots().get(&name).and_then(|slot| slot.disk.upgrade());
-        match open {
+    /// Carries a control request out.
+    fn answer(&self, request: &Request) -> Result<Value> {
+        match request {
+            Request::Commit { container, image, comment } => {
+                let image = image.parse::<Reference>()?;
+                self.change(container, |chain| {
+                    Ok(self.store.commit(container, chain, &image, comment)?.id.into())
+                })
+            }
+            Request::Snapshot { container, name } => self.change(container, |chain| {
+                self.store.snapshot_container(container, chain, name)?;
+                Ok(Value::Null)
+            }),
+            Request::Diff { container } => serde_json::to_value(self.diff(container)?)
+                .map_err(|error| Error::io(error.into(), "writing the changes")),
+        }
+    }
+
+    fn open_container(&self, name: &str) -> Option<Arc<OpenDisk>> {
+        self.slots().get(&format!("container/{name}")).and_then(|slot| slot.disk.upgrade())
+    }
+
+    /// Changes a container, on the open disk if there is one.
+    fn change<T>(&self, name: &str, act: impl FnOnce(&Chain) -> Result<T>) -> Result<T> {
+        match self.open_container(name) {
             Some(disk) => {
-                let _one = disk.changing.lock().unwrap_or_else(PoisonError::into_inner);
-                carry_out(&self.store, &disk.chain, request)
+                let _one = disk.changing();
+                act(&disk.chain)
             }
             None => {
-                let disk = Disk::new(DiskKind::Container, request.container())?;
-                let chain = self.store.open_disk(&disk, Access::Write)?;
-                crate::paths::closing(chain, |chain| carry_out(&self.store, chain, request))
+                let disk = Disk::new(DiskKind::Container, name)?;
+                closing(self.store.open_disk(&disk, Access::Write)?, act)
             }
         }
+    }
+
+    /// What a container changed, with its files as of one moment if it is open.
+    fn diff(&self, name: &str) -> Result<Changes> {
+        let Some(disk) = self.open_container(name) else {
+            return Changes::of(&self.store, name);
+        };
+        let _one = disk.changing();
+        let moment = Moment::begin(disk.clone(), disk.moments.clone(), self.store.path())?;
+        Changes::between(&self.store, name, &disk.chain, Arc::new(moment))
     }
 
     fn open(self: &Arc<Self>, name: &str) -> Result<Arc<Export>> {
@@ -136,8 +168,13 @@ impl StoreExports {
             opened = target.open(&self.store);
         }
         let opened = opened.map(|chain| {
-            let (changing, exports) = (Mutex::default(), Arc::downgrade(self));
-            Arc::new(OpenDisk { chain, changing, name: name.to_owned(), exports })
+            Arc::new(OpenDisk {
+                chain,
+                moments: Arc::default(),
+                changing: Mutex::default(),
+                name: name.to_owned(),
+                exports: Arc::downgrade(self),
+            })
         });
         let disk = match opened {
             Ok(disk) => disk,
@@ -192,10 +229,17 @@ impl Exports for Shared {
 /// A disk that clients have; closed when the last of them is gone.
 struct OpenDisk {
     chain: Chain,
-    /// Held by whoever commits it or takes a snapshot: one at a time.
+    moments: Arc<Moments>,
+    /// Held by whoever commits it, takes a snapshot or looks at its changes: one at a time.
     changing: Mutex<()>,
     name: String,
     exports: Weak<StoreExports>,
+}
+
+impl OpenDisk {
+    fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Drop for OpenDisk {
@@ -228,18 +272,24 @@ impl Device for OpenDisk {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let _permit = self.moments.before_change(&self.chain, offset, data.len() as u64);
         self.chain.write(offset, data)
     }
 
     fn try_write(&self, offset: u64, data: &[u8]) -> Result<bool> {
-        self.chain.try_write(offset, data)
+        match self.moments.idle() {
+            Some(_permit) => self.chain.try_write(offset, data),
+            None => Ok(false),
+        }
     }
 
     fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<()> {
+        let _permit = self.moments.before_change(&self.chain, offset, length);
         self.chain.zero(offset, length, mode)
     }
 
     fn trim(&self, offset: u64, length: u64) -> Result<()> {
+        let _permit = self.moments.before_change(&self.chain, offset, length);
         self.chain.trim(offset, length)
     }
 
@@ -290,7 +340,7 @@ impl Control {
             for stream in listener.incoming().flatten() {
                 let exports = exports.clone();
                 thread::spawn(move || {
-                    control::answer(&stream, |request| exports.change(request));
+                    control::answer(&stream, |request| exports.answer(request));
                 });
             }
         };

@@ -1,6 +1,7 @@
 //! `thinply container commit`, `snapshot` and `reset`
 
 use clap::Args;
+use serde_json::Value;
 use thinply::chain::Chain;
 use thinply::error::{ErrorKind, Result};
 use thinply::storage::Access;
@@ -41,38 +42,31 @@ impl Commit {
             image: self.image.to_string(),
             comment: self.message.clone(),
         };
-        let id = here_or_served(&store, &self.container, &request)?;
+        let id = here_or_served(&store, &self.container, &request, |chain| {
+            let image = store.commit(&self.container, chain, &self.image, &self.message)?;
+            Ok(image.id.into())
+        })?;
         let mut output = Output::new();
-        output.line(format_args!("sha256:{id}"))?;
+        output.line(format_args!("sha256:{}", id.as_str().unwrap_or_default()))?;
         output.print()?;
         Ok(Answer::Yes)
     }
 }
 
-/// Carries a request out here, or has the process do it that serves the container.
-fn here_or_served(store: &Store, container: &str, request: &Request) -> Result<String> {
+/// Changes a container here, or has the process do it that serves the container.
+fn here_or_served(
+    store: &Store,
+    container: &str,
+    request: &Request,
+    change: impl FnOnce(&Chain) -> Result<Value>,
+) -> Result<Value> {
     let disk = Disk::new(DiskKind::Container, container)?;
     match store.open_disk(&disk, Access::Write) {
-        Ok(chain) => closing(chain, |chain| carry_out(store, chain, request)),
+        Ok(chain) => closing(chain, change),
         Err(error) if error.kind() == ErrorKind::InUse => {
             control::ask(store, request).unwrap_or(Err(error))
         }
         Err(error) => Err(error),
-    }
-}
-
-/// Does what a request asks for with a container that is open; the answer is an id, if there is
-/// one.
-pub fn carry_out(store: &Store, chain: &Chain, request: &Request) -> Result<String> {
-    match request {
-        Request::Commit { container, image, comment } => {
-            let image = store.commit(container, chain, &image.parse::<Reference>()?, comment)?;
-            Ok(image.id)
-        }
-        Request::Snapshot { container, name } => {
-            store.snapshot_container(container, chain, name)?;
-            Ok(String::new())
-        }
     }
 }
 
@@ -98,7 +92,10 @@ impl SnapshotContainer {
         let store = self.store.open()?;
         let request =
             Request::Snapshot { container: self.container.clone(), name: self.name.clone() };
-        here_or_served(&store, &self.container, &request)?;
+        here_or_served(&store, &self.container, &request, |chain| {
+            store.snapshot_container(&self.container, chain, &self.name)?;
+            Ok(Value::Null)
+        })?;
         Ok(Answer::Yes)
     }
 }

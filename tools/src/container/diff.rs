@@ -1,14 +1,17 @@
 //! `thinply container diff`
 
+use std::sync::Arc;
+
 use clap::Args;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use thinply::chain::{Chain, Kind};
 use thinply::device::{Detail, Device};
-use thinply::error::Result;
+use thinply::error::{Error, ErrorKind, Result};
 use thinply::storage::Access;
-use thinply::store::{Disk, DiskKind};
+use thinply::store::{Disk, DiskKind, Store};
 
 use super::files::{self, FileChange};
+use crate::control::{self, Request};
 use crate::output::Output;
 use crate::store::StoreArg;
 use crate::{Answer, Outcome};
@@ -17,8 +20,9 @@ use crate::{Answer, Outcome};
 ///
 /// Extents are the ranges that its own layers hold: offset and length in bytes, and whether they
 /// were zeroed. Where the disk is an ext4 file system, the files that differ from the image's follow:
-/// A added, C changed (in type, size, mode, owner or time of modification), D deleted. The container
-/// must keep still: one that is being written is refused.
+/// A added, C changed (in type, size, mode, owner or time of modification), D deleted. A container
+/// that `serve --all` serves is looked at by that process, its files as of one moment, while its
+/// clients go on; what they have not sent yet can't be seen.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  thinply container diff web")]
 pub struct Diff {
@@ -31,40 +35,72 @@ pub struct Diff {
     container: String,
 }
 
-#[derive(Debug, Serialize)]
-struct Changes {
+/// What a container changed.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Changes {
     extents: Vec<Extent>,
     /// None where the content is no ext4 file system.
     files: Option<Vec<FileChange>>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Extent {
     offset: u64,
     length: u64,
     zero: bool,
 }
 
+impl Changes {
+    /// Those of a container that nobody writes.
+    pub fn of(store: &Store, container: &str) -> Result<Self> {
+        let disk = Disk::new(DiskKind::Container, container)?;
+        let chain = Arc::new(store.open_disk(&disk, Access::Read)?);
+        Self::between(store, container, &chain, chain.clone())
+    }
+
+    /// Those of a container whose chain is open; `still` is what its disk holds.
+    pub fn between(
+        store: &Store,
+        container: &str,
+        chain: &Chain,
+        still: Arc<dyn files::Still>,
+    ) -> Result<Self> {
+        let extents = changed(chain, store.own_depth(container)?)?;
+        let files = files::changed(Arc::new(store.open_base(container)?), still)?;
+        Ok(Self { extents, files })
+    }
+}
+
 impl Diff {
+    /// Has the process look that serves the container, if one does.
+    fn changes(&self) -> Result<Changes> {
+        let store = self.store.open()?;
+        match Changes::of(&store, &self.container) {
+            Err(error) if error.kind() == ErrorKind::InUse => {
+                let request = Request::Diff { container: self.container.clone() };
+                let answer = control::ask(&store, &request).unwrap_or(Err(error))?;
+                serde_json::from_value(answer).map_err(|error| {
+                    Error::io(error.into(), "reading what the process that serves the store says")
+                })
+            }
+            other => other,
+        }
+    }
+
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
-        let store = self.store.open()?;
-        let disk = Disk::new(DiskKind::Container, &self.container)?;
-        let chain = store.open_disk(&disk, Access::Read)?;
-        let own = store.own_depth(&self.container)?;
-        let extents = changed(&chain, own)?;
-        let files = files::changed(store.open_base(&self.container)?, chain)?;
+        let changes = self.changes()?;
         let mut output = Output::new();
         if self.json {
-            output.json(&Changes { extents, files })?;
+            output.json(&changes)?;
         } else {
             output.line("          offset           length  change")?;
-            for extent in &extents {
+            for extent in &changes.extents {
                 let change = if extent.zero { "zeroed" } else { "written" };
                 output
                     .line(format_args!("{:>16} {:>16}  {change}", extent.offset, extent.length))?;
             }
-            for file in files.iter().flatten() {
+            for file in changes.files.iter().flatten() {
                 // A name may hold what a terminal takes for a command.
                 let path = file.path.replace(char::is_control, "?");
                 output.line(format_args!("{} {path}", file.change.letter()))?;

@@ -8,10 +8,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ext4_view::{Ext4, Ext4Error, Ext4Read, Metadata};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use thinply::chain::Chain;
 use thinply::device::Device;
 use thinply::error::{Error, ErrorKind, Result};
+
+use crate::moment::Moment;
 
 /// How long it may take to compare two trees.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -22,7 +24,7 @@ const MAGIC_OFFSET: u64 = 1024 + 56;
 const MAGIC: [u8; 2] = [0x53, 0xef];
 
 /// What became of a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Change {
     Added,
@@ -42,12 +44,42 @@ impl Change {
 }
 
 /// A file that differs.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct FileChange {
     /// What became of it.
     pub change: Change,
     /// Its path, with what is no UTF-8 replaced.
     pub path: String,
+}
+
+/// A disk that keeps still while it is read.
+pub trait Still: Send + Sync {
+    /// Size in bytes.
+    fn size(&self) -> u64;
+
+    /// Fills `buf` from `offset`.
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
+}
+
+/// One that nobody has open for writing.
+impl Still for Chain {
+    fn size(&self) -> u64 {
+        Device::size(self)
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        Device::read(self, offset, buf)
+    }
+}
+
+impl Still for Moment {
+    fn size(&self) -> u64 {
+        self.size()
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.read(offset, buf)
+    }
 }
 
 /// The files whose type, size, mode, owner or time of modification differ, sorted by path; none where
@@ -56,13 +88,13 @@ pub struct FileChange {
 /// # Errors
 /// [`ErrorKind::Corrupt`] for a file system that can't be read; [`ErrorKind::Limit`] for one that takes
 /// too long.
-pub fn changed(old: Chain, new: Chain) -> Result<Option<Vec<FileChange>>> {
-    if !has_ext4(&old)? || !has_ext4(&new)? {
+pub fn changed(old: Arc<dyn Still>, new: Arc<dyn Still>) -> Result<Option<Vec<FileChange>>> {
+    if !has_ext4(&*old)? || !has_ext4(&*new)? {
         return Ok(None);
     }
     let deadline = Instant::now() + PATIENCE;
-    let open = |chain| {
-        let disk = Disk { chain: Arc::new(chain), deadline };
+    let open = |disk| {
+        let disk = Disk { disk, deadline };
         Ext4::load(Box::new(disk)).map_err(unreadable)
     };
     let (old, new) = (open(old)?, open(new)?);
@@ -72,12 +104,12 @@ pub fn changed(old: Chain, new: Chain) -> Result<Option<Vec<FileChange>>> {
     Ok(Some(walk.found))
 }
 
-fn has_ext4(chain: &Chain) -> Result<bool> {
+fn has_ext4(disk: &dyn Still) -> Result<bool> {
     let mut magic = [0; 2];
-    if chain.size() < MAGIC_OFFSET + 2 {
+    if disk.size() < MAGIC_OFFSET + 2 {
         return Ok(false);
     }
-    chain.read(MAGIC_OFFSET, &mut magic)?;
+    disk.read(MAGIC_OFFSET, &mut magic)?;
     Ok(magic == MAGIC)
 }
 
@@ -92,7 +124,7 @@ fn too_slow() -> Error {
 
 /// A disk as the file system's reader sees it.
 struct Disk {
-    chain: Arc<Chain>,
+    disk: Arc<dyn Still>,
     deadline: Instant,
 }
 
@@ -105,7 +137,7 @@ impl Ext4Read for Disk {
         if Instant::now() > self.deadline {
             return Err(too_slow().into());
         }
-        Ok(self.chain.read(start_byte, dst)?)
+        Ok(self.disk.read(start_byte, dst)?)
     }
 }
 

@@ -9,7 +9,7 @@ use serde::Serialize;
 use thinply::error::Result;
 use thinply::store::{Container, DiskKind, Store};
 
-pub use change::carry_out;
+pub use diff::Changes;
 
 use crate::output::Output;
 use crate::store::StoreArg;

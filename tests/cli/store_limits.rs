@@ -1,0 +1,160 @@
+//! The store where something has run out: a full disk, no descriptors left.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::time::Duration;
+
+use crate::store::{Served, blobs, tidy};
+use crate::support::{Folder, MIB, noise, output, skip};
+
+struct Mounted<'a>(&'a Folder);
+
+impl<'a> Mounted<'a> {
+    /// Mounts a file system as the store's folder.
+    fn new(folder: &'a Folder, args: &[&str]) -> Option<Self> {
+        fs::create_dir(folder.join("store")).unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(args).arg("store").current_dir(folder.path());
+        output(&mut mount).status.success().then_some(Self(folder))
+    }
+}
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0.join("store")).status();
+    }
+}
+
+/// Writes until nothing fits any more, down to the last block.
+fn fill(folder: &Folder) {
+    let filler = folder.join("store/filler");
+    let mut file = fs::OpenOptions::new().append(true).create(true).open(filler).unwrap();
+    // What is only promised to the file may turn out smaller once it is on the disk.
+    for _ in 0..3 {
+        while file.write_all(&[1; 4096]).is_ok() {}
+        let _ = file.sync_all();
+    }
+}
+
+/// Every removal works, though the disk is full before each.
+fn removal_works(folder: &Folder) {
+    folder.write("base.raw", &noise(1, 2 * MIB as usize));
+    folder.write("other.raw", &noise(2, MIB as usize));
+    folder.ok(&["image", "import", "base.raw", "base"]);
+    // The first one loses its name: something for gc.
+    folder.ok(&["image", "import", "other.raw", "moved"]);
+    folder.ok(&["image", "import", "--parent", "base", "other.raw", "moved"]);
+    for name in ["a", "b"] {
+        folder.ok(&["container", "create", "base", "--name", name]);
+    }
+    folder.ok(&["volume", "create", "--size", "1M", "v"]);
+    let removals: [&[&str]; 6] = [
+        &["volume", "rm", "v"],
+        &["container", "rm", "a"],
+        &["gc"],
+        &["container", "rm", "b"],
+        &["image", "rm", "moved"],
+        &["image", "rm", "base"],
+    ];
+    for removal in removals {
+        fill(folder);
+        let run = folder.run(&["volume", "create", "--size", "1M", "new"]);
+        assert!(run.refused().contains("No space left"), "{run:?}");
+        folder.ok(removal);
+    }
+    assert_eq!(blobs(folder), [""; 0]);
+    fs::remove_file(folder.join("store/filler")).unwrap();
+    tidy(folder);
+}
+
+#[test]
+fn removal_works_on_a_full_disk() {
+    let folder = Folder::new();
+    let Some(_mounted) = Mounted::new(&folder, &["-t", "tmpfs", "-o", "size=12m", "tmpfs"]) else {
+        return skip("no right to mount a tmpfs");
+    };
+    removal_works(&folder);
+}
+
+#[test]
+fn removal_works_on_a_full_ext4() {
+    let folder = Folder::new();
+    fs::File::create(folder.join("ext4")).unwrap().set_len(24 * MIB).unwrap();
+    let mut mkfs = Command::new("/usr/sbin/mkfs.ext4");
+    mkfs.args(["-q", "-F", "-m", "0", "ext4"]).current_dir(folder.path());
+    let made = mkfs.status().is_ok_and(|status| status.success());
+    let Some(_mounted) = Mounted::new(&folder, &["-o", "loop", "ext4"]).filter(|_| made) else {
+        return skip("needs mkfs.ext4, and the right to mount its file system");
+    };
+    removal_works(&folder);
+}
+
+/// Serves a folder's store with a limit on descriptors, as `ulimit` takes it.
+fn served_with(folder: &Folder, ulimit: &str) -> Served {
+    let program = folder.command(&[]).get_program().display().to_string();
+    let line = format!("ulimit {ulimit}; exec '{program}' serve --all --socket nbd.sock 2> log");
+    let mut command = Command::new("sh");
+    command.arg("-c").arg(line).current_dir(folder.path());
+    Served::start(folder, command.env("THINPLY_ROOT", "store"))
+}
+
+fn volumes(count: usize) -> Folder {
+    let folder = Folder::in_memory();
+    for number in 0..count {
+        folder.ok(&["volume", "create", "--size", "1M", &format!("v{number}")]);
+    }
+    folder
+}
+
+#[test]
+fn serving_raises_its_own_limit_of_descriptors() {
+    let folder = volumes(40);
+    let served = served_with(&folder, "-Sn 32");
+    let mut clients: Vec<_> =
+        (0..40).map(|n| served.client(&format!("volume/v{n}")).unwrap()).collect();
+    for client in &mut clients {
+        client.write(0, &[7; 512]).unwrap();
+    }
+    for client in &mut clients {
+        assert_eq!(client.read(0, 512).unwrap(), [7; 512]);
+    }
+}
+
+/// Whether the server takes one more connection.
+fn is_greeted(folder: &Folder) -> bool {
+    let mut stream = UnixStream::connect(folder.join("nbd.sock")).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    stream.read_exact(&mut [0; 18]).is_ok()
+}
+
+#[test]
+fn without_descriptors_clients_that_are_there_go_on() {
+    let folder = volumes(40);
+    let served = served_with(&folder, "-n 48");
+    let mut clients = Vec::new();
+    // Each takes a descriptor for its connection and one for its disk at least: some get through.
+    for number in 0..40 {
+        let greeted = is_greeted(&folder);
+        match served.client(&format!("volume/v{number}")) {
+            Ok(client) if greeted => clients.push(client),
+            _ => break,
+        }
+    }
+    assert!((5..40).contains(&clients.len()), "{}", clients.len());
+    let log = String::from_utf8(folder.read("log")).unwrap();
+    assert!(log.contains("Too many open files"), "{log:?}");
+    for client in &mut clients {
+        client.write(0, &[7; 512]).unwrap();
+        assert_eq!(client.read(0, 512).unwrap(), [7; 512]);
+    }
+    for client in clients.drain(..) {
+        client.disconnect().unwrap();
+    }
+    let mut last = served.client("volume/v39").unwrap();
+    last.write(0, &[8; 512]).unwrap();
+    last.disconnect().unwrap();
+    drop(served);
+    tidy(&folder);
+}
