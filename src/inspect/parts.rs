@@ -63,15 +63,7 @@ pub enum Value<'a> {
 impl Slot {
     /// All fields, whether or not the slot is valid.
     pub fn fields(&self) -> Vec<FieldValue<'_>> {
-        let [(_, layout), ..] = layouts();
-        let field = |(name, at, size): (&'static str, usize, usize)| {
-            let bytes = self.bytes.get(at..at + size).unwrap_or_default();
-            let number = name != "magic" && (size == 4 || size == 8);
-            let value =
-                if number { Value::Number(little_endian(bytes)) } else { Value::Bytes(bytes) };
-            FieldValue { name, offset: self.offset + at as u64, value }
-        };
-        layout.into_iter().map(field).collect()
+        fields("Header slot", self.offset, &*self.bytes)
     }
 
     /// The header, if the slot is valid.
@@ -90,6 +82,18 @@ impl Slot {
             Value::Number(_) => None,
         }
     }
+}
+
+/// The fields of the struct that `format-spec.md` calls `name`, which stands at `offset`.
+pub(super) fn fields<'a>(name: &str, offset: u64, bytes: &'a [u8]) -> Vec<FieldValue<'a>> {
+    let layout = layouts().into_iter().find(|(title, _)| *title == name);
+    let field = |(name, at, size): (&'static str, usize, usize)| {
+        let bytes = bytes.get(at..at + size).unwrap_or_default();
+        let number = name != "magic" && (size == 4 || size == 8);
+        let value = if number { Value::Number(little_endian(bytes)) } else { Value::Bytes(bytes) };
+        FieldValue { name, offset: offset + at as u64, value }
+    };
+    layout.into_iter().flat_map(|(_, layout)| layout).map(field).collect()
 }
 
 fn little_endian(bytes: &[u8]) -> u64 {
@@ -289,19 +293,24 @@ impl BitmapPage {
 
     /// The runs of owned blocks, each with its first block and its length in blocks.
     pub fn runs(&self) -> Vec<(Block, u64)> {
-        let mut found: Vec<(Block, u64)> = Vec::new();
-        for (index, &bits) in (0..).zip(self.bits.iter()) {
-            let word = Word(self.group.first_word().0 + index);
-            for (first, end) in runs(bits) {
-                let (block, count) = (word.block(first), u64::from(end - first));
-                match found.last_mut() {
-                    Some((start, length)) if start.0 + *length == block.0 => *length += count,
-                    _ => found.push((block, count)),
-                }
+        block_runs(self.group, &self.bits)
+    }
+}
+
+/// The runs of blocks of a group whose bits are set, each with its first block and its length in blocks.
+pub(super) fn block_runs(group: Group, bits: &Bits) -> Vec<(Block, u64)> {
+    let mut found: Vec<(Block, u64)> = Vec::new();
+    for (index, &bits) in (0..).zip(bits.iter()) {
+        let word = Word(group.first_word().0 + index);
+        for (first, end) in runs(bits) {
+            let (block, count) = (word.block(first), u64::from(end - first));
+            match found.last_mut() {
+                Some((start, length)) if start.0 + *length == block.0 => *length += count,
+                _ => found.push((block, count)),
             }
         }
-        found
     }
+    found
 }
 
 /// Hands the ranges of `from..to` that are no holes to `visit`, in order.

@@ -156,11 +156,11 @@ impl Packed {
     }
 
     /// The directory.
-    pub(super) fn entries(&self) -> &[Entry] {
+    pub(crate) fn entries(&self) -> &[Entry] {
         &self.entries
     }
 
-    pub(super) fn read_map(&self, entry: &Entry) -> Result<Map> {
+    pub(crate) fn read_map(&self, entry: &Entry) -> Result<Map> {
         let at = entry.map_offset;
         let mut bytes = vec![0; entry.map_length as usize];
         read_exact_at(&*self.file, &mut bytes, at).map_err(failed(
@@ -180,7 +180,7 @@ impl Packed {
         self.chunk_place(map, number).length.into()
     }
 
-    pub(super) fn read_chunk(&self, map: &Map, number: u32) -> Result<Chunk> {
+    pub(crate) fn read_chunk(&self, map: &Map, number: u32) -> Result<Chunk> {
         let place = self.chunk_place(map, number);
         let at = map.chunks_offset + u64::from(place.offset);
         let mut bytes = vec![0; place.length as usize];

@@ -123,9 +123,19 @@ fn uncompressed_blocks_are_contiguous_and_aligned() {
 }
 
 /// Flips the chosen bits of a packed layer, one at a time. Either the layer doesn't open, or it is
-/// found to be damaged, and every block that can't be read is named.
+/// found to be damaged, and every block that can't be read is named. A bit of a block takes that block
+/// alone with it, or compressed its frame, and nothing is read of those.
 fn flip(content: &Content, compression: Compression, chosen: impl Fn(usize) -> bool) {
     let (_, mut bytes) = pack(content, compression);
+    let whole = open(&bytes).unwrap();
+    let stored: Vec<_> = whole
+        .entries()
+        .iter()
+        .map(|entry| whole.read_map(entry).unwrap())
+        .map(|map| map.frames_offset as usize..map.chunks_offset as usize)
+        .collect();
+    let is_stored = |at: usize| stored.iter().any(|range| range.contains(&at));
+    let in_frame = FRAME_BLOCKS as usize;
     for bit in (0..bytes.len() * 8).filter(|&bit| chosen(bit)) {
         bytes[bit / 8] ^= 1 << (bit % 8);
         if let Ok(layer) = open(&bytes) {
@@ -136,6 +146,12 @@ fn flip(content: &Content, compression: Compression, chosen: impl Fn(usize) -> b
                 let mut guests = damages.iter().filter_map(|damage| damage.guest);
                 guests.any(|(from, length)| (from..from + length).contains(&at))
             };
+            super::cache::forget_frames();
+            let lost = content.keys().filter(|&&block| read(&layer, block).is_err()).count();
+            if is_stored(bit / 8) {
+                let alone = if compression == Compression::None { 1 } else { in_frame };
+                assert!((1..=alone).contains(&lost), "{}: {lost} blocks lost", what());
+            }
             for (&block, expected) in content {
                 let expected = expected.as_ref().map_or([0; BLOCK_SIZE as usize], |bytes| **bytes);
                 match read(&layer, block) {

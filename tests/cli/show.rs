@@ -113,15 +113,8 @@ fn leaves(value: &Value, found: &mut Vec<String>) {
     }
 }
 
-#[test]
-fn the_dump_has_every_structure_in_both_forms() {
-    let folder = chain();
-    folder.crash("top.tply", 4096, &[4; 8192]);
-    let plain = folder.ok(&["dump", "top.tply"]);
-    let json = folder.json(&["dump", "--json", "top.tply"]);
-    let structures = json["structures"].as_array().unwrap();
-    let kinds: Vec<_> = structures.iter().map(|part| part["kind"].as_str().unwrap()).collect();
-    assert_eq!(kinds, ["header slot", "header slot", "journal record", "bitmap page"]);
+/// Every fact of the structures is in the plain output too.
+fn assert_same_facts(plain: &str, structures: &[Value]) {
     let sections: Vec<_> = plain.split("\n\n").skip(1).collect();
     assert_eq!(sections.len(), structures.len());
     for (section, part) in sections.iter().zip(structures) {
@@ -138,6 +131,18 @@ fn the_dump_has_every_structure_in_both_forms() {
             assert!(shown, "{fact} is not in {section}");
         }
     }
+}
+
+#[test]
+fn the_dump_has_every_structure_in_both_forms() {
+    let folder = chain();
+    folder.crash("top.tply", 4096, &[4; 8192]);
+    let plain = folder.ok(&["dump", "top.tply"]);
+    let json = folder.json(&["dump", "--json", "top.tply"]);
+    let structures = json["structures"].as_array().unwrap();
+    let kinds: Vec<_> = structures.iter().map(|part| part["kind"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["header slot", "header slot", "journal record", "bitmap page"]);
+    assert_same_facts(&plain, structures);
     let record = &structures[2];
     assert_eq!(record["state"], "live");
     let blocks: Vec<_> =
@@ -208,4 +213,48 @@ fn a_file_that_no_open_accepts_is_dumped_all_the_same() {
     assert_eq!(slots[0]["fields"]["hint"], "middle.tply");
     assert_eq!(dump["structures"][2]["owned"], 1);
     assert_eq!(folder.run(&["check", "top.tply"]).code, 1);
+}
+
+#[test]
+fn the_dump_of_a_packed_layer_has_every_structure_in_both_forms() {
+    let folder = chain();
+    folder.ok(&["pack", "middle.tply", "p.tply"]);
+    let plain = folder.ok(&["dump", "p.tply"]);
+    let json = folder.json(&["dump", "--json", "p.tply"]);
+    let structures = json["structures"].as_array().unwrap();
+    let kinds: Vec<_> = structures.iter().map(|part| part["kind"].as_str().unwrap()).collect();
+    let expected = ["packed header", "chunk", "group map", "directory entry", "footer"];
+    assert_eq!(kinds, expected);
+    assert_same_facts(&plain, structures);
+    let [header, chunk, map, entry, footer] = &structures[..] else { panic!("{json}") };
+    let info = folder.json(&["info", "--json", "p.tply"]);
+    assert_eq!(
+        footer["fields"]["root"].as_str(),
+        info["identity"].as_str().or(info["root"].as_str())
+    );
+    assert_eq!(header["fields"]["hint"], "base.tply");
+    let frame = &chunk["frames"][0];
+    assert_eq!((&frame["offset"], &frame["decoded"]), (&4096.into(), &4096.into()));
+    assert_eq!(
+        map["present"],
+        serde_json::json!([{"block": 2, "count": 1}, {"block": 4, "count": 2}])
+    );
+    assert_eq!(map["data"], serde_json::json!([{"block": 2, "count": 1}]));
+    assert_eq!(entry["map_offset"], map["offset"]);
+
+    for (part, changed) in
+        [(chunk, "chunk"), (map, "group map"), (entry, "directory"), (footer, "footer")]
+    {
+        folder.ok(&["pack", "middle.tply", "q.tply"]);
+        damage(&folder, "q.tply", part["offset"].as_u64().unwrap() + 9);
+        let json = folder.json(&["dump", "--json", "q.tply"]);
+        let structures = json["structures"].as_array().unwrap();
+        let bad: Vec<_> = structures
+            .iter()
+            .filter(|part| part["state"].as_str().is_some_and(|state| state != "valid"))
+            .map(|part| part["kind"].as_str().unwrap())
+            .collect();
+        assert_eq!(bad, [changed]);
+        std::fs::remove_file(folder.join("q.tply")).unwrap();
+    }
 }

@@ -1,5 +1,7 @@
 //! `thinply dump`
 
+mod packed;
+
 use std::path::PathBuf;
 
 use clap::Args;
@@ -8,6 +10,7 @@ use serde_json::{Map, Value};
 use thinply::error::{Error, Result};
 use thinply::format::bitmap::Sector;
 use thinply::inspect::{self, BitmapPage, Part, RingPlace, RingRecord, Slot, Standing, Verdict};
+use thinply::packed::Packed;
 use thinply::storage::Access;
 use thinply::types::{BLOCK_SIZE, SECTOR_SIZE};
 
@@ -23,7 +26,8 @@ Examples:
   thinply dump disk.tply
   thinply dump --json disk.tply";
 
-/// Show every on-disk structure with its offset: headers, journal records, bitmap pages.
+/// Show every on-disk structure with its offset: headers, journal records, bitmap pages; of a packed
+/// layer header, frames, maps, directory and footer with the root.
 ///
 /// Works on damaged files too. A layer that is being written is read without a lock, and the output
 /// says so.
@@ -109,6 +113,7 @@ impl Dump {
     pub fn run(&self) -> Outcome {
         let place = Place::existing(&self.file)?;
         let file = place.open(Access::Read)?;
+        let is_packed = Packed::recognise(&*file)?;
         let still = Stillness::of(&*file)?;
         let length =
             file.length().map_err(|error| Error::io(error, "asking for the file's length"))?;
@@ -116,11 +121,21 @@ impl Dump {
         let mut output = Output::new();
         if self.json {
             let mut list = output.begin_list(&head, "structures")?;
-            inspect::dump(&*file, &mut |part| list.item(&Structure::from(part)))?;
+            if is_packed {
+                let visit = &mut |part| list.item(&packed::Structure::from(part));
+                inspect::dump_packed(&file, visit)?;
+            } else {
+                inspect::dump(&*file, &mut |part| list.item(&Structure::from(part)))?;
+            }
             list.end()?;
         } else {
             output.facts(&head)?;
-            inspect::dump(&*file, &mut |part| Structure::from(part).lines(&mut output))?;
+            if is_packed {
+                let visit = &mut |part| packed::Structure::from(part).lines(&mut output);
+                inspect::dump_packed(&file, visit)?;
+            } else {
+                inspect::dump(&*file, &mut |part| Structure::from(part).lines(&mut output))?;
+            }
         }
         output.print()?;
         Ok(Answer::Yes)
@@ -146,16 +161,26 @@ impl HeaderSlot {
             Verdict::BadChecksum => "bad checksum".into(),
             Verdict::Refused(error) => format!("refused: {error}"),
         };
-        let field = |field: inspect::FieldValue<'_>| {
-            let value = match field.value {
-                inspect::Value::Number(number) => number.into(),
-                inspect::Value::Bytes(bytes) => text(field.name, bytes).into(),
-            };
-            (field.name.to_owned(), value)
-        };
-        let fields = slot.fields().into_iter().map(field).collect();
+        let fields = slot.fields().into_iter().map(named).collect();
         Self { offset: slot.offset, slot: slot.number, state, counts, fields }
     }
+}
+
+/// A field by its name.
+fn named(field: inspect::FieldValue<'_>) -> (String, Value) {
+    let value = match field.value {
+        inspect::Value::Number(number) => number.into(),
+        inspect::Value::Bytes(bytes) => text(field.name, bytes).into(),
+    };
+    (field.name.to_owned(), value)
+}
+
+fn field_lines(fields: &Map<String, Value>, output: &mut Output) -> Result<()> {
+    for (name, value) in fields {
+        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        output.line(format!("  {name:<21} {value}").trim_end())?;
+    }
+    Ok(())
 }
 
 /// Bytes as text where they are text, else in hexadecimal; of padded fields without the padding.
@@ -235,11 +260,7 @@ impl HeaderSlot {
         let Self { offset, slot, state, .. } = self;
         let counts = if self.counts { ", counts" } else { "" };
         output.line(format_args!("{offset}: header slot {slot}, {state}{counts}"))?;
-        for (name, value) in &self.fields {
-            let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-            output.line(format!("  {name:<21} {value}").trim_end())?;
-        }
-        Ok(())
+        field_lines(&self.fields, output)
     }
 }
 

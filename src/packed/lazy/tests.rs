@@ -5,12 +5,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 
+use self::crash::Random;
+use self::crash::disk::Disk;
+use self::crash::folder::{CrashFolder, Event};
 use super::{ByteSource, FileSource, LazyPacked};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::packed::FRAME_BLOCKS;
 use crate::packed::{Compression, Writer};
-use crate::storage::{Folder, MemoryFolder, Storage, read_exact_at, write_all_at};
+use crate::storage::{Access, Folder, MemoryFolder, Storage, read_exact_at, write_all_at};
 use crate::types::{BLOCK_SIZE, Block, GROUP_BLOCKS, Root};
+
+/// The simulated disk of `tests/crash.rs`.
+#[allow(dead_code, reason = "only the disk is needed here")]
+#[path = "../../../tests/common/crash/mod.rs"]
+mod crash;
 
 const BLOCK: usize = BLOCK_SIZE as usize;
 
@@ -260,7 +268,7 @@ fn a_cache_that_takes_nothing_does_no_harm() {
     let (far, root) = layer(salt, Compression::Zstd(3));
     let folder = MemoryFolder::new("m");
     drop(LazyPacked::open(far.clone(), root, folder.create("cache").unwrap()).unwrap());
-    let read_only = folder.open("cache", crate::storage::Access::Read).unwrap();
+    let read_only = folder.open("cache", Access::Read).unwrap();
     check_all(&far, root, salt, read_only);
 }
 
@@ -270,7 +278,7 @@ fn two_fill_one_cache() {
     let (far, root) = layer(salt, Compression::Zstd(3));
     let folder = MemoryFolder::new("m");
     folder.create("cache").unwrap();
-    let open = || folder.open("cache", crate::storage::Access::Write).unwrap();
+    let open = || folder.open("cache", Access::Write).unwrap();
     std::thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| check_all(&far, root, salt, open()));
@@ -294,6 +302,51 @@ fn a_file_is_a_source() {
     assert!(read(&layer, 598).unwrap() == block(salt + 598));
     let error = LazyPacked::open(FileSource(file(b"short")), root, cache()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotAnImage);
+}
+
+/// Three processes fill a cache one after the other; the power goes at every step of each of them, and
+/// the next one starts from what one of those losses left.
+#[test]
+fn power_lost_at_any_step_of_filling_a_cache_costs_fetches_and_nothing_else() {
+    let (mut kept, mut lost) = (0, 0);
+    for seed in 0..24 {
+        let random = &mut Random::new(seed);
+        let salt = salts();
+        let compression = if seed % 2 == 0 { Compression::None } else { Compression::Zstd(1) };
+        let (far, root) = layer(salt, compression);
+        let numbers: Vec<_> = blocks().collect();
+        let fill = |folder: &CrashFolder, reads: &[u64]| {
+            forget();
+            let cache = folder.open("cache", Access::Write).unwrap();
+            let layer = LazyPacked::open(far.clone(), root, cache).unwrap();
+            for &number in reads {
+                assert!(read(&layer, number).unwrap() == block(salt + number), "{seed}: {number}");
+            }
+        };
+        let folder = CrashFolder::new(Disk::default());
+        folder.create("cache").unwrap();
+        folder.sync().unwrap();
+        let mut disk = folder.disk();
+        for _ in 0..3 {
+            let reads: Vec<u64> = (0..5).map(|_| *random.pick(&numbers)).collect();
+            let folder = CrashFolder::new(disk.clone());
+            folder.record(seed);
+            fill(&folder, &reads);
+            let mut left = vec![disk.clone()];
+            for event in folder.take_record() {
+                let Event::Disk(change) = event else { continue };
+                disk.apply(&change);
+                for _ in 0..2 {
+                    left.push(disk.crashed(random));
+                    far.take_sent();
+                    fill(&CrashFolder::new(left[left.len() - 1].clone()), &reads);
+                    *(if far.take_sent() == 0 { &mut kept } else { &mut lost }) += 1;
+                }
+            }
+            disk = random.pick(&left).clone();
+        }
+    }
+    assert!(kept > 0 && lost > 0, "{kept} losses cost nothing, {lost} cost fetches");
 }
 
 proptest! {

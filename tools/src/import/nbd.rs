@@ -4,10 +4,11 @@
 //! has them. The server is not trusted: what it sends is bounded by what was asked for.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use thinply::chain::Chain;
 use thinply::error::{Error, ErrorKind, Result};
@@ -16,6 +17,8 @@ use super::source::Disk;
 use crate::pump::{BUFFER, Feeder, Piece};
 
 const PORT: u16 = 10809;
+/// How long a server may keep silent, or take nothing, in the middle of something.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Longest answer to an option that is taken.
 const MAX_ANSWER: u32 = 64 << 10;
 /// How much of the disk is asked about at once, and how many extents an answer may have.
@@ -122,6 +125,28 @@ fn wrong(what: impl std::fmt::Display) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("the server sent {what}"))
 }
 
+/// Connects to the first address of a host that answers in time.
+fn connect(host: &str, patience: Duration) -> io::Result<TcpStream> {
+    let mut failed = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+    for address in host.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, patience) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => failed = error,
+        }
+    }
+    Err(failed)
+}
+
+/// An error that a person understands: a call that has timed out says that it would block.
+fn in_words(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            io::Error::new(io::ErrorKind::TimedOut, "the server is there, but keeps silent")
+        }
+        _ => error,
+    }
+}
+
 /// A connection to an export.
 struct Connection {
     stream: Box<dyn Stream>,
@@ -142,12 +167,20 @@ struct Chunk {
 }
 
 impl Connection {
-    fn open(address: &Address) -> io::Result<Self> {
+    fn open(address: &Address, patience: Duration) -> io::Result<Self> {
+        let limit = Some(patience);
         let stream: Box<dyn Stream> = match &address.target {
-            Target::Unix(path) => Box::new(UnixStream::connect(path)?),
+            Target::Unix(path) => {
+                let stream = UnixStream::connect(path)?;
+                stream.set_read_timeout(limit)?;
+                stream.set_write_timeout(limit)?;
+                Box::new(stream)
+            }
             Target::Tcp(host) => {
-                let stream = TcpStream::connect(host)?;
+                let stream = connect(host, patience)?;
                 stream.set_nodelay(true)?;
+                stream.set_read_timeout(limit)?;
+                stream.set_write_timeout(limit)?;
                 Box::new(stream)
             }
         };
@@ -387,14 +420,14 @@ impl NbdDisk {
     /// Connects to the export that a URI names.
     pub fn connect(uri: &str) -> Result<Self> {
         let address = Address::parse(uri)?;
-        let connection = Connection::open(&address)
-            .map_err(|error| Error::io(error, format!("{uri}: connecting")))?;
+        let connection = Connection::open(&address, PATIENCE)
+            .map_err(|error| Error::io(in_words(error), format!("{uri}: connecting")))?;
         let size = connection.size;
         Ok(Self { uri: uri.to_owned(), size, connection: Mutex::new(connection) })
     }
 
     fn failed(&self, error: io::Error, offset: u64) -> Error {
-        Error::io(error, format!("{}: reading at {offset}", self.uri))
+        Error::io(in_words(error), format!("{}: reading at {offset}", self.uri))
     }
 }
 
@@ -483,6 +516,33 @@ mod tests {
             cookie: 0,
             ready: true,
         }
+    }
+
+    #[test]
+    fn a_server_that_keeps_silent_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket").display().to_string();
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let address = Address { target: Target::Unix(path), export: String::new() };
+        let patience = Duration::from_millis(20);
+        let open = || Connection::open(&address, patience).map(drop).map_err(in_words);
+        assert_eq!(open().unwrap_err().kind(), io::ErrorKind::TimedOut);
+        // It greets, and says no more.
+        let greeting = [&b"NBDMAGICIHAVEOPT"[..], &[0, 1]].concat();
+        let error = std::thread::scope(|scope| {
+            let stay = scope.spawn(|| {
+                let mut first = listener.accept().unwrap().0;
+                let mut second = listener.accept().unwrap().0;
+                second.write_all(&greeting).unwrap();
+                // Until the client has given up.
+                let _ = (first.read(&mut [0; 99]), second.read_to_end(&mut Vec::new()));
+            });
+            let error = open().unwrap_err();
+            stay.join().unwrap();
+            error
+        });
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(error.to_string().contains("silent"), "{error}");
     }
 
     fn chunk(flags: u16, kind: u16, length: u32, body: &[u8]) -> Vec<u8> {
