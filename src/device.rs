@@ -1,5 +1,7 @@
 //! The block device seen by its users: what an NBD export, a benchmark or a test needs of a chain.
 
+use std::os::fd::OwnedFd;
+
 use crate::error::{Error, ErrorKind, Result};
 
 /// How a range reads, as far as the allocation bitmaps and the host file system tell.
@@ -9,6 +11,15 @@ pub struct Extent {
     pub length: u64,
     /// Whether the range is known to cost no space and to read as zeros.
     pub hole: bool,
+}
+
+/// Where a range of a device stands side by side in a file of the host.
+#[derive(Debug)]
+pub struct HostRange {
+    /// The file, open for reading at least.
+    pub file: OwnedFd,
+    /// Where the range begins in it, in bytes.
+    pub offset: u64,
 }
 
 /// How much an [`Device::extents`] call may spend.
@@ -58,6 +69,11 @@ pub trait Device: Send + Sync {
     /// [`Device::read`] if the page cache holds everything and no more than `effort` is needed.
     /// `buf` is undefined after `Ok(false)`.
     fn try_read(&self, offset: u64, buf: &mut [u8], effort: Effort) -> Result<bool>;
+
+    /// Where the bytes of a range that is not empty stand, so that they can be sent without a copy.
+    /// `None` where they don't stand in one piece, or where its ends are not in the page cache; then
+    /// a read is as good.
+    fn host_range(&self, offset: u64, length: u64) -> Result<Option<HostRange>>;
 
     /// Writes `data` at `offset`; durable after the next [`Device::flush`].
     fn write(&self, offset: u64, data: &[u8]) -> Result<()>;

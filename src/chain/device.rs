@@ -1,13 +1,16 @@
 //! The chain as a block device.
 
-use super::layer::prefetch;
+use super::layer::{Layer, prefetch};
 use super::map::Kind;
 use super::{Chain, Levels};
-use crate::device::{Detail, Device, Effort, Extent, ZeroMode, check_range, push_extent};
+use crate::device::{
+    Detail, Device, Effort, Extent, HostRange, ZeroMode, check_range, push_extent,
+};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::geometry::word_offset;
 use crate::live::{Under, Writable, ZeroKind, words};
-use crate::storage::Wait;
-use crate::types::{BLOCK_SIZE, Block};
+use crate::storage::{Storage, Wait, read_blocks};
+use crate::types::{BLOCK_SIZE, Block, Word};
 
 impl Levels {
     fn read(&self, offset: u64, buf: &mut [u8], wait: Wait) -> Result<bool> {
@@ -28,6 +31,26 @@ impl Levels {
             rest = after;
         }
         Ok(true)
+    }
+
+    fn host_range(&self, offset: u64, length: u64) -> Result<Option<HostRange>> {
+        check_range(self.size, offset, length)?;
+        let mut piece = Piece::default();
+        for (word, from, to) in words(offset, length) {
+            let whole = self.split(word, from, to, |from, to, top| match top {
+                Some(top) => Ok(piece.append(top.file(), word, from, to)),
+                None => self.view().runs(word, from, to, |run| match run.owner {
+                    Some((_, Layer::Live(layer))) => {
+                        Ok(piece.append(layer.file(), word, run.from, run.to))
+                    }
+                    _ => Ok(false),
+                }),
+            })?;
+            if !whole {
+                return Ok(None);
+            }
+        }
+        piece.host_range()
     }
 
     fn write(&self, offset: u64, data: &[u8], wait: Wait) -> Result<bool> {
@@ -87,6 +110,41 @@ impl Levels {
     }
 }
 
+/// Bytes that stand side by side in one live layer's file.
+#[derive(Default)]
+struct Piece<'a> {
+    file: Option<&'a dyn Storage>,
+    start: u64,
+    end: u64,
+}
+
+impl<'a> Piece<'a> {
+    /// Takes in bytes of a word that `file` owns; false where they don't go on from the last ones.
+    fn append(&mut self, file: &'a dyn Storage, word: Word, from: u64, to: u64) -> bool {
+        let at = word_offset(word).0 + from;
+        match self.file {
+            None => (self.file, self.start) = (Some(file), at),
+            Some(known) if std::ptr::addr_eq(known, file) && at == self.end => {}
+            Some(_) => return false,
+        }
+        self.end = at + (to - from);
+        true
+    }
+
+    fn host_range(&self) -> Result<Option<HostRange>> {
+        let Some(file) = self.file else { return Ok(None) };
+        let Some(descriptor) = file.descriptor() else { return Ok(None) };
+        for end in [self.start, self.end - 1] {
+            if !read_blocks(file, end, &mut [0], Wait::No)? {
+                return Ok(None);
+            }
+        }
+        // Out of descriptors, the bytes are copied.
+        let file = descriptor.try_clone_to_owned().ok();
+        Ok(file.map(|file| HostRange { file, offset: self.start }))
+    }
+}
+
 impl Device for Chain {
     fn size(&self) -> u64 {
         self.levels().size
@@ -106,6 +164,10 @@ impl Device for Chain {
             Effort::Decode => Wait::Decode,
         };
         self.levels().read(offset, buf, wait)
+    }
+
+    fn host_range(&self, offset: u64, length: u64) -> Result<Option<HostRange>> {
+        self.levels().host_range(offset, length)
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<()> {

@@ -5,9 +5,8 @@
 //! nothing at all, behind thinply's own server: the limit of the transport. `open` opens a layer
 //! again and again.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{Error, ErrorKind, Read, Result, Write};
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,9 +14,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use thinply::chain::Chain;
-use thinply::device::{Detail, Device, Effort, Extent, ZeroMode, push_extent};
+use thinply::device::{Detail, Device, Effort, Extent, HostRange, ZeroMode, push_extent};
 use thinply::nbd::server::{Export, ExportTable, Listener, Server, ServerConfig};
-use thinply::storage::{Access, FileFolder, Folder};
+use thinply::storage::{
+    self, Access, FileFolder, Folder, Storage, Wait, read_blocks, write_all_at,
+};
 
 const USAGE: &str = "usage: load SOCKET RW[/fresh|/same] BLOCK DEPTH CONNECTIONS SECONDS OPS SEED
        serve SOCKET SIZE [FILE]
@@ -50,7 +51,8 @@ fn main() -> Result<()> {
         }
         ["serve", socket, size] => serve(socket, Null(number(size)?)),
         ["serve", socket, size, file] => {
-            let file = OpenOptions::new().read(true).write(true).open(file)?;
+            let opened = OpenOptions::new().read(true).write(true).open(file)?;
+            let file = storage::opened(file.into(), opened)?;
             serve(socket, Raw { file, size: number(size)? })
         }
         ["open", file, times] => open(Path::new(file), number(times)?),
@@ -325,9 +327,9 @@ fn host<T>(result: Result<T>) -> Answer<T> {
     result.map_err(|error| thinply::error::Error::io(error, "using the raw file"))
 }
 
-/// A raw file, without any layout.
+/// A raw file, without any layout, through the same calls as a layer's.
 struct Raw {
-    file: File,
+    file: Arc<dyn Storage>,
     size: u64,
 }
 
@@ -341,15 +343,25 @@ impl Device for Raw {
     }
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> Answer<()> {
-        host(self.file.read_exact_at(buf, offset))
+        read_blocks(&*self.file, offset, buf, Wait::Yes).map(drop)
     }
 
     fn try_read(&self, offset: u64, buf: &mut [u8], _: Effort) -> Answer<bool> {
-        self.read(offset, buf).map(|()| true)
+        read_blocks(&*self.file, offset, buf, Wait::No)
+    }
+
+    fn host_range(&self, offset: u64, length: u64) -> Answer<Option<HostRange>> {
+        for end in [offset, offset + length - 1] {
+            if !read_blocks(&*self.file, end, &mut [0], Wait::No)? {
+                return Ok(None);
+            }
+        }
+        let file = self.file.descriptor().map(|file| file.try_clone_to_owned());
+        Ok(host(file.transpose())?.map(|file| HostRange { file, offset }))
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Answer<()> {
-        host(self.file.write_all_at(data, offset))
+        host(write_all_at(&*self.file, data, offset))
     }
 
     fn try_write(&self, offset: u64, data: &[u8]) -> Answer<bool> {
@@ -404,6 +416,10 @@ impl Device for Null {
 
     fn try_read(&self, offset: u64, buf: &mut [u8], _: Effort) -> Answer<bool> {
         self.read(offset, buf).map(|()| true)
+    }
+
+    fn host_range(&self, _: u64, _: u64) -> Answer<Option<HostRange>> {
+        Ok(None)
     }
 
     fn write(&self, _: u64, _: &[u8]) -> Answer<()> {

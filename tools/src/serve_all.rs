@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use thinply::chain::Chain;
-use thinply::device::{Detail, Device, Effort, Extent, ZeroMode};
+use thinply::device::{Detail, Device, Effort, Extent, HostRange, ZeroMode};
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::nbd::server::{Export, Exports, Log};
 use thinply::storage::Access;
@@ -269,6 +269,10 @@ impl Device for OpenDisk {
 
     fn try_read(&self, offset: u64, buf: &mut [u8], effort: Effort) -> Result<bool> {
         self.chain.try_read(offset, buf, effort)
+    }
+
+    fn host_range(&self, offset: u64, length: u64) -> Result<Option<HostRange>> {
+        self.chain.host_range(offset, length)
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<()> {

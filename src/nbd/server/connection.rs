@@ -11,9 +11,10 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{SigSet, Signal};
 use rustix::io::Errno as Host;
-use rustix::net::RecvFlags;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{RecvFlags, SendFlags};
 
 use super::Shared;
 use super::buffer::{Received, Replies};
@@ -26,6 +27,9 @@ use crate::nbd::proto::{self, Command, Errno, Refusal, Request, Terms};
 
 /// Replies are sent once this much has come together, even if more requests wait.
 const SEND_AT: usize = 256 << 10;
+/// Data of at least this length is sent from the page cache where it can be, without a copy.
+/// Shorter ones don't gain by it.
+const SEND_IN_PLACE: u32 = 128 << 10;
 /// Payloads up to this length pass through the receive buffer; longer ones go straight into their
 /// own.
 const SMALL_PAYLOAD: usize = 32 << 10;
@@ -67,6 +71,8 @@ struct Connection<'a> {
 
 /// Serves one client from its handshake until it is gone and nothing of it runs any more.
 pub(super) fn serve(shared: &Shared, link: &Arc<Link>) {
+    // Unlike a send, sendfile can't be told that a client that is gone is no reason for a signal.
+    let _ = SigSet::from(Signal::SIGPIPE).thread_block();
     let mut received = Received::default();
     if let Ok(Some(session)) = handshake::negotiate(shared, link, &mut received) {
         shared.note(&session.export);
@@ -175,6 +181,9 @@ impl Connection<'_> {
         if self.replies.len() > 0 && self.replies.len() + length > SEND_AT {
             self.send()?;
         }
+        if read.length >= SEND_IN_PLACE && self.send_in_place(&read)? {
+            return Ok(());
+        }
         let (device, link) = (&**self.export.device(), self.link);
         // Nobody waits for this thread then, and to hand the read on would cost as much.
         let alone = !self.busy && self.received.bytes().is_empty();
@@ -190,6 +199,23 @@ impl Connection<'_> {
         let command = Command::Read { offset, length, whole };
         self.hand_on(request, command, Vec::new(), length as usize);
         Ok(())
+    }
+
+    /// Sends the whole reply to a read from the file that holds its data; false if it can't. Where
+    /// only the ends of the data are cached, this waits for the disk.
+    fn send_in_place(&mut self, read: &Read) -> Result<bool, Gone> {
+        self.busy = self.busy && !self.link.is_quiet();
+        if self.busy {
+            return Ok(false);
+        }
+        // An error shows again in the read.
+        let range = self.export.device().host_range(read.offset, read.length.into());
+        let Ok(Some(range)) = range else { return Ok(false) };
+        read.header(&mut self.replies);
+        self.link.send_all(self.replies.bytes(), SendFlags::MORE)?;
+        self.replies.clear();
+        self.link.send_file(&range, read.length.into())?;
+        Ok(true)
     }
 
     fn write(&mut self, request: Request, offset: u64) -> Result<(), Gone> {
@@ -281,7 +307,7 @@ impl Connection<'_> {
         if self.busy {
             self.link.send_or_queue(self.replies.bytes());
         } else {
-            self.link.send_all(self.replies.bytes())?;
+            self.link.send_all(self.replies.bytes(), SendFlags::empty())?;
         }
         self.replies.clear();
         Ok(())

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno as Host;
-use rustix::net::RecvFlags;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{RecvFlags, SendFlags};
 
 use super::Shared;
 use super::buffer::Received;
@@ -63,7 +63,7 @@ pub(super) fn negotiate(
         received.take(taken);
         if !out.is_empty() {
             limit(link, Timeout::Send, deadline)?;
-            link.send_all(&out)?;
+            link.send_all(&out, SendFlags::empty())?;
             out.clear();
         }
         match step {

@@ -11,10 +11,12 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::sendfile;
 use rustix::io::Errno as Host;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
 use super::Log;
+use crate::device::HostRange;
 use crate::nbd::proto::{self, Errno};
 use crate::sync::guard;
 
@@ -107,12 +109,34 @@ impl Link {
 
     /// Sends everything, waiting for the client. Only for the connection's own thread, and only
     /// while the link is quiet.
-    pub(super) fn send_all(&self, mut bytes: &[u8]) -> Result<(), Gone> {
+    pub(super) fn send_all(&self, mut bytes: &[u8], flags: SendFlags) -> Result<(), Gone> {
         while !bytes.is_empty() {
-            match send(&self.socket, bytes, SendFlags::NOSIGNAL) {
+            match send(&self.socket, bytes, SendFlags::NOSIGNAL | flags) {
                 Ok(sent) => bytes = &bytes[sent..],
                 Err(Host::INTR) => {}
                 Err(_) => return Err(Gone),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends bytes of a file, as [`Link::send_all`] does.
+    pub(super) fn send_file(&self, range: &HostRange, length: u64) -> Result<(), Gone> {
+        let (mut at, end) = (range.offset, range.offset + length);
+        while at < end {
+            let left = (end - at) as usize;
+            match sendfile(&self.socket, &range.file, Some(&mut at), left) {
+                // The reply has begun: it can't turn into an error any more.
+                Ok(0) => {
+                    self.log("hanging up, a file ended while it was being sent");
+                    return Err(Gone);
+                }
+                Ok(_) | Err(Host::INTR) => {}
+                Err(Host::PIPE | Host::CONNRESET) => return Err(Gone),
+                Err(error) => {
+                    self.log(&format!("hanging up, sending from a file failed: {error}"));
+                    return Err(Gone);
+                }
             }
         }
         Ok(())

@@ -96,6 +96,15 @@ impl Read {
         false
     }
 
+    /// Appends what comes before the data of a whole reply.
+    pub(super) fn header(&self, out: &mut Replies) {
+        if self.structured {
+            out.push(&proto::data_header(self.cookie, true, self.offset, self.length));
+        } else {
+            out.push(&proto::simple_reply(self.cookie, None));
+        }
+    }
+
     fn structured(
         &self,
         device: &dyn Device,
