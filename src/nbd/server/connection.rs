@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -332,7 +332,7 @@ impl Connection<'_> {
             let received = if self.busy {
                 self.link.receive(space, RecvFlags::DONTWAIT)
             } else {
-                receive_soon(self.link, space, &mut self.eager)
+                receive_soon(self.link, space, &mut self.eager, &self.shared.lookouts)
             };
             match received {
                 Ok(length) => {
@@ -373,16 +373,47 @@ impl Connection<'_> {
     }
 }
 
-/// Waits for bytes: awake for a while if the client is `eager`, then asleep.
-fn receive_soon(link: &Link, space: &mut [u8], eager: &mut bool) -> rustix::io::Result<usize> {
-    let begun = Instant::now();
-    while *eager {
-        match link.receive(space, RecvFlags::DONTWAIT) {
-            Err(Host::AGAIN) => {}
-            other => return other,
+/// How many connections of a server look for requests without sleeping: at most half as many as
+/// there are processors, or they would take them from those that have work.
+pub(super) struct Lookouts {
+    now: AtomicUsize,
+    most: usize,
+}
+
+impl Default for Lookouts {
+    fn default() -> Self {
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        Self { now: AtomicUsize::new(0), most: (processors / 2).max(1) }
+    }
+}
+
+impl Lookouts {
+    /// Looks for bytes for as long as [`EAGER`]; `None` if none came or too many look.
+    fn look(&self, link: &Link, space: &mut [u8]) -> Option<rustix::io::Result<usize>> {
+        let mut found = None;
+        if self.now.fetch_add(1, Ordering::Relaxed) < self.most {
+            let begun = Instant::now();
+            while found.is_none() && begun.elapsed() < EAGER {
+                match link.receive(space, RecvFlags::DONTWAIT) {
+                    Err(Host::AGAIN) => thread::yield_now(),
+                    other => found = Some(other),
+                }
+            }
         }
-        *eager = begun.elapsed() < EAGER;
-        thread::yield_now();
+        self.now.fetch_sub(1, Ordering::Relaxed);
+        found
+    }
+}
+
+/// Waits for bytes: awake for a while if the client is `eager`, then asleep.
+fn receive_soon(
+    link: &Link,
+    space: &mut [u8],
+    eager: &mut bool,
+    lookouts: &Lookouts,
+) -> rustix::io::Result<usize> {
+    if *eager && let Some(received) = lookouts.look(link, space) {
+        return received;
     }
     let begun = Instant::now();
     let received = link.receive(space, RecvFlags::empty());

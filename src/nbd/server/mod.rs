@@ -30,6 +30,7 @@ pub use listen::Listener;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::guard;
+use connection::Lookouts;
 use link::Link;
 use work::STACK;
 
@@ -93,6 +94,7 @@ struct Shared {
     stop: OwnedFd,
     clients: Mutex<Clients>,
     left: Condvar,
+    lookouts: Lookouts,
     /// Exports that clients have had, to be flushed at the end.
     used: Mutex<Vec<Weak<Export>>>,
 }
@@ -120,6 +122,7 @@ impl Server {
             stop,
             clients: Mutex::default(),
             left: Condvar::new(),
+            lookouts: Lookouts::default(),
             used: Mutex::default(),
         });
         Ok(Self { listeners, shared })
