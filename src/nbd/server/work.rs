@@ -13,6 +13,7 @@ use crate::device::{Detail, Device, Effort, Extent, ZeroMode};
 use crate::error::{Error, ErrorKind};
 use crate::nbd::proto::{self, Command, Errno};
 use crate::sync::guard;
+use crate::types::BLOCK_SIZE;
 
 /// Stack of every thread of the server, in bytes; only what is touched costs memory.
 pub(super) const STACK: usize = 512 << 10;
@@ -118,7 +119,8 @@ impl Read {
             return Ok(true);
         }
         extents.clear();
-        if !self.whole {
+        // To ask about a single block costs more than to send its zeros.
+        if !self.whole && u64::from(length) > BLOCK_SIZE {
             let (range, limit) = (u64::from(length), MAX_READ_EXTENTS);
             device
                 .extents(offset, range, Detail::Bitmaps, limit, extents)
