@@ -47,14 +47,15 @@ def serving(command, socket):
 
 
 class Contender:
-    """Images of one size in a folder; `create` makes one, over a parent if one is named."""
+    """Images of one size in a folder; `create` makes one, over a parent if one is named.
+    Contenders of one format read the same chain."""
 
     def __init__(self, folder, size):
         self.folder, self.size = folder, size
 
 
 class Thinply(Contender):
-    name = "thinply"
+    name, format = "thinply", "thinply"
 
     def create(self, name, parent=None):
         base = ["--parent", self.folder / parent] if parent else ["--size", self.size]
@@ -66,7 +67,7 @@ class Thinply(Contender):
 
 
 class QemuNbd(Contender):
-    name, options = "qemu-nbd qcow2", []
+    name, format, options = "qemu-nbd qcow2", "qcow2", []
 
     def create(self, name, parent=None):
         base = ["-b", parent, "-F", "qcow2"] if parent else []
@@ -83,7 +84,7 @@ class QemuNbd(Contender):
 
 
 class QemuNbdExtended(QemuNbd):
-    name = "qemu-nbd qcow2, extended_l2"
+    name, format = "qemu-nbd qcow2, extended_l2", "qcow2-extended"
     options = ["-o", "extended_l2=on,cluster_size=128k"]
 
 
@@ -111,6 +112,8 @@ class StorageDaemon(QemuNbd):
 
 class Raw(Contender):
     """A raw file: one without layers, so that a fresh overlay is an empty sparse file."""
+
+    format = "raw"
 
     def create(self, name, parent=None):
         if parent and not name.startswith("fresh"):

@@ -31,7 +31,7 @@ LESS = [
     ("create an overlay, ms", 64, QEMU, 5), ("space of a new overlay, KiB", 64, QEMU, 10),
     (MEMORY, None, QEMU, 1),
 ]
-# thinply at a depth against itself at depth 1.
+# thinply at a depth against itself at depth 1, on disks of one size.
 DEPTHS = [(READ_1, 64, 0.95), (READ_16, 64, 0.95), (READ_1, 512, 0.85), (READ_16, 512, 0.85)]
 
 INTRODUCTION = """# Measured
@@ -67,10 +67,10 @@ class Results:
         text = f'{{"versions": {json.dumps(versions)}, "rows": [\n{lines}\n]}}\n'
         self.path.write_text(text)
 
-    def find(self, workload, depth=None):
+    def find(self, workload, depth=None, parts=("io", "create", "memory")):
         """The rounds of each server, empty where it was not measured."""
         for row in self.rows:
-            if row["workload"] == workload and row.get("depth") == depth and row["part"] != "null":
+            if row["workload"] == workload and row.get("depth") == depth and row["part"] in parts:
                 return row["servers"]
         return {}
 
@@ -106,9 +106,9 @@ def aims(results):
             less = (workload, depth, other, aim) in LESS
             rows.append((workload, depth or "", other, *judged(pair[::-1] if less else pair, aim)))
     for workload, depth, aim in DEPTHS:
-        deep, shallow = results.find(workload, depth), results.find(workload, 1)
-        if OURS in deep and OURS in shallow:
-            pair = deep[OURS], shallow[OURS]
+        rounds = results.find(workload, parts=("depths",))
+        if rounds:
+            pair = rounds[f"depth {depth}"], rounds["depth 1"]
             rows.append((workload, depth, "thinply at depth 1", *judged(pair, aim)))
     return table(("workload", "depth", "against", "ratio", "spread", "aim", ""), rows)
 
@@ -135,6 +135,7 @@ def everything(results, part):
 
 PARTS = {
     "io": "Operations a second",
+    "depths": "Operations a second of thinply, all depths in turn",
     "null": "Operations a second where the server has nothing to do: the limit of client and socket",
     "create": "Creating an overlay, the whole process",
     "memory": "Memory",
