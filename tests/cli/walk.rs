@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 use crate::store::cost;
 use crate::support::{Folder, KIB, output, skip, start};
 
+/// What the page calls the folder in which its commands run.
+const HOME: &str = "/home/me";
+
 /// Runs the page's commands like a shell that knows one job.
 struct Shell<'a> {
     folder: &'a Folder,
@@ -36,7 +39,7 @@ impl Shell<'_> {
             let mut first = String::new();
             BufReader::new(job.stdout.take().unwrap()).read_line(&mut first).unwrap();
             self.job = Some(job);
-            return first;
+            return first.replace(&self.folder.path().display().to_string(), HOME);
         }
         if line == "kill %1" {
             let mut job = self.job.take().unwrap();

@@ -26,8 +26,10 @@ Examples:
   thinply dump disk.tply
   thinply dump --json disk.tply";
 
-/// Show every on-disk structure with its offset: headers, journal records, bitmap pages; of a packed
-/// layer header, frames, maps, directory and footer with the root.
+/// Show every on-disk structure of a layer with its offset.
+///
+/// Of a live layer these are the headers, journal records and bitmap pages; of a packed one the
+/// header, frames, maps, directory and the footer with the root.
 ///
 /// Works on damaged files too. A layer that is being written is read without a lock, and the output
 /// says so.
