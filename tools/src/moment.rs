@@ -159,8 +159,6 @@ impl Drop for Moment {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
-
     use thinply::chain::{Chain, Layers, create};
     use thinply::device::ZeroMode;
     use thinply::storage::{Access, Folder, MemoryFolder};
@@ -218,18 +216,17 @@ mod tests {
     fn two_blocks_that_change_together_never_show_apart() {
         let (device, moments) = (device(), Arc::new(Moments::default()));
         let folder = tempfile::tempdir().unwrap();
-        let done = AtomicBool::new(false);
         let pair = [0, 7 * BLOCK];
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                for round in (1..=255).cycle().take_while(|_| !done.load(Ordering::Relaxed)) {
+            let writer = scope.spawn(|| {
+                for round in (1..=255).cycle().take(20_000) {
                     for offset in pair {
                         let _permit = moments.before_change(&*device, offset, BLOCK);
                         device.write(offset, &[round; BLOCK as usize]).unwrap();
                     }
                 }
             });
-            for _ in 0..200 {
+            while !writer.is_finished() {
                 let moment = Moment::begin(device.clone(), moments.clone(), folder.path()).unwrap();
                 let bytes = read(&moment);
                 let [first, second] = pair.map(|at| bytes[at as usize]);
@@ -243,7 +240,6 @@ mod tests {
                 }
                 assert!(read(&moment) == bytes);
             }
-            done.store(true, Ordering::Relaxed);
         });
     }
 }
