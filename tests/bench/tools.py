@@ -68,10 +68,14 @@ def table(title, head, lines):
 
 
 def contest(title, rounds, inputs, contenders, base=0):
-    """Runs (name, output, commands) in turn; a table of medians against the contender `base`."""
+    """Runs (name, output, commands) in turn; a table of medians against the contender `base`.
+
+    The first round does not count: memory that a virtual machine has not touched lately must come
+    from its host, which takes as long as the work.
+    """
     clocks = [[] for _ in contenders]
     processors = [[] for _ in contenders]
-    for _ in range(rounds):
+    for number in range(rounds + 1):
         for (_, output, commands), clock, processor in zip(contenders, clocks, processors):
             if output:
                 Path(output).unlink(missing_ok=True)
@@ -79,8 +83,9 @@ def contest(title, rounds, inputs, contenders, base=0):
                 read_all(path)
             run("sync", "-f", inputs[0])
             took = timed(*commands)
-            clock.append(took[0])
-            processor.append(took[1])
+            if number:
+                clock.append(took[0])
+                processor.append(took[1])
     first = statistics.median(clocks[base])
     rows = []
     for (name, *_), clock, processor in zip(contenders, clocks, processors):
@@ -140,13 +145,27 @@ def comparing(folder, options):
         run(THINPLY, "import", raw, path)
     for path in (image, other):
         run(*qcow2(raw, path))
-    compares = [
-        ("thinply compare", None, [[THINPLY, "compare", layer, again]]),
-        ("qemu-img compare", None,
-         [["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", image, other]]),
-    ]
-    contest(f"Compare of two equal disks of {options.size_mib} MiB", options.rounds,
-            [layer, again, image, other], compares)
+
+    def compare(title, ours, theirs):
+        contenders = [
+            ("thinply compare", None, [[THINPLY, "compare", *ours]]),
+            ("qemu-img compare", None,
+             [["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", *theirs]]),
+        ]
+        contest(title, options.rounds, [layer, again, image, other], contenders)
+
+    size = f"{options.size_mib} MiB"
+    compare(f"Compare of two equal disks of {size} that share nothing", [layer, again],
+            [image, other])
+    # The same 16 MiB changed twice over one base.
+    with open(raw, "r+b") as file:
+        file.write(b"7" * 16 * MIB)
+    tops = [(folder / f"{name}.tply", folder / f"{name}.qcow2") for name in ("c", "d")]
+    for ours, theirs in tops:
+        run(THINPLY, "import", "--parent", layer, raw, ours)
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", theirs)
+        run("qemu-io", "-f", "qcow2", "-c", f"write -q -P {ord('7')} 0 16M", theirs)
+    compare(f"Compare of two equal disks of {size} over one base", *zip(*tops))
 
 
 @contextlib.contextmanager
