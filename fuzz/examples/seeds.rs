@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 
+use thinply::format::packed::FRAME_BLOCKS;
 use thinply_fuzz::image::{self, CUT, Ending, FIX_CHECKSUMS, FIX_ENTRIES, FIX_LINK};
 use thinply_fuzz::packed;
 
@@ -103,7 +104,7 @@ fn main() {
     let blocks =
         [0, 200, 0, 201, 0, 70, 0, 71, 0, 0, 9, 90, 60, 255, 254, 100, 0, 200, 255, 80, 255, 1];
     for flags in 0..16u8 {
-        for frame_blocks in [1, 4, 64] {
+        for frame_blocks in [1, FRAME_BLOCKS as u8, 64] {
             let head = [flags, frame_blocks, 0, 4, blocks.len() as u8 / 2];
             let input = [&head[..], &blocks].concat();
             put("packed", &format!("flags-{flags}-{frame_blocks}"), &input);

@@ -8,7 +8,7 @@ mod bench;
 use bench::{BLOCK, Bench, Disk};
 use libfuzzer_sys::fuzz_target;
 use thinply::chain::Chain;
-use thinply::device::{Device, ZeroMode};
+use thinply::device::{Device, Effort, ZeroMode};
 use thinply::inspect;
 use thinply::storage::Access;
 use thinply_fuzz::operations::{Operation, SIZE, decode};
@@ -65,7 +65,7 @@ impl Run {
             Operation::Read { offset, length } => {
                 let (offset, length) = clip(disk, offset, length);
                 let mut found = vec![0xee; length as usize];
-                assert!(chain.try_read(offset, &mut found).unwrap());
+                assert!(chain.try_read(offset, &mut found, Effort::Copy).unwrap());
                 assert!(found == disk.read(offset, length as usize), "read at {offset}");
             }
             Operation::Flush => chain.flush().unwrap(),

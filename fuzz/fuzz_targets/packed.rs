@@ -4,6 +4,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use thinply::error::{ErrorKind, Result};
+use thinply::format::packed::FRAME_BLOCKS;
 use thinply::packed::{Compression, Damage, Packed, Watch, Writer};
 use thinply::storage::{Folder, MemoryFolder, Wait, write_all_at};
 use thinply::types::{BLOCK_SIZE, Block, Group, Word, runs};
@@ -93,7 +94,7 @@ fn root_follows_content(layer: &Packed, all: &[(Block, Bytes)]) {
     let header = layer.header();
     let is_data = |block: Block| layer.data(block.word()).unwrap() & block.mask() != 0;
     // What no writer makes: other frames, data that is zero, bytes beyond the end.
-    let unlike = header.frame_blocks != 4
+    let unlike = header.frame_blocks != FRAME_BLOCKS
         || all.iter().any(|(block, bytes)| {
             let end = header.virtual_size.saturating_sub(block.0 * BLOCK_SIZE);
             is_data(*block) == (*bytes == [0; BLOCK_SIZE as usize])

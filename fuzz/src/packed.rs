@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 
+use thinply::format::packed::FRAME_BLOCKS;
 use thinply::types::{BLOCK_SIZE, GROUP_BLOCKS, Root};
 
 /// Three groups, and a bit of a fourth one that doesn't end at a block.
@@ -69,7 +70,7 @@ impl Layer {
     /// Makes the file that an input describes.
     pub fn build(input: &[u8]) -> Self {
         let (&[flags, frame_blocks, low, high, count], rest) =
-            input.split_first_chunk().unwrap_or((&[0, 4, 0, 0, 0], &[]));
+            input.split_first_chunk().unwrap_or((&[0, FRAME_BLOCKS as u8, 0, 0, 0], &[]));
         let (blocks, rest) = rest.split_at(rest.len().min(usize::from(count % 96) * 2));
         let content = content(blocks);
         let mut builder = Builder {
