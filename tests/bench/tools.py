@@ -70,8 +70,7 @@ def table(title, head, lines):
 def contest(title, rounds, inputs, contenders, base=0):
     """Runs (name, output, commands) in turn; a table of medians against the contender `base`.
 
-    The first round does not count: memory that a virtual machine has not touched lately must come
-    from its host, which takes as long as the work.
+    The first round does not count: it differs from the others by far more than they do.
     """
     clocks = [[] for _ in contenders]
     processors = [[] for _ in contenders]
