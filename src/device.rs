@@ -73,7 +73,9 @@ pub trait Device: Send + Sync {
     /// Where the bytes of a range that is not empty stand, so that they can be sent without a copy.
     /// `None` where they don't stand in one piece, or where its ends are not in the page cache; then
     /// a read is as good.
-    fn host_range(&self, offset: u64, length: u64) -> Result<Option<HostRange>>;
+    fn host_range(&self, _offset: u64, _length: u64) -> Result<Option<HostRange>> {
+        Ok(None)
+    }
 
     /// Writes `data` at `offset`; durable after the next [`Device::flush`].
     fn write(&self, offset: u64, data: &[u8]) -> Result<()>;

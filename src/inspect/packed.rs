@@ -44,6 +44,4 @@ impl Watch for Report {
             None => self.finding(offset, damage.error.to_string()),
         }
     }
-
-    fn verified(&mut self, _: u64) {}
 }

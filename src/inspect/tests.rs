@@ -33,6 +33,17 @@ fn closed(folder: &Arc<dyn Folder>, name: &str, size: u64) {
     }
 }
 
+/// Commits three records to a closed layer, which stays open; `copy_name` is what a crash would leave.
+fn commit_three(folder: &Arc<dyn Folder>, name: &str, copy_name: &str) -> Chain {
+    let chain = open(folder, name);
+    for block in 0..3 {
+        chain.write((10 + block) * 4096, &[3; 4096]).unwrap();
+        chain.flush().unwrap();
+    }
+    copy(folder, name, copy_name);
+    chain
+}
+
 fn report(folder: &Arc<dyn Folder>, name: &str) -> Report {
     check(&*folder.open(name, Access::Read).unwrap()).unwrap()
 }
@@ -113,12 +124,7 @@ fn every_flipped_bit_of_a_frozen_layer_is_found() {
 fn what_a_crash_leaves_is_noted_and_never_found() {
     let folder = folder();
     closed(&folder, "a", SMALL);
-    let chain = open(&folder, "a");
-    for block in 0..3 {
-        chain.write((10 + block) * 4096, &[3; 4096]).unwrap();
-        chain.flush().unwrap();
-    }
-    copy(&folder, "a", "crashed");
+    commit_three(&folder, "a", "crashed");
     let crashed = report(&folder, "crashed");
     assert!(crashed.is_clean(), "{crashed:?}");
     let notes: Vec<_> = crashed.notes.iter().map(|note| note.what.as_str()).collect();
@@ -152,12 +158,7 @@ fn what_a_crash_leaves_is_noted_and_never_found() {
 fn a_ring_that_was_given_back_in_part_is_noted() {
     let folder = folder();
     closed(&folder, "a", SMALL);
-    let chain = open(&folder, "a");
-    for block in 0..3 {
-        chain.write((10 + block) * 4096, &[3; 4096]).unwrap();
-        chain.flush().unwrap();
-    }
-    copy(&folder, "a", "before");
+    let chain = commit_three(&folder, "a", "before");
     chain.close().unwrap();
     seal(&*folder, "a").unwrap();
     let (before, file) =

@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
-use super::{Compression, Damage, Packed, Summary, Watch, Writer};
+use super::{Compression, Damage, Packed, Summary, Writer};
 use crate::error::{ErrorKind, Result};
 use crate::format::header::ParentLink;
 use crate::format::packed::{CHUNK_FRAMES, FOOTER_SIZE, FRAME_BLOCKS, HEADER_SIZE};
@@ -47,21 +47,10 @@ fn read(layer: &Packed, block: u64) -> Result<Bytes> {
     Ok(bytes)
 }
 
-#[derive(Default)]
-struct Found(Vec<Damage>);
-
-impl Watch for Found {
-    fn found(&mut self, damage: Damage) {
-        self.0.push(damage);
-    }
-
-    fn verified(&mut self, _: u64) {}
-}
-
 fn damages(layer: &Packed) -> Vec<Damage> {
-    let mut found = Found::default();
+    let mut found = Vec::new();
     layer.verify(&mut found).unwrap();
-    found.0
+    found
 }
 
 fn noise(seed: u64) -> Box<Bytes> {

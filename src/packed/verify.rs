@@ -24,7 +24,14 @@ pub trait Watch {
     fn found(&mut self, damage: Damage);
 
     /// That many data blocks more have been verified.
-    fn verified(&mut self, blocks: u64);
+    fn verified(&mut self, _blocks: u64) {}
+}
+
+/// Collects what is wrong.
+impl Watch for Vec<Damage> {
+    fn found(&mut self, damage: Damage) {
+        self.push(damage);
+    }
 }
 
 impl Packed {

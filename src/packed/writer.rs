@@ -22,6 +22,13 @@ pub enum Compression {
     Zstd(i32),
 }
 
+/// Zstd, at a level that is no slower than its own default on frames of this size, and smaller.
+impl Default for Compression {
+    fn default() -> Self {
+        Self::Zstd(4)
+    }
+}
+
 /// What a finished packed layer is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Summary {

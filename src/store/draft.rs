@@ -15,8 +15,6 @@ use crate::storage::{Access, Lock, Storage};
 use crate::types::Identity;
 
 const BUFFER: usize = 1 << 20;
-/// As `thinply pack` has it; no slower than level 3 at the size of a frame, and smaller.
-const LEVEL: i32 = 4;
 
 /// A layer of the live layout that is being filled. While it lives its file is locked, which keeps
 /// [`Store::collect`] from it; dropping it removes it.
@@ -84,7 +82,7 @@ impl Blob {
         let write = || {
             file.lock(Lock::Shared).map_err(fail)?;
             drop(guard);
-            let options = PackOptions { compression: Compression::Zstd(LEVEL), drop_equal: true };
+            let options = PackOptions { compression: Compression::default(), drop_equal: true };
             let sink = BufWriter::with_capacity(BUFFER, Sink::new(file.clone()));
             let (summary, sink) = source.pack(sink, &options, &mut |_| {})?;
             let sink = sink.into_inner().map_err(|error| fail(error.into_error()))?;

@@ -418,10 +418,6 @@ impl Device for Null {
         self.read(offset, buf).map(|()| true)
     }
 
-    fn host_range(&self, _: u64, _: u64) -> Answer<Option<HostRange>> {
-        Ok(None)
-    }
-
     fn write(&self, _: u64, _: &[u8]) -> Answer<()> {
         Ok(())
     }

@@ -25,13 +25,6 @@ fn disks(folder: &Folder) -> Vec<u8> {
     disk
 }
 
-fn export(folder: &Folder, name: &str) -> Vec<u8> {
-    folder.ok(&["export", "--force", name, "out"]);
-    let bytes = folder.read("out");
-    fs::remove_file(folder.join("out")).unwrap();
-    bytes
-}
-
 /// The ranges that the newest layer of a disk owns.
 fn own(folder: &Folder, name: &str) -> Vec<(u64, u64)> {
     let map = folder.json(&["map", "--json", name]);
@@ -47,7 +40,7 @@ fn a_rebased_disk_shows_the_same_on_another_parent() {
     let disk = disks(&folder);
     let before = ["a.tply", "b.tply", "top.tply"].map(|name| folder.read(name));
     assert_eq!(folder.ok(&["rebase", "--parent", "b.tply", "top.tply", "new.tply"]), "");
-    assert!(export(&folder, "new.tply") == disk);
+    assert!(folder.export("new.tply") == disk);
     assert_eq!(own(&folder, "new.tply"), [(0, 3 * 4096), (MIB, 4096)]);
     folder.ok(&["check", "--chain", "new.tply"]);
     let info = folder.json(&["info", "--json", "--chain", "new.tply"]);
@@ -64,7 +57,7 @@ fn a_rebased_disk_shows_the_same_on_another_parent() {
     let made = folder.json(&["rebase", "--json", "--parent", "b.tply", "p.tply", "q.tply"]);
     assert!(made["identity"].as_str().unwrap().starts_with("packed layer"), "{made}");
     for name in ["t.tply", "q.tply"] {
-        assert!(export(&folder, name) == disk, "{name}");
+        assert!(folder.export(name) == disk, "{name}");
     }
     let after = ["a.tply", "b.tply", "s.tply"].map(|name| folder.read(name));
     assert!(before[..2] == after[..2], "a parent has changed");
@@ -81,9 +74,9 @@ fn an_unsafe_rebase_only_relinks() {
     };
     assert!(run(&[]).refused().contains("a.tply"), "the old parent is gone");
     assert_eq!(run(&["--unsafe"]).code, 0);
-    assert!(export(&folder, "new.tply") == disk);
+    assert!(folder.export("new.tply") == disk);
     folder.ok(&["rebase", "--unsafe", "--parent", "b.tply", "top.tply", "other.tply"]);
-    let changed = export(&folder, "other.tply");
+    let changed = folder.export("other.tply");
     assert!(changed != disk, "it shows what b.tply has");
     assert!(changed[..3 * 4096] == disk[..3 * 4096]);
     assert_eq!(own(&folder, "other.tply"), [(0, 3 * 4096)]);
@@ -113,7 +106,7 @@ fn compacting_gives_back_what_is_not_needed() {
     folder.change("top.tply", MIB, &disk[MIB as usize..][..8192]);
     disk[2 * MIB as usize..][..64 << 10].fill(0);
     folder.ok(&["compact", "top.tply", "new.tply"]);
-    assert!(export(&folder, "new.tply") == disk);
+    assert!(folder.export("new.tply") == disk);
     assert_eq!(own(&folder, "new.tply"), [(0, 3 * 4096), (2 * MIB, 64 << 10)]);
     assert!(folder.cost("new.tply") + (64 << 10) < folder.cost("top.tply"));
     // Without a parent zeros are nothing at all.
@@ -121,7 +114,7 @@ fn compacting_gives_back_what_is_not_needed() {
     folder.ok(&["create", "--size", "3M", "full.tply"]);
     folder.change("full.tply", 0, &disk);
     folder.ok(&["compact", "full.tply", "less.tply"]);
-    assert!(export(&folder, "less.tply") == disk);
+    assert!(folder.export("less.tply") == disk);
     assert_eq!(own(&folder, "less.tply"), [(0, 2 * MIB), (2 * MIB + (64 << 10), MIB - (64 << 10))]);
 }
 
@@ -150,7 +143,7 @@ fn a_difference_is_listed_or_made_into_a_layer() {
     assert_eq!(folder.ok(&["diff", "a.tply", "a.tply"]).lines().count(), 1, "no difference");
 
     folder.ok(&["diff", "-o", "delta.tply", "b.tply", "top.tply"]);
-    assert!(export(&folder, "delta.tply") == expected);
+    assert!(folder.export("delta.tply") == expected);
     let info = folder.json(&["info", "--json", "--chain", "delta.tply"]);
     assert_eq!(info["layers"].as_array().unwrap().len(), 2);
     assert_eq!(own(&folder, "delta.tply").len(), 3);

@@ -22,13 +22,6 @@ fn chain(folder: &Folder) -> Vec<u8> {
     disk
 }
 
-fn export(folder: &Folder, name: &str) -> Vec<u8> {
-    folder.ok(&["export", "--force", name, "out"]);
-    let bytes = folder.read("out");
-    fs::remove_file(folder.join("out")).unwrap();
-    bytes
-}
-
 #[test]
 fn what_the_disk_shows_is_what_the_new_layer_shows() {
     let folder = Folder::new();
@@ -40,7 +33,7 @@ fn what_the_disk_shows_is_what_the_new_layer_shows() {
     assert_eq!(made["parent"], "base.tply");
     assert!(made["file"].as_str().unwrap().ends_with("part.tply"), "{made}");
     for (name, layers) in [("all.tply", 1), ("part.tply", 2)] {
-        assert!(export(&folder, name) == disk, "{name}");
+        assert!(folder.export(name) == disk, "{name}");
         let info = folder.json(&["info", "--chain", "--json", name]);
         assert_eq!(info["layers"].as_array().unwrap().len(), layers, "{info}");
         assert_eq!(info["layers"][0]["state"], "frozen");

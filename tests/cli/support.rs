@@ -198,6 +198,14 @@ impl Folder {
         fs::read(self.join(name)).unwrap()
     }
 
+    /// What a disk shows, by the command itself.
+    pub fn export(&self, name: &str) -> Vec<u8> {
+        self.ok(&["export", name, "exported"]);
+        let bytes = self.read("exported");
+        fs::remove_file(self.join("exported")).unwrap();
+        bytes
+    }
+
     /// What the file costs on disk.
     pub fn cost(&self, name: &str) -> u64 {
         fs::metadata(self.join(name)).unwrap().blocks() * 512

@@ -6,9 +6,7 @@ use std::ops::Range;
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
-use thinply::device::{
-    Detail, Device, Effort, Extent, HostRange, ZeroMode, check_range, push_extent,
-};
+use thinply::device::{Detail, Device, Effort, Extent, ZeroMode, check_range, push_extent};
 use thinply::error::{Error, ErrorKind, Result};
 
 const BLOCK: u64 = 4096;
@@ -193,10 +191,6 @@ impl Device for TestDevice {
         }
         self.fill(offset, buf);
         Ok(true)
-    }
-
-    fn host_range(&self, _: u64, _: u64) -> Result<Option<HostRange>> {
-        Ok(None)
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<()> {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use fastrand::Rng;
-use thinply::device::{Detail, Device, Effort, Extent, HostRange, ZeroMode, push_extent};
+use thinply::device::{Detail, Device, Effort, Extent, ZeroMode, push_extent};
 use thinply::error::Result;
 
 const SECTOR: usize = 512;
@@ -94,10 +94,6 @@ impl Device for Disk {
 
     fn try_read(&self, offset: u64, buf: &mut [u8], _: Effort) -> Result<bool> {
         self.read(offset, buf).map(|()| true)
-    }
-
-    fn host_range(&self, _: u64, _: u64) -> Result<Option<HostRange>> {
-        Ok(None)
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<()> {

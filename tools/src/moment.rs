@@ -9,8 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Tr
 
 use thinply::device::Device;
 use thinply::error::{Error, Result};
-
-const BLOCK: u64 = 4096;
+use thinply::types::BLOCK_SIZE;
 
 /// What every change of a device passes by.
 #[derive(Debug, Default)]
@@ -72,7 +71,7 @@ impl Kept {
 
     fn keep(&self, device: &dyn Device, offset: u64, length: u64) {
         let end = offset.saturating_add(length).min(device.size());
-        for block in offset / BLOCK..end.div_ceil(BLOCK) {
+        for block in offset / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE) {
             let mut slots = self.slots();
             if slots.failed.is_some() {
                 return;
@@ -86,13 +85,13 @@ impl Kept {
     }
 
     fn copy(&self, device: &dyn Device, block: u64, slots: &mut Slots) -> Result<()> {
-        let start = block * BLOCK;
-        let mut data = [0; BLOCK as usize];
-        let length = (device.size() - start).min(BLOCK) as usize;
+        let start = block * BLOCK_SIZE;
+        let mut data = [0; BLOCK_SIZE as usize];
+        let length = (device.size() - start).min(BLOCK_SIZE) as usize;
         device.read(start, &mut data[..length])?;
         let slot = slots.of_block.len() as u64;
         self.file
-            .write_all_at(&data, slot * BLOCK)
+            .write_all_at(&data, slot * BLOCK_SIZE)
             .map_err(|error| Error::io(error, "keeping what is about to change"))?;
         slots.of_block.insert(block, slot);
         Ok(())
@@ -105,10 +104,10 @@ impl Kept {
         if let Some(error) = &slots.failed {
             return Err(Error::new(error.kind(), error.to_string()));
         }
-        match slots.of_block.get(&(offset / BLOCK)) {
+        match slots.of_block.get(&(offset / BLOCK_SIZE)) {
             Some(slot) => self
                 .file
-                .read_exact_at(buf, slot * BLOCK + offset % BLOCK)
+                .read_exact_at(buf, slot * BLOCK_SIZE + offset % BLOCK_SIZE)
                 .map_err(|error| Error::io(error, "reading what was kept")),
             None => device.read(offset, buf),
         }
@@ -141,7 +140,7 @@ impl Moment {
     /// Fills `buf` with what the device held.
     pub fn read(&self, mut offset: u64, mut buf: &mut [u8]) -> Result<()> {
         while !buf.is_empty() {
-            let count = (BLOCK - offset % BLOCK).min(buf.len() as u64);
+            let count = (BLOCK_SIZE - offset % BLOCK_SIZE).min(buf.len() as u64);
             let (part, rest) = buf.split_at_mut(count as usize);
             self.kept.read(&*self.device, offset, part)?;
             offset += count;
@@ -165,7 +164,7 @@ mod tests {
 
     use super::*;
 
-    const SIZE: u64 = 10 * BLOCK + 512;
+    const SIZE: u64 = 10 * BLOCK_SIZE + 512;
 
     fn device() -> Arc<dyn Device> {
         let folder: Arc<dyn Folder> = Arc::new(MemoryFolder::new("m"));
@@ -192,11 +191,11 @@ mod tests {
         assert!(read(&moment) == old);
         let change = |offset, length| moments.before_change(&*device, offset, length);
         for round in 0..2 {
-            let permit = change(100, BLOCK);
-            device.write(100, &[round; BLOCK as usize]).unwrap();
+            let permit = change(100, BLOCK_SIZE);
+            device.write(100, &[round; BLOCK_SIZE as usize]).unwrap();
             drop(permit);
-            let permit = change(3 * BLOCK, 2 * BLOCK);
-            device.zero(3 * BLOCK, 2 * BLOCK, ZeroMode::default()).unwrap();
+            let permit = change(3 * BLOCK_SIZE, 2 * BLOCK_SIZE);
+            device.zero(3 * BLOCK_SIZE, 2 * BLOCK_SIZE, ZeroMode::default()).unwrap();
             drop(permit);
             let permit = change(SIZE - 100, 100);
             device.write(SIZE - 100, &[round; 100]).unwrap();
@@ -204,8 +203,8 @@ mod tests {
             assert!(read(&moment) == old);
         }
         let mut part = [0; 1000];
-        moment.read(BLOCK - 500, &mut part).unwrap();
-        assert!(part == old[BLOCK as usize - 500..][..1000]);
+        moment.read(BLOCK_SIZE - 500, &mut part).unwrap();
+        assert!(part == old[BLOCK_SIZE as usize - 500..][..1000]);
         drop(moment);
         assert!(moments.idle().is_some());
         let later = Moment::begin(device.clone(), moments, folder.path()).unwrap();
@@ -216,13 +215,13 @@ mod tests {
     fn two_blocks_that_change_together_never_show_apart() {
         let (device, moments) = (device(), Arc::new(Moments::default()));
         let folder = tempfile::tempdir().unwrap();
-        let pair = [0, 7 * BLOCK];
+        let pair = [0, 7 * BLOCK_SIZE];
         std::thread::scope(|scope| {
             let writer = scope.spawn(|| {
                 for round in (1..=255).cycle().take(20_000) {
                     for offset in pair {
-                        let _permit = moments.before_change(&*device, offset, BLOCK);
-                        device.write(offset, &[round; BLOCK as usize]).unwrap();
+                        let _permit = moments.before_change(&*device, offset, BLOCK_SIZE);
+                        device.write(offset, &[round; BLOCK_SIZE as usize]).unwrap();
                     }
                 }
             });
@@ -233,7 +232,7 @@ mod tests {
                 assert!(first == second || first == second % 255 + 1, "{first} {second}");
                 for at in pair {
                     assert!(
-                        bytes[at as usize..][..BLOCK as usize]
+                        bytes[at as usize..][..BLOCK_SIZE as usize]
                             .iter()
                             .all(|b| *b == bytes[at as usize])
                     );

@@ -17,8 +17,6 @@ use crate::output::Output;
 use crate::paths::Place;
 use crate::{Answer, Outcome, progress};
 
-/// At the size of a frame no slower than level 3, and smaller.
-const DEFAULT_LEVEL: i32 = 4;
 /// Bytes that are written at a time.
 pub const BUFFER: usize = 1 << 20;
 
@@ -67,7 +65,7 @@ impl PackingArgs {
         if self.uncompressed {
             Compression::None
         } else {
-            Compression::Zstd(self.zstd.unwrap_or(DEFAULT_LEVEL))
+            self.zstd.map_or_else(Compression::default, Compression::Zstd)
         }
     }
 }

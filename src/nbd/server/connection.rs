@@ -204,8 +204,7 @@ impl Connection<'_> {
     /// Sends the whole reply to a read from the file that holds its data; false if it can't. Where
     /// only the ends of the data are cached, this waits for the disk.
     fn send_in_place(&mut self, read: &Read) -> Result<bool, Gone> {
-        self.busy = self.busy && !self.link.is_quiet();
-        if self.busy {
+        if self.is_busy() {
             return Ok(false);
         }
         // An error shows again in the read.
@@ -298,13 +297,18 @@ impl Connection<'_> {
         pool.add(Job { ticket, export, command, durable, payload });
     }
 
+    /// Looks whether what was running is still.
+    fn is_busy(&mut self) -> bool {
+        self.busy = self.busy && !self.link.is_quiet();
+        self.busy
+    }
+
     /// Sends the replies built so far.
     fn send(&mut self) -> Result<(), Gone> {
         if self.replies.len() == 0 {
             return Ok(());
         }
-        self.busy = self.busy && !self.link.is_quiet();
-        if self.busy {
+        if self.is_busy() {
             self.link.send_or_queue(self.replies.bytes());
         } else {
             self.link.send_all(self.replies.bytes(), SendFlags::empty())?;
