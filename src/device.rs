@@ -104,8 +104,9 @@ pub trait Device: Send + Sync {
         out: &mut Vec<Extent>,
     ) -> Result<()>;
 
-    /// Starts to bring a range into the page cache.
-    fn prefetch(&self, offset: u64, length: u64) -> Result<()>;
+    /// Starts to bring a range into the page cache; false where some of it is only read once it is
+    /// asked for.
+    fn prefetch(&self, offset: u64, length: u64) -> Result<bool>;
 }
 
 /// Fails with [`ErrorKind::OutOfRange`] unless `offset..offset + length` lies within `size`.

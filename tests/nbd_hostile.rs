@@ -404,8 +404,9 @@ fn a_device_that_hangs_starves_no_other_export() {
     let served = Served::exports(Arc::new(table), config);
     hanging.hold(Op::Read);
     let mut stuck = Client::open(&served.path(), "hanging", false);
+    // Too long to share a thread with others.
     for _ in 0..20 {
-        stuck.start(0, READ, 0, 512);
+        stuck.start(0, READ, 0, 100 << 10);
     }
     hanging.wait_for(Op::Read, 2);
     let mut client = Client::open(&served.path(), "working", false);

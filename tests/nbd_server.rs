@@ -158,6 +158,34 @@ fn many_requests_in_one_packet_are_all_answered() {
 }
 
 #[test]
+fn reads_that_have_to_wait_are_asked_of_the_disk_together() {
+    for told in [true, false] {
+        let (device, served) = serve(TestDevice::new(MIB).cold());
+        let mut client = served.client();
+        let content = pattern(32_768);
+        client.write(0, 0, &content);
+        // There is nothing to gain for a single one.
+        assert_eq!(client.read(0, 4096), content[..4096]);
+        assert_eq!(device.count(Op::Prefetch), 0);
+        if !told {
+            device.fail(Op::Prefetch, ErrorKind::Io);
+        }
+        device.hold(Op::Read);
+        let (cookies, packets): (Vec<_>, Vec<_>) =
+            (0..8).map(|i| client.encode(0, READ, i * 4096, 4096)).unzip();
+        std::io::Write::write_all(&mut client.stream, &packets.concat()).unwrap();
+        device.wait_for(Op::Read, 2);
+        assert_eq!(device.count(Op::Prefetch), 8);
+        device.release(Op::Read);
+        for _ in &cookies {
+            let reply = client.reply();
+            let i = cookies.iter().position(|&cookie| cookie == reply.cookie).unwrap();
+            assert_eq!(reply.data(), content[i * 4096..][..4096]);
+        }
+    }
+}
+
+#[test]
 fn sparse_reads_name_their_holes() {
     for cold in [false, true] {
         let device = TestDevice::new(MIB);

@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::Kind;
 use super::pair::{Content, PIECE, Pair, Run, fill};
 use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Buffer;
 use crate::sync::{Mutex, guard};
 
-/// Bytes that are read of each side at a time: both fit a processor's own cache.
-const BUFFER: u64 = 256 << 10;
+/// Bytes that are read of each side at a time: both fit a processor's own cache, or nearly.
+const BUFFER: u64 = 1 << 20;
 
 /// Where two disks stop being the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +78,7 @@ struct Search<'a> {
 impl Search<'_> {
     /// Compares pieces until there are none left before the first mismatch.
     fn work(&self, progress: &(dyn Fn(u64) + Sync)) -> Result<()> {
-        let mut buffers = [vec![0; BUFFER as usize], vec![0; BUFFER as usize]];
+        let mut buffers = [Buffer::default(), Buffer::default()];
         while let Some((from, to)) = self.piece()? {
             let compared = self.pair.runs(from, to, self.rule == Rule::Strict, &mut |run| {
                 let mismatch = self.compare(run, &mut buffers)?;
@@ -110,7 +111,7 @@ impl Search<'_> {
         }
     }
 
-    fn compare(&self, run: Run, [a, b]: &mut [Vec<u8>; 2]) -> Result<Option<(u64, Mismatch)>> {
+    fn compare(&self, run: Run, [a, b]: &mut [Buffer; 2]) -> Result<Option<(u64, Mismatch)>> {
         let owned = [run.a, run.b].map(|kind| kind != Kind::Absent);
         if self.rule == Rule::Strict && owned[0] != owned[1] {
             return Ok(Some((run.offset, Mismatch::Allocation(run.offset))));
@@ -121,11 +122,12 @@ impl Search<'_> {
         let (mut at, end) = (run.offset, run.offset + run.length);
         while at < end {
             let length = (end - at).min(BUFFER) as usize;
-            let (a, b) = (&mut a[..length], &mut b[..length]);
+            a.set_length(length);
+            b.set_length(length);
             fill(self.pair.a, run.a, at, a)?;
             fill(self.pair.b, run.b, at, b)?;
-            if a != b {
-                let place = a.iter().zip(&*b).position(|(a, b)| a != b).unwrap_or(0);
+            if **a != **b {
+                let place = a.iter().zip(b.iter()).position(|(a, b)| a != b).unwrap_or(0);
                 let offset = at + place as u64;
                 return Ok(Some((offset, Mismatch::Content(offset))));
             }

@@ -209,20 +209,22 @@ impl Device for Chain {
         })
     }
 
-    fn prefetch(&self, offset: u64, length: u64) -> Result<()> {
+    fn prefetch(&self, offset: u64, length: u64) -> Result<bool> {
         let levels = self.levels();
+        let mut all = true;
         check_range(levels.size, offset, length)?;
         for (word, from, to) in words(offset, length) {
             levels.split(word, from, to, |from, to, top| match top {
                 Some(top) => prefetch(top.file(), word, from, to - from).map(|()| true),
                 None => levels.view().runs(word, from, to, |run| match run.owner {
                     Some((_, layer)) => {
-                        layer.prefetch(word, run.from, run.to - run.from).map(|()| true)
+                        all &= layer.prefetch(word, run.from, run.to - run.from)?;
+                        Ok(true)
                     }
                     None => Ok(true),
                 }),
             })?;
         }
-        Ok(())
+        Ok(all)
     }
 }

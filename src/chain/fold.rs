@@ -3,6 +3,7 @@
 use super::pair::{Content, PIECE, Pair, Run, fill};
 use super::{Kind, MapExtent};
 use crate::error::Result;
+use crate::storage::Buffer;
 use crate::types::BLOCK_SIZE;
 
 /// Bytes that are read of each side at a time.
@@ -65,7 +66,7 @@ struct Fold<'a> {
     progress: &'a mut dyn FnMut(u64),
     /// Blocks before this byte have been decided.
     done: u64,
-    buffers: [Vec<u8>; 2],
+    buffers: [Buffer; 2],
 }
 
 impl Fold<'_> {
@@ -151,8 +152,8 @@ impl Fold<'_> {
         while at < to {
             let length = (to - at).min(BUFFER) as usize;
             let parts = buffers.each_mut().map(|buffer| {
-                buffer.resize(BUFFER as usize, 0);
-                &mut buffer[..length]
+                buffer.set_length(length);
+                &mut **buffer
             });
             each(self, at, parts)?;
             at += length as u64;

@@ -98,11 +98,11 @@ impl Layer {
     }
 
     /// Starts to read owned bytes into the page cache. Those of a packed layer are small enough to
-    /// wait until they are asked for.
-    pub fn prefetch(&self, word: Word, from: u64, length: u64) -> Result<()> {
+    /// wait until they are asked for: false.
+    pub fn prefetch(&self, word: Word, from: u64, length: u64) -> Result<bool> {
         match self {
-            Self::Live(layer) => prefetch(layer.file(), word, from, length),
-            Self::Packed(_) => Ok(()),
+            Self::Live(layer) => prefetch(layer.file(), word, from, length).map(|()| true),
+            Self::Packed(_) => Ok(false),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! Single attempts may be short, as in the system calls; [`read_exact_at`] and [`write_all_at`]
 //! are the loops over them.
 
+mod buffer;
 mod file;
 mod memory;
 mod writeback;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 
+pub use buffer::Buffer;
 pub use file::{FileFolder, holders, opened};
 pub use memory::MemoryFolder;
 pub use writeback::Writeback;

@@ -392,8 +392,8 @@ impl Device for Raw {
         Ok(())
     }
 
-    fn prefetch(&self, _: u64, _: u64) -> Answer<()> {
-        Ok(())
+    fn prefetch(&self, offset: u64, length: u64) -> Answer<bool> {
+        host(self.file.prefetch(offset, length)).map(|()| true)
     }
 }
 
@@ -450,7 +450,7 @@ impl Device for Null {
         Ok(())
     }
 
-    fn prefetch(&self, _: u64, _: u64) -> Answer<()> {
-        Ok(())
+    fn prefetch(&self, _: u64, _: u64) -> Answer<bool> {
+        Ok(true)
     }
 }

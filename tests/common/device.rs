@@ -272,8 +272,8 @@ impl Device for TestDevice {
         Ok(())
     }
 
-    fn prefetch(&self, offset: u64, length: u64) -> Result<()> {
+    fn prefetch(&self, offset: u64, length: u64) -> Result<bool> {
         check_range(self.size, offset, length)?;
-        self.enter(Op::Prefetch)
+        self.enter(Op::Prefetch).map(|()| true)
     }
 }

@@ -141,8 +141,8 @@ impl Device for Disk {
         Ok(())
     }
 
-    fn prefetch(&self, _: u64, _: u64) -> Result<()> {
-        Ok(())
+    fn prefetch(&self, _: u64, _: u64) -> Result<bool> {
+        Ok(false)
     }
 }
 

@@ -13,7 +13,7 @@ use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use thinply::chain::{Chain, Kind};
 use thinply::device::Device;
 use thinply::error::{Error, ErrorKind, Result};
-use thinply::storage::{Access, Storage, Writeback, opened};
+use thinply::storage::{Access, Buffer, Storage, Writeback, opened};
 
 use crate::args::LayersArg;
 use crate::crew::{Turns, spread};
@@ -233,11 +233,11 @@ impl Target {
     /// Copies a piece; what goes to a stream waits for its turn.
     fn put(&self, chain: &Chain, piece: Piece, turn: Option<(&Turns, u64)>) -> Result<()> {
         thread_local! {
-            static BYTES: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+            static BYTES: RefCell<Buffer> = RefCell::new(Buffer::default());
         }
         BYTES.with_borrow_mut(|bytes| {
             if let Piece::Data(offset, length) = piece {
-                bytes.resize(length as usize, 0);
+                bytes.set_length(length as usize);
                 chain.read(offset, bytes)?;
             }
             match turn {

@@ -3,6 +3,7 @@
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use thinply::error::{Error, ErrorKind, Result};
+use thinply::storage::Buffer;
 
 /// Bytes in a buffer; a multiple of a block.
 pub const BUFFER: usize = 1 << 20;
@@ -13,7 +14,7 @@ const BUFFERS: usize = 4;
 #[derive(Debug)]
 pub enum Piece {
     /// Bytes from an offset on, at most [`BUFFER`] of them.
-    Data(u64, Vec<u8>),
+    Data(u64, Buffer),
     /// Offset and length of zeros.
     Zeros(u64, u64),
 }
@@ -21,16 +22,16 @@ pub enum Piece {
 /// The reading end.
 #[derive(Debug)]
 pub struct Feeder {
-    empty: Receiver<Vec<u8>>,
+    empty: Receiver<Buffer>,
     full: SyncSender<Piece>,
 }
 
 impl Feeder {
     /// A buffer of that many bytes, at most [`BUFFER`], to read into; `None` once the writing end has
     /// given up.
-    pub fn buffer(&self, length: usize) -> Option<Vec<u8>> {
+    pub fn buffer(&self, length: usize) -> Option<Buffer> {
         let mut buffer = self.empty.recv().ok()?;
-        buffer.resize(length, 0);
+        buffer.set_length(length);
         Some(buffer)
     }
 
@@ -50,7 +51,7 @@ pub fn pump(
     let (full, pieces) = sync_channel(BUFFERS);
     for _ in 0..BUFFERS {
         // There is room for all of them.
-        let _ = give_back.send(Vec::new());
+        let _ = give_back.send(Buffer::default());
     }
     std::thread::scope(|scope| {
         let reader = scope.spawn(move || read(&Feeder { empty, full }));

@@ -312,7 +312,7 @@ impl Device for OpenDisk {
         self.chain.extents(offset, length, detail, limit, out)
     }
 
-    fn prefetch(&self, offset: u64, length: u64) -> Result<()> {
+    fn prefetch(&self, offset: u64, length: u64) -> Result<bool> {
         self.chain.prefetch(offset, length)
     }
 }

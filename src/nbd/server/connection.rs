@@ -20,10 +20,11 @@ use super::Shared;
 use super::buffer::{Received, Replies};
 use super::export::Export;
 use super::handshake;
-use super::link::{Gone, Link, Want, failure};
-use super::work::{Job, Read, Wait, device_failure};
+use super::link::{Gone, Link, Ticket, Want, failure};
+use super::work::{Job, Payload, Read, Wait, Work, device_failure};
 use crate::device::{Effort, Extent};
 use crate::nbd::proto::{self, Command, Errno, Refusal, Request, Terms};
+use crate::storage::Buffer;
 
 /// Replies are sent once this much has come together, even if more requests wait.
 const SEND_AT: usize = 256 << 10;
@@ -33,10 +34,10 @@ const SEND_IN_PLACE: u32 = 128 << 10;
 /// Payloads up to this length pass through the receive buffer; longer ones go straight into their
 /// own.
 const SMALL_PAYLOAD: usize = 32 << 10;
+/// Bytes received at a time where more may belong to a payload's own buffer.
+const FEW: usize = 4 << 10;
 /// Reads up to this length may be decompressed on the thread of the connection.
 const SMALL_READ: usize = 64 << 10;
-/// First size of a payload buffer, which doubles as bytes arrive.
-const FIRST_PAYLOAD: usize = 256 << 10;
 /// A longer payload buffer is given back after use.
 const KEEP_PAYLOAD: usize = 4 << 20;
 /// How long a connection looks for the next request before it sleeps, if the last ones came as
@@ -58,8 +59,13 @@ struct Connection<'a> {
     structured: bool,
     allocation: bool,
     received: Received,
-    payload: Vec<u8>,
+    payload: Buffer,
+    /// The last request had a payload of its own buffer. So may have the next: few bytes are received
+    /// beyond its head, for they would have to be copied there.
+    bulk: bool,
     replies: Replies,
+    /// Small reads that have to wait. They are handed on together, before the thread waits itself.
+    waiting: Vec<(Ticket, Read)>,
     extents: Vec<Extent>,
     /// Requests may be running or replies queued: the socket is shared with other threads.
     busy: bool,
@@ -83,8 +89,10 @@ pub(super) fn serve(shared: &Shared, link: &Arc<Link>) {
             structured: session.structured,
             allocation: session.allocation,
             received,
-            payload: Vec::new(),
+            payload: Buffer::default(),
+            bulk: false,
             replies: Replies::default(),
+            waiting: Vec::new(),
             extents: Vec::new(),
             busy: false,
             eager: false,
@@ -130,7 +138,8 @@ impl Connection<'_> {
 
     /// Carries a request out or hands it on; answers whether there may be more.
     fn handle(&mut self, request: Request) -> Result<bool, Gone> {
-        if self.busy {
+        self.bulk = request.payload as usize > SMALL_PAYLOAD;
+        if self.busy && !self.link.has_room() {
             self.wait(Want::Room)?;
         }
         let stopping = self.shared.stopping.load(Ordering::Relaxed);
@@ -147,7 +156,7 @@ impl Connection<'_> {
             }
             Ok(Command::Write { offset }) => self.write(request, offset)?,
             Ok(Command::Flush) => self.flush(request),
-            Ok(command) => self.hand_on(request, command, Vec::new(), reply_estimate(command)),
+            Ok(command) => self.defer(request, command, Box::new([]), reply_estimate(command)),
         }
         if self.replies.len() >= SEND_AT {
             self.send()?;
@@ -195,9 +204,12 @@ impl Connection<'_> {
         if done {
             return Ok(());
         }
-        let Read { offset, length, whole, .. } = read;
-        let command = Command::Read { offset, length, whole };
-        self.hand_on(request, command, Vec::new(), length as usize);
+        let ticket = self.start(request.cookie, length);
+        if small {
+            self.waiting.push((ticket, read));
+        } else {
+            self.hand_on(Work::Reads(vec![(ticket, read)]));
+        }
         Ok(())
     }
 
@@ -228,22 +240,18 @@ impl Connection<'_> {
         if !buffered {
             self.receive_payload(length)?;
         }
-        let source = if buffered { self.received.bytes() } else { &self.payload[..] };
-        let data = &source[..length];
+        let data = if buffered { &self.received.bytes()[..length] } else { &self.payload[..] };
         let result =
             if length == 0 { Ok(true) } else { self.export.device().try_write(offset, data) };
         let moved = match result {
-            Ok(false) if buffered => Some(data.to_vec()),
-            Ok(false) => {
-                self.payload.truncate(length);
-                Some(std::mem::take(&mut self.payload))
-            }
+            Ok(false) if buffered => Some(Box::new(data.to_vec()) as Payload),
+            Ok(false) => Some(Box::new(std::mem::take(&mut self.payload)) as Payload),
             _ => None,
         };
         if buffered {
             self.received.take(length);
-        } else if self.payload.len() > KEEP_PAYLOAD {
-            self.payload = Vec::new();
+        } else if self.payload.capacity() > KEEP_PAYLOAD {
+            self.payload = Buffer::default();
         }
         match (result, moved) {
             (Err(error), _) => {
@@ -251,7 +259,7 @@ impl Connection<'_> {
                 let (errno, message) = device_failure(&error, Errno::NoSpace);
                 self.fail(request.cookie, errno, message);
             }
-            (Ok(_), Some(data)) => self.hand_on(request, Command::Write { offset }, data, length),
+            (Ok(_), Some(data)) => self.defer(request, Command::Write { offset }, data, length),
             (Ok(_), None) if request.fua => self.flush(request),
             (Ok(_), None) => self.replies.push(&proto::simple_reply(request.cookie, None)),
         }
@@ -260,18 +268,12 @@ impl Connection<'_> {
 
     /// Receives a payload into its own buffer, which then starts with it.
     fn receive_payload(&mut self, length: usize) -> Result<(), Gone> {
-        if self.payload.len() < length.min(FIRST_PAYLOAD) {
-            self.payload = vec![0; length.min(FIRST_PAYLOAD)];
-        }
+        self.payload.set_length(length);
         let mut filled = self.received.bytes().len();
         self.payload[..filled].copy_from_slice(self.received.bytes());
         self.received.take(filled);
         while filled < length {
-            if filled == self.payload.len() {
-                self.payload.resize((filled * 2).min(length), 0);
-            }
-            let end = self.payload.len().min(length);
-            match self.receive(Target::Payload(filled..end))? {
+            match self.receive(Target::Payload(filled..length))? {
                 0 => return Err(Gone),
                 more => filled += more,
             }
@@ -280,21 +282,25 @@ impl Connection<'_> {
     }
 
     fn flush(&mut self, request: Request) {
-        self.busy = true;
-        let ticket = self.link.start(request.cookie, self.structured, 0);
+        let ticket = self.start(request.cookie, 0);
         self.export.flush(ticket);
     }
 
-    fn hand_on(&mut self, request: Request, command: Command, payload: Vec<u8>, bytes: usize) {
-        let changes = !matches!(
-            command,
-            Command::Read { .. } | Command::BlockStatus { .. } | Command::Cache { .. }
-        );
+    /// Has a request that isn't a read carried out by another thread.
+    fn defer(&mut self, request: Request, command: Command, payload: Payload, bytes: usize) {
+        let changes = !matches!(command, Command::BlockStatus { .. } | Command::Cache { .. });
+        let (ticket, durable) = (self.start(request.cookie, bytes), request.fua && changes);
+        self.hand_on(Work::Other { ticket, command, durable, payload });
+    }
+
+    fn start(&mut self, cookie: u64, bytes: usize) -> Ticket {
         self.busy = true;
-        let ticket = self.link.start(request.cookie, self.structured, bytes);
-        let (export, durable) = (Arc::clone(&self.export), request.fua && changes);
+        self.link.start(cookie, self.structured, bytes)
+    }
+
+    fn hand_on(&self, work: Work) {
         let pool = self.export.pool(self.shared.config.workers);
-        pool.add(Job { ticket, export, command, durable, payload });
+        pool.add(Job { export: Arc::clone(&self.export), work });
     }
 
     /// Looks whether what was running is still.
@@ -318,6 +324,10 @@ impl Connection<'_> {
     }
 
     fn wait(&mut self, want: Want) -> Result<(), Gone> {
+        if !self.waiting.is_empty() {
+            let reads = std::mem::take(&mut self.waiting);
+            self.hand_on(Work::Reads(reads));
+        }
         self.send()?;
         if self.busy && self.link.wait(want)? {
             self.busy = false;
@@ -330,6 +340,11 @@ impl Connection<'_> {
         loop {
             self.wait(Want::Bytes)?;
             let space = match &target {
+                Target::Buffer if self.bulk => {
+                    let spare = self.received.spare();
+                    let few = spare.len().min(FEW);
+                    &mut spare[..few]
+                }
                 Target::Buffer => self.received.spare(),
                 Target::Payload(range) => &mut self.payload[range.clone()],
             };
@@ -362,7 +377,7 @@ impl Connection<'_> {
         self.replies.release();
         self.extents = Vec::new();
         if matches!(target, Target::Buffer) {
-            self.payload = Vec::new();
+            self.payload = Buffer::default();
         }
         self.limit_receive(None)
     }

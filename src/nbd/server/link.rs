@@ -107,6 +107,11 @@ impl Link {
         guard(&self.outbox).is_quiet()
     }
 
+    /// Whether another request may be started.
+    pub(super) fn has_room(&self) -> bool {
+        guard(&self.outbox).has_room()
+    }
+
     /// Sends everything, waiting for the client. Only for the connection's own thread, and only
     /// while the link is quiet.
     pub(super) fn send_all(&self, mut bytes: &[u8], flags: SendFlags) -> Result<(), Gone> {
@@ -167,9 +172,10 @@ impl Link {
         Ticket { link: Arc::clone(self), cookie, structured, bytes, answered: false }
     }
 
-    fn finish(&self, bytes: usize, reply: Vec<u8>) {
+    /// Ends `count` requests that were counted with `bytes` in all.
+    fn finish(&self, count: usize, bytes: usize, reply: Vec<u8>) {
         let mut outbox = guard(&self.outbox);
-        outbox.running -= 1;
+        outbox.running -= count;
         outbox.running_bytes -= bytes;
         Self::queue(&mut outbox, reply);
         self.flush(&mut outbox);
@@ -332,7 +338,16 @@ pub(super) struct Ticket {
 impl Ticket {
     pub(super) fn answer(mut self, reply: Vec<u8>) {
         self.answered = true;
-        self.link.finish(self.bytes, reply);
+        self.link.finish(1, self.bytes, reply);
+    }
+
+    /// Answers requests of one connection with the replies to all of them.
+    pub(super) fn answer_all(mut tickets: Vec<Self>, replies: Vec<u8>) {
+        tickets.iter_mut().for_each(|ticket| ticket.answered = true);
+        if let Some(first) = tickets.first() {
+            let bytes = tickets.iter().map(|ticket| ticket.bytes).sum();
+            first.link.finish(tickets.len(), bytes, replies);
+        }
     }
 
     pub(super) fn succeed(self) {
@@ -354,7 +369,7 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         if !self.answered {
             let reply = failure(self.cookie, self.structured, Errno::Io, "internal error");
-            self.link.finish(self.bytes, reply);
+            self.link.finish(1, self.bytes, reply);
         }
     }
 }

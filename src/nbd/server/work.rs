@@ -178,52 +178,115 @@ impl Read {
     }
 }
 
-/// A request that may have to wait, with the duty to answer it.
+/// Data of a write, in whatever holds it.
+pub(super) type Payload = Box<dyn AsRef<[u8]> + Send>;
+
+/// What may have to wait, with the duty to answer it.
 pub(super) struct Job {
-    pub(super) ticket: Ticket,
     pub(super) export: Arc<Export>,
-    pub(super) command: Command,
-    /// The reply means that the change is durable.
-    pub(super) durable: bool,
-    /// Data of a write.
-    pub(super) payload: Vec<u8>,
+    pub(super) work: Work,
+}
+
+pub(super) enum Work {
+    /// Reads of one connection. All but a single one are small.
+    Reads(Vec<(Ticket, Read)>),
+    /// Any other request.
+    Other {
+        ticket: Ticket,
+        command: Command,
+        /// The reply means that the change is durable.
+        durable: bool,
+        payload: Payload,
+    },
 }
 
 impl Job {
-    fn run(self) {
-        let Self { ticket, export, command, durable, payload } = self;
-        let device = &**export.device();
-        let mut reply = None;
-        let result = match command {
-            Command::Read { offset, length, whole } => {
-                let (cookie, structured) = (ticket.cookie, ticket.structured);
-                let read = Read { cookie, structured, whole, offset, length };
-                let (mut out, mut extents) = (Replies::default(), Vec::new());
-                read.reply(device, Wait::Allowed, &mut out, &mut extents, |error| {
-                    ticket.log(&format!("read failed: {error}"));
-                });
-                reply = Some(out.into_bytes());
-                Ok(())
+    fn run(self, pool: &Arc<Pool>) {
+        let Self { export, work } = self;
+        match work {
+            Work::Reads(mut reads) => {
+                if reads.len() > 1 {
+                    prefetch(&mut reads, &export, pool);
+                }
+                answer(reads, &**export.device());
             }
-            Command::BlockStatus { offset, length, one } => {
-                let limit = if one { 1 } else { proto::MAX_EXTENTS };
-                let (length, mut extents) = (u64::from(length), Vec::new());
-                device
-                    .extents(offset, length, Detail::Files, limit, &mut extents)
-                    .map(|()| reply = Some(proto::status_chunk(ticket.cookie, &extents)))
+            Work::Other { ticket, command, durable, payload } => {
+                carry_out(&export, ticket, command, durable, (*payload).as_ref());
             }
-            command => change(device, command, &payload),
-        };
-        match (result, reply) {
-            (Err(error), _) => {
-                let (errno, message) = device_failure(&error, out_of_range(command));
-                ticket.log(&format!("{command:?} failed: {error}"));
-                ticket.fail(errno, message);
-            }
-            (Ok(()), Some(reply)) => ticket.answer(reply),
-            (Ok(()), None) if durable => export.flush(ticket),
-            (Ok(()), None) => ticket.succeed(),
         }
+    }
+
+    /// Fails what there is no thread for.
+    fn refuse(self) {
+        let refuse = |ticket: Ticket| ticket.fail(Errno::NoMem, "no thread");
+        match self.work {
+            Work::Reads(reads) => reads.into_iter().for_each(|(ticket, _)| refuse(ticket)),
+            Work::Other { ticket, .. } => refuse(ticket),
+        }
+    }
+}
+
+/// Has the disk bring all of the data at once. Reads that it can't be told of in advance go to
+/// threads of their own.
+fn prefetch(reads: &mut Vec<(Ticket, Read)>, export: &Arc<Export>, pool: &Arc<Pool>) {
+    let told = |(_, read): &mut (Ticket, Read)| {
+        // An error shows again in the read.
+        export.device().prefetch(read.offset, read.length.into()).unwrap_or(true)
+    };
+    for read in reads.extract_if(.., |read| !told(read)) {
+        pool.add(Job { export: Arc::clone(export), work: Work::Reads(vec![read]) });
+    }
+}
+
+/// Answers reads, those together for which the later ones need no wait.
+fn answer(reads: Vec<(Ticket, Read)>, device: &dyn Device) {
+    let (mut answered, mut out, mut extents) = (Vec::new(), Replies::default(), Vec::new());
+    for (ticket, read) in reads {
+        let mut reply = |wait, out: &mut Replies| {
+            read.reply(device, wait, out, &mut extents, |error| {
+                ticket.log(&format!("read failed: {error}"));
+            })
+        };
+        if answered.is_empty() || !reply(Wait::Never(Effort::Copy), &mut out) {
+            Ticket::answer_all(
+                std::mem::take(&mut answered),
+                std::mem::take(&mut out).into_bytes(),
+            );
+            reply(Wait::Allowed, &mut out);
+        }
+        answered.push(ticket);
+    }
+    Ticket::answer_all(answered, out.into_bytes());
+}
+
+/// Carries out a request that isn't a read, and answers it.
+fn carry_out(
+    export: &Arc<Export>,
+    ticket: Ticket,
+    command: Command,
+    durable: bool,
+    payload: &[u8],
+) {
+    let device = &**export.device();
+    let result = match command {
+        Command::BlockStatus { offset, length, one } => {
+            let limit = if one { 1 } else { proto::MAX_EXTENTS };
+            let mut extents = Vec::new();
+            device
+                .extents(offset, length.into(), Detail::Files, limit, &mut extents)
+                .map(|()| Some(proto::status_chunk(ticket.cookie, &extents)))
+        }
+        command => change(device, command, payload).map(|()| None),
+    };
+    match result {
+        Err(error) => {
+            let (errno, message) = device_failure(&error, out_of_range(command));
+            ticket.log(&format!("{command:?} failed: {error}"));
+            ticket.fail(errno, message);
+        }
+        Ok(Some(reply)) => ticket.answer(reply),
+        Ok(None) if durable => export.flush(ticket),
+        Ok(None) => ticket.succeed(),
     }
 }
 
@@ -234,7 +297,9 @@ fn change(device: &dyn Device, command: Command, payload: &[u8]) -> crate::error
             device.zero(offset, length.into(), ZeroMode { allocate, fast_only })
         }
         Command::Trim { offset, length } if length > 0 => device.trim(offset, length.into()),
-        Command::Cache { offset, length } if length > 0 => device.prefetch(offset, length.into()),
+        Command::Cache { offset, length } if length > 0 => {
+            device.prefetch(offset, length.into()).map(drop)
+        }
         _ => Ok(()),
     }
 }
@@ -278,7 +343,7 @@ impl Pool {
         } else if state.threads == 0 {
             let jobs = std::mem::take(&mut state.jobs);
             drop(state);
-            jobs.into_iter().for_each(|job| job.ticket.fail(Errno::NoMem, "no thread"));
+            jobs.into_iter().for_each(Job::refuse);
         }
     }
 
@@ -288,10 +353,10 @@ impl Pool {
         self.added.notify_all();
     }
 
-    fn run(&self) {
+    fn run(self: Arc<Self>) {
         while let Some(job) = self.next() {
             // A panic drops the ticket, which answers with an error, and the worker lives on.
-            let _ = catch_unwind(AssertUnwindSafe(|| job.run()));
+            let _ = catch_unwind(AssertUnwindSafe(|| job.run(&self)));
         }
     }
 

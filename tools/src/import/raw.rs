@@ -85,7 +85,7 @@ impl RawDisk {
                     Err(error) => return Err(self.failed(error, at + filled as u64)),
                 }
             }
-            buffer.truncate(filled);
+            buffer.set_length(filled);
             if at == 0 {
                 self.check_beginning(&buffer)?;
             }

@@ -4,6 +4,7 @@ use indicatif::ProgressBar;
 use thinply::chain::Chain;
 use thinply::device::{Detail, Device, ZeroMode};
 use thinply::error::{Error, ErrorKind, Result};
+use thinply::storage::Buffer;
 use thinply::types::{BLOCK_SIZE, SECTOR_SIZE};
 
 use crate::pump::{BUFFER, Piece, block_runs, is_zero};
@@ -35,14 +36,14 @@ pub struct Sink<'a> {
     /// Where the source's bytes end, so far.
     end: u64,
     /// What the parent has where a piece goes.
-    below: Vec<u8>,
+    below: Buffer,
 }
 
 impl<'a> Sink<'a> {
     /// Fills `chain`, where `fixed` is the size that was asked for and `visible` bytes of a parent
     /// show.
     pub fn new(chain: &'a Chain, fixed: Option<u64>, visible: u64) -> Self {
-        Self { chain, fixed, visible, end: 0, below: Vec::new() }
+        Self { chain, fixed, visible, end: 0, below: Buffer::default() }
     }
 
     /// Takes the next piece.
@@ -54,7 +55,7 @@ impl<'a> Sink<'a> {
                 if self.end.is_multiple_of(SECTOR_SIZE) {
                     self.write(*offset, data)?;
                 } else {
-                    let mut padded = data.clone();
+                    let mut padded = data.to_vec();
                     padded.resize(data.len().next_multiple_of(SECTOR_SIZE as usize), 0);
                     self.write(*offset, &padded)?;
                 }
@@ -101,7 +102,7 @@ impl<'a> Sink<'a> {
             });
         }
         let mut below = std::mem::take(&mut self.below);
-        below.resize(data.len(), 0);
+        below.set_length(data.len());
         self.chain.read(offset, &mut below)?;
         self.apply(offset, data, |at, block| match &below[at..at + block.len()] {
             same if same == block => Change::Keep,
