@@ -186,6 +186,20 @@ fn reads_that_have_to_wait_are_asked_of_the_disk_together() {
 }
 
 #[test]
+fn reads_that_the_disk_cannot_be_told_of_wait_side_by_side() {
+    let (device, served) = serve(TestDevice::new(MIB).cold().untold());
+    let mut client = served.client();
+    device.hold(Op::Read);
+    let packets: Vec<_> = (0..8).map(|i| client.encode(0, READ, i * 4096, 4096).1).collect();
+    std::io::Write::write_all(&mut client.stream, &packets.concat()).unwrap();
+    device.wait_for(Op::Read, 8);
+    device.release(Op::Read);
+    for _ in &packets {
+        assert_eq!(client.reply().data(), [0; 4096]);
+    }
+}
+
+#[test]
 fn sparse_reads_name_their_holes() {
     for cold in [false, true] {
         let device = TestDevice::new(MIB);

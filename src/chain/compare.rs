@@ -4,13 +4,10 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Kind;
-use super::pair::{Content, PIECE, Pair, Run, fill};
+use super::pair::{BUFFER, Content, PIECE, Pair, Run, fill};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Buffer;
 use crate::sync::{Mutex, guard};
-
-/// Bytes that are read of each side at a time: both fit a processor's own cache, or nearly.
-const BUFFER: u64 = 1 << 20;
 
 /// Where two disks stop being the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,13 +1,10 @@
 //! Folding: finding what a layer has to hold so that over its base it reads as a chain does.
 
-use super::pair::{Content, PIECE, Pair, Run, fill};
+use super::pair::{BUFFER, Content, PIECE, Pair, Run, fill};
 use super::{Kind, MapExtent};
 use crate::error::Result;
 use crate::storage::Buffer;
 use crate::types::BLOCK_SIZE;
-
-/// Bytes that are read of each side at a time.
-const BUFFER: u64 = 1 << 20;
 
 /// Which blocks a new layer takes from the chain that it is made of. What both stand on is never
 /// read.

@@ -11,6 +11,8 @@ use crate::types::Identity;
 
 /// Bytes of both disks that are looked at in one go; a whole number of blocks.
 pub(super) const PIECE: u64 = 16 << 20;
+/// Bytes that are read of each disk at a time: both fit a processor's own cache, or nearly.
+pub(super) const BUFFER: u64 = 1 << 20;
 
 /// A disk that keeps still while it is compared.
 pub trait Content: Sync {

@@ -45,6 +45,8 @@ pub struct TestDevice {
     read_only: bool,
     /// Nothing is served without waiting.
     cold: bool,
+    /// It can't be told in advance what will be read.
+    untold: bool,
     /// Every other block claims to be a hole, wherever nothing was written.
     striped: bool,
     state: Mutex<State>,
@@ -54,7 +56,7 @@ pub struct TestDevice {
 impl TestDevice {
     pub fn new(size: u64) -> Self {
         let (state, changed) = (Mutex::default(), Condvar::new());
-        Self { size, read_only: false, cold: false, striped: false, state, changed }
+        Self { size, read_only: false, cold: false, untold: false, striped: false, state, changed }
     }
 
     pub fn read_only(self) -> Self {
@@ -63,6 +65,10 @@ impl TestDevice {
 
     pub fn cold(self) -> Self {
         Self { cold: true, ..self }
+    }
+
+    pub fn untold(self) -> Self {
+        Self { untold: true, ..self }
     }
 
     pub fn striped(self) -> Self {
@@ -274,6 +280,6 @@ impl Device for TestDevice {
 
     fn prefetch(&self, offset: u64, length: u64) -> Result<bool> {
         check_range(self.size, offset, length)?;
-        self.enter(Op::Prefetch).map(|()| true)
+        self.enter(Op::Prefetch).map(|()| !self.untold)
     }
 }
