@@ -3,17 +3,21 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Instant;
 
 use common::bench::{BLOCK, Bench, Disk};
-use thinply::chain::{Chain, Kind, Layers, MAX_DEPTH, MapExtent};
+use common::hooked::{Call, Hooked};
+use thinply::chain::{Chain, Kind, Layers, MAX_DEPTH, MapExtent, PackOptions, seal};
 use thinply::device::{Detail, Device, ZeroMode};
 use thinply::error::ErrorKind;
-use thinply::storage::{Access, FileFolder, Folder};
+use thinply::format::geometry::{block_offset, file_length};
+use thinply::packed::Compression;
+use thinply::storage::{Access, FileFolder, Folder, MemoryFolder, write_all_at};
+use thinply::types::Block;
 
 const MIB: u64 = 1 << 20;
 
@@ -74,8 +78,10 @@ fn shrinking_and_growing_shows_zeros_never_old_data() {
     files.bench.overlay("top", "base", None);
     let top = files.bench.write("top");
     top.write(8192, &[9; 4096]).unwrap();
+    top.write(16 * 4096, &[9; 4096]).unwrap();
     assert_eq!(top.resize(8192 + 512, false).unwrap_err().kind(), ErrorKind::InvalidInput);
     top.resize(8192 + 512, true).unwrap();
+    top.resize(8192 + 512, false).unwrap();
     top.resize(MIB, false).unwrap();
     let check = |top: &Chain| {
         assert_eq!(read(top, 0, 8192), vec![7; 8192]);
@@ -86,6 +92,51 @@ fn shrinking_and_growing_shows_zeros_never_old_data() {
     check(&top);
     top.close().unwrap();
     check(&files.bench.read("top"));
+}
+
+#[test]
+fn a_file_that_a_cut_off_resize_left_too_long_shows_nothing_of_it() {
+    let files = Files::new();
+    files.bench.create("top", 32 * 4096);
+    let top = files.bench.write("top");
+    top.write(16 * 4096, &[9; 4096]).unwrap();
+    top.resize(8 * 4096, true).unwrap();
+    top.close().unwrap();
+    drop(top);
+    // The block's bit is still there, and so is its data, as if the file had not been cut.
+    let file = fs::OpenOptions::new().write(true).open(files.dir.path().join("top")).unwrap();
+    file.set_len(file_length(32 * 4096)).unwrap();
+    file.write_all_at(&[9; 4096], block_offset(Block(16)).0).unwrap();
+    drop(file);
+    let top = files.bench.write("top");
+    assert_eq!(files.bytes("top").len() as u64, file_length(8 * 4096));
+    top.resize(32 * 4096, false).unwrap();
+    assert_eq!(read(&top, 0, 32 * 4096), vec![0; 32 * 4096]);
+    top.close().unwrap();
+}
+
+#[test]
+fn growth_spends_space_only_on_an_owned_last_block() {
+    let files = Files::new();
+    for (name, owned) in [("absent", false), ("owned", true)] {
+        files.bench.create(name, 4096 + 512);
+        let top = files.bench.write(name);
+        if owned {
+            top.write(4096, &[9; 512]).unwrap();
+        }
+        top.resize(MIB, false).unwrap();
+        let mut kinds = Vec::new();
+        let mut visit = |extent: MapExtent| {
+            kinds.push((extent.offset, extent.kind));
+            true
+        };
+        top.map(0, MIB, Detail::Files, &mut visit).unwrap();
+        top.close().unwrap();
+        assert_eq!(kinds.len(), if owned { 3 } else { 1 }, "{kinds:?}");
+        let file = files.bench.folder.open(name, Access::Read).unwrap();
+        let data = file.next_data(block_offset(Block(0)).0).unwrap();
+        assert_eq!(data, owned.then_some(block_offset(Block(1)).0), "{name}");
+    }
 }
 
 #[test]
@@ -244,7 +295,7 @@ fn one_writer_and_the_parent_gate() {
     for access in [Access::Write, Access::Read] {
         assert_eq!(bench.open("top", access).unwrap_err().kind(), ErrorKind::InUse);
     }
-    assert_eq!(thinply::chain::seal(&*bench.folder, "top").unwrap_err().kind(), ErrorKind::InUse);
+    assert_eq!(seal(&*bench.folder, "top").unwrap_err().kind(), ErrorKind::InUse);
     writer.close().unwrap();
     drop(writer);
     assert_eq!(bench.open("base", Access::Write).unwrap_err().kind(), ErrorKind::ReadOnly);
@@ -256,7 +307,7 @@ fn one_writer_and_the_parent_gate() {
     // A layer of the same name that is somebody else.
     bench.create("base", MIB);
     assert_eq!(fresh().open("top", Access::Read).unwrap_err().kind(), ErrorKind::ParentMismatch);
-    thinply::chain::seal(&*bench.folder, "base").unwrap();
+    seal(&*bench.folder, "base").unwrap();
     assert_eq!(fresh().open("top", Access::Write).unwrap_err().kind(), ErrorKind::ParentMismatch);
     // The right layer, but through a link.
     fs::remove_file(path("base")).unwrap();
@@ -313,6 +364,63 @@ fn an_interrupted_snapshot_is_finished_by_the_next_open() {
     assert!(!path(".top.top").exists());
     assert_eq!(read(&fresh.read("top"), 0, 4096), [5; 4096]);
     assert_eq!(read(&fresh.read("snap"), 4096, 4096), [0; 4096]);
+}
+
+#[test]
+fn a_new_top_that_cannot_be_looked_at_is_no_missing_one() {
+    let hooked = Arc::new(Hooked::new(Arc::new(MemoryFolder::new("m"))));
+    let bench = Bench::in_folder(hooked.clone());
+    bench.create("top", MIB);
+    let top = bench.write("top");
+    hooked.on_calls(|call| match call {
+        Call::Remove { .. } => Err(std::io::ErrorKind::PermissionDenied.into()),
+        _ => Ok(usize::MAX),
+    });
+    assert_eq!(top.snapshot("snap").unwrap_err().kind(), ErrorKind::PermissionDenied);
+    hooked.on_calls(|_| Ok(usize::MAX));
+    top.snapshot("snap").unwrap();
+    top.close().unwrap();
+    drop(top);
+    // As if the last rename had not happened.
+    bench.folder.rename("top", ".top.top").unwrap();
+    bench.folder.link("snap", "top").unwrap();
+    hooked.on_calls(|call| match call {
+        Call::Open { name: ".top.top" } => Err(std::io::ErrorKind::PermissionDenied.into()),
+        _ => Ok(usize::MAX),
+    });
+    let opened = bench.open("top", Access::Write).map(drop);
+    let sealed = seal(&*bench.folder, "top").map(drop);
+    for result in [opened, sealed] {
+        assert_eq!(result.unwrap_err().kind(), ErrorKind::PermissionDenied);
+    }
+}
+
+#[test]
+fn a_chain_goes_over_to_another_parent_only_from_the_one_it_stands_on() {
+    let bench = Bench::default();
+    bench.create("base", MIB);
+    let base = bench.write("base");
+    base.write(0, &[1; 8192]).unwrap();
+    base.close().unwrap();
+    drop(base);
+    bench.overlay("top", "base", None);
+    let options = PackOptions { compression: Compression::None, drop_equal: false };
+    let (_, bytes) = bench.read("base").pack(Vec::new(), &options, &mut |_| {}).unwrap();
+    write_all_at(&*bench.folder.create("packed").unwrap(), &bytes, 0).unwrap();
+    let [old, new] = ["base", "packed"].map(|name| seal(&*bench.folder, name).unwrap().link);
+    let top = bench.write("top");
+    top.write(4096, &[2; 10]).unwrap();
+    let error = top.relink(new.identity, &new).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ParentMismatch);
+    top.relink(old.identity, &new).unwrap();
+    let mut expected = vec![1; 8192];
+    expected[4096..4106].fill(2);
+    assert_eq!(read(&top, 0, 8192), expected);
+    top.close().unwrap();
+    drop(top);
+    bench.folder.remove("base").unwrap();
+    let fresh = Bench::in_folder(bench.folder.clone());
+    assert_eq!(read(&fresh.read("top"), 0, 8192), expected);
 }
 
 /// The second reader, written from the specification alone, reads the same bytes.

@@ -8,9 +8,11 @@ use std::sync::{Arc, Mutex};
 use common::hooked::Hooked;
 use thinply::chain::{Chain, Layers, create};
 use thinply::device::Device;
+use thinply::format::geometry::{JOURNAL_OFFSET, bitmap_offset};
 use thinply::inspect::{Part, RingRecord, Standing, dump};
 use thinply::live::newest_header;
 use thinply::storage::{Access, Folder, MemoryFolder};
+use thinply::types::Group;
 
 const BLOCK: u64 = 4096;
 const SIZE: u64 = 4 << 20;
@@ -72,6 +74,22 @@ fn a_record_takes_338_blocks_and_one_more_makes_a_checkpoint() {
     chain.flush().unwrap();
     let (records, owned) = stands(&folder);
     assert_eq!((records, owned.len()), (vec![338], 338 + 339));
+}
+
+#[test]
+fn a_closed_layer_has_given_the_ring_back() {
+    let folder = memory();
+    let chain = disk(&folder);
+    for block in 0..10 {
+        chain.write(block * BLOCK, &[1; 10]).unwrap();
+        chain.flush().unwrap();
+    }
+    let file = folder.open("a", Access::Read).unwrap();
+    let ring = JOURNAL_OFFSET.0;
+    assert_eq!(file.next_data(ring).unwrap(), Some(ring));
+    chain.close().unwrap();
+    assert_eq!(file.next_data(ring).unwrap(), Some(bitmap_offset(Group(0)).0));
+    assert_eq!(stands(&folder), (vec![], (0..10).collect()));
 }
 
 #[test]

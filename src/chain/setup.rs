@@ -121,19 +121,32 @@ mod tests {
     use super::*;
     use crate::storage::MemoryFolder;
 
-    #[test]
-    fn a_parent_whose_snapshot_was_cut_off_gets_it_finished_first() {
+    /// A layer `a` with all of a snapshot but its last step, and what its name led to.
+    fn cut_off() -> (Arc<dyn Folder>, Parent) {
         let folder: Arc<dyn Folder> = Arc::new(MemoryFolder::new("m"));
-        let layers = Layers::default();
-        create(&folder, "a", Some(8192), None, &layers).unwrap();
-        // All of a snapshot but its last step.
+        create(&folder, "a", Some(8192), None, &Layers::default()).unwrap();
         folder.link("a", "snap").unwrap();
         let frozen = seal(&*folder, "snap").unwrap();
         let parent = Some((frozen.link.clone(), 8192));
         live::create(&*folder, ".a.top", &NewLayer { virtual_size: 8192, parent }).unwrap();
+        (folder, frozen)
+    }
 
+    #[test]
+    fn a_parent_whose_snapshot_was_cut_off_gets_it_finished_first() {
+        let (folder, frozen) = cut_off();
         let parent = seal(&*folder, "a").unwrap();
         assert_ne!(parent.link.identity, frozen.link.identity, "the name leads to the new top");
-        create(&folder, "child", None, Some(&parent), &layers).unwrap();
+        create(&folder, "child", None, Some(&parent), &Layers::default()).unwrap();
+    }
+
+    #[test]
+    fn a_snapshot_that_was_cut_off_is_finished_without_opening_what_is_new() {
+        let (folder, _) = cut_off();
+        finish_snapshot(&*folder, "a").unwrap();
+        let header = durable_header(&*open_file(&*folder, "a", Access::Read).unwrap()).unwrap();
+        assert_eq!(header.state, State::Writable);
+        finish_snapshot(&*folder, "a").unwrap();
+        assert!(folder.open(".a.top", Access::Read).is_err());
     }
 }

@@ -97,3 +97,41 @@ impl Journal {
         (self.next, self.tail) = (tail, tail);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::header::State;
+    use crate::storage::{Folder, MemoryFolder};
+
+    #[test]
+    fn only_the_places_of_the_ring_are_read() {
+        let folder = MemoryFolder::new("m");
+        let file = folder.create("a").unwrap();
+        let header = Header {
+            uuid: Uuid([1; 16]),
+            generation: 1,
+            state: State::InUse,
+            epoch: 1,
+            journal_tail: 0,
+            virtual_size: 4096,
+            visible_parent_size: 0,
+            parent: None,
+            compatible: 0,
+            read_only_compatible: 0,
+            extensions: Vec::new(),
+        };
+        let record = |sequence| Record { epoch: 1, sequence, entries: Vec::new() };
+        let put = |place: u64, sequence| {
+            let offset = JOURNAL_OFFSET.0 + place * BLOCK_SIZE;
+            write_all_at(&*file, &*encode(header.uuid, &record(sequence)), offset).unwrap();
+        };
+        put(3, 3);
+        put(255, 255);
+        // What a guest may have written to a block, or stands where the first bitmap page does.
+        put(256, 256);
+        put(1024, 1024);
+        let found = read_ring(&*file, &header).unwrap();
+        assert_eq!(found, [3, 255].map(|number| (number, Slot::Valid(record(number)))));
+    }
+}

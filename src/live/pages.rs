@@ -117,3 +117,25 @@ impl Pages {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::geometry::{block_offset, file_length};
+    use crate::storage::{Folder, MemoryFolder};
+    use crate::types::{Block, GROUP_BLOCKS};
+
+    #[test]
+    fn a_group_begins_at_its_page_and_ends_with_its_last_block() {
+        let folder = MemoryFolder::new("m");
+        let file = folder.create("a").unwrap();
+        file.set_length(file_length(3 * GROUP_BLOCKS * BLOCK_SIZE)).unwrap();
+        assert_eq!(next_group(&*file, Group(0)).unwrap(), None);
+        // A block without its page, as before the first checkpoint.
+        write_all_at(&*file, &[1], block_offset(Block(2 * GROUP_BLOCKS - 1)).0).unwrap();
+        assert_eq!(next_group(&*file, Group(0)).unwrap(), Some(Group(1)));
+        write_page(&*file, Uuid([1; 16]), Group(2), &[1; GROUP_WORDS as usize]).unwrap();
+        let found = [1, 2].map(|from| next_group(&*file, Group(from)).unwrap());
+        assert_eq!(found, [Some(Group(1)), Some(Group(2))]);
+    }
+}

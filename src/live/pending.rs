@@ -127,4 +127,37 @@ mod tests {
         assert!(!set.meets(Word(508), u64::MAX));
         assert_eq!((set.len(), set.words()), (1, 1));
     }
+
+    #[test]
+    fn what_is_removed_or_taken_in_twice_counts_once() {
+        let mut set = BlockSet::default();
+        assert!(set.is_empty());
+        set.insert(Word(7), 0b1111);
+        // Some that are there, some that are not, and a word that is not there at all.
+        set.remove(Word(7), 0b110110);
+        set.remove(Word(8), 0b1);
+        assert_eq!(set.iter().collect::<Vec<_>>(), [(Word(7), 0b1001)]);
+        assert_eq!((set.len(), set.words(), set.is_empty()), (2, 1, false));
+        let mut other = BlockSet::default();
+        other.insert(Word(7), 0b11);
+        other.insert(Word(600), 0b1);
+        set.append(other);
+        assert_eq!(set.iter().collect::<Vec<_>>(), [(Word(7), 0b1011), (Word(600), 1)]);
+        assert_eq!((set.len(), set.words()), (4, 2));
+        assert_eq!(set.groups(), BTreeSet::from([Group(0), Group(1)]));
+    }
+
+    #[test]
+    fn the_strictest_standing_counts() {
+        let mut pending = Pending::default();
+        pending.fresh.insert(Word(1), 0b0011);
+        pending.syncing.insert(Word(1), 0b0100);
+        pending.unconfirmed.insert(Word(1), 0b0001);
+        let standing = |mask| pending.standing(Word(1), mask);
+        assert_eq!(standing(0b1000), Standing::Settled);
+        assert_eq!(standing(0b0110), Standing::Fresh);
+        assert_eq!(standing(0b0100), Standing::Fresh);
+        assert_eq!(standing(0b0010), Standing::Fresh);
+        assert_eq!(standing(0b0101), Standing::Unconfirmed);
+    }
 }

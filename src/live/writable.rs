@@ -99,11 +99,6 @@ impl Writable {
         })
     }
 
-    /// Size of the device in bytes.
-    pub fn virtual_size(&self) -> u64 {
-        self.virtual_size
-    }
-
     /// The header that counts.
     pub fn header(&self) -> Header {
         guard(&self.slots).header.clone()

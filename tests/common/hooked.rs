@@ -10,9 +10,11 @@ use std::sync::{Arc, Mutex};
 
 use thinply::storage::{Access, Folder, Lock, Storage, read_exact_at, write_all_at};
 
-/// A call on a file.
+/// A call on the folder or a file.
 #[derive(Clone, Copy, Debug)]
 pub enum Call<'a> {
+    Open { name: &'a str },
+    Remove { name: &'a str },
     Read { name: &'a str, offset: u64 },
     Write { name: &'a str, offset: u64 },
     Sync,
@@ -39,6 +41,13 @@ struct File {
     shared: Arc<Shared>,
 }
 
+impl Shared {
+    fn ask(&self, call: Call<'_>) -> io::Result<usize> {
+        let judge = self.judge.lock().unwrap().clone();
+        judge.map_or(Ok(usize::MAX), |judge| judge(call))
+    }
+}
+
 impl Hooked {
     pub fn new(inner: Arc<dyn Folder>) -> Self {
         Self { inner, shared: Arc::default() }
@@ -57,6 +66,10 @@ impl Hooked {
     /// From now on punching writes zeros, and files claim to have no holes.
     pub fn without_holes(&self) {
         self.shared.without_holes.store(true, Ordering::Relaxed);
+    }
+
+    fn ask(&self, call: Call<'_>) -> io::Result<()> {
+        self.shared.ask(call).map(drop)
     }
 
     fn wrap(&self, inner: Arc<dyn Storage>) -> Arc<dyn Storage> {
@@ -82,6 +95,7 @@ impl Folder for Hooked {
     }
 
     fn open(&self, name: &str, access: Access) -> io::Result<Arc<dyn Storage>> {
+        self.ask(Call::Open { name })?;
         Ok(self.wrap(self.inner.open(name, access)?))
     }
 
@@ -106,6 +120,7 @@ impl Folder for Hooked {
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
+        self.ask(Call::Remove { name })?;
         self.inner.remove(name)
     }
 
@@ -117,11 +132,6 @@ impl Folder for Hooked {
 impl File {
     fn name(&self) -> &str {
         self.inner.path().file_name().and_then(|name| name.to_str()).unwrap_or("")
-    }
-
-    fn ask(&self, call: Call<'_>) -> io::Result<usize> {
-        let judge = self.shared.judge.lock().unwrap().clone();
-        judge.map_or(Ok(usize::MAX), |judge| judge(call))
     }
 
     fn has_holes(&self) -> bool {
@@ -159,17 +169,17 @@ impl Storage for File {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let allowed = self.ask(Call::Read { name: self.name(), offset })?.min(buf.len());
+        let allowed = self.shared.ask(Call::Read { name: self.name(), offset })?.min(buf.len());
         self.inner.read_at(&mut buf[..allowed], offset)
     }
 
     fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let allowed = self.ask(Call::Read { name: self.name(), offset })?.min(buf.len());
+        let allowed = self.shared.ask(Call::Read { name: self.name(), offset })?.min(buf.len());
         self.inner.read_cached_at(&mut buf[..allowed], offset)
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
-        let allowed = self.ask(Call::Write { name: self.name(), offset })?.min(buf.len());
+        let allowed = self.shared.ask(Call::Write { name: self.name(), offset })?.min(buf.len());
         self.inner.write_at(&buf[..allowed], offset)
     }
 
@@ -202,7 +212,7 @@ impl Storage for File {
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.ask(Call::Sync)?;
+        self.shared.ask(Call::Sync)?;
         self.inner.sync_data()?;
         let hook = self.shared.after_sync.lock().unwrap().take();
         if let Some(hook) = hook {
