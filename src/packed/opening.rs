@@ -1,6 +1,7 @@
 //! Header, footer and directory of a packed layer: what has to be read before anything else.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::geometry::block_count;
 use crate::format::packed::{
     ENTRY_SIZE, Entry, FOOTER_SIZE, Footer, HEADER_SIZE, PackedHeader, has_magic,
 };
@@ -37,6 +38,7 @@ impl Opening {
         read("reading the footer", at, &mut footer)?;
         let (footer, mut directory) =
             Footer::decode(&footer, length, &*header).map_err(|error| error.at(at))?;
+        check_counts(&footer, &parsed).map_err(|error| error.at(at))?;
         let (mut at, end) = (footer.directory_offset, at);
         debug_assert_eq!(end - at, footer.group_count * ENTRY_SIZE);
         let mut bytes = vec![0; STEP.min(end - at) as usize];
@@ -50,6 +52,18 @@ impl Opening {
         let entries = directory.finish(&parsed).map_err(|error| error.at(at))?;
         Ok(Self { header: parsed, footer, entries })
     }
+}
+
+/// Nothing may count on more blocks than the device has.
+fn check_counts(footer: &Footer, header: &PackedHeader) -> Result<()> {
+    let blocks = block_count(header.virtual_size);
+    let present = footer.data_blocks.checked_add(footer.zero_blocks);
+    if present.is_none_or(|present| present > blocks) {
+        let (data, zero) = (footer.data_blocks, footer.zero_blocks);
+        let detail = format!("footer: {data} data and {zero} zero blocks of a device of {blocks}");
+        return Err(Error::new(ErrorKind::Corrupt, detail));
+    }
+    Ok(())
 }
 
 /// What is wrong with a file that has no room for header and footer.

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::{Compression, Damage, Packed, Summary, Writer};
 use crate::error::{ErrorKind, Result};
 use crate::format::header::ParentLink;
-use crate::format::packed::{CHUNK_FRAMES, FOOTER_SIZE, FRAME_BLOCKS, HEADER_SIZE};
+use crate::format::packed::{CHUNK_FRAMES, FOOTER_SIZE, FRAME_BLOCKS, Footer, HEADER_SIZE};
 use crate::storage::{Folder, MemoryFolder, Storage, Wait, write_all_at};
 use crate::types::{BLOCK_SIZE, Block, GROUP_BLOCKS, Identity, Root};
 
@@ -235,6 +235,25 @@ fn a_file_cut_at_any_byte_is_refused() {
     let longer = [&bytes[..], &[0]].concat();
     assert_eq!(open(&longer).unwrap_err().kind(), ErrorKind::Corrupt);
     assert!(bytes.len() as u64 > HEADER_SIZE + FOOTER_SIZE);
+}
+
+#[test]
+fn a_footer_that_counts_more_blocks_than_there_are_is_refused() {
+    let (_, bytes) = pack(&few_blocks(), Compression::None);
+    let good = open(&bytes).unwrap().footer().clone();
+    let end = bytes.len() - FOOTER_SIZE as usize;
+    let header = &bytes[..HEADER_SIZE as usize];
+    let directory = &bytes[good.directory_offset as usize..end];
+    let with = |data_blocks, zero_blocks| {
+        let footer = Footer { data_blocks, zero_blocks, ..good.clone() };
+        open(&[&bytes[..end], &footer.encode(header, directory)].concat())
+    };
+    let blocks = SIZE / BLOCK_SIZE;
+    for (data, zero) in [(blocks, 1), (0, blocks + 1), (1, u64::MAX), (u64::MAX, u64::MAX)] {
+        assert_eq!(with(data, zero).unwrap_err().kind(), ErrorKind::Corrupt, "{data} {zero}");
+    }
+    // What could be is for verify to find.
+    assert_eq!(damages(&with(blocks, 0).unwrap()).len(), 1);
 }
 
 #[test]
