@@ -2,22 +2,22 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use common::bench::{BLOCK, Bench, Disk};
 use common::hooked::{Call, Hooked};
 use thinply::chain::{Chain, Kind, Layers, MAX_DEPTH, MapExtent, PackOptions, seal};
-use thinply::device::{Detail, Device, ZeroMode};
+use thinply::device::{Detail, Device, Effort, ZeroMode};
 use thinply::error::ErrorKind;
 use thinply::format::geometry::{block_offset, file_length};
 use thinply::packed::Compression;
 use thinply::storage::{Access, FileFolder, Folder, MemoryFolder, write_all_at};
-use thinply::types::Block;
+use thinply::types::{Block, WORD_BYTES};
 
 const MIB: u64 = 1 << 20;
 
@@ -113,6 +113,29 @@ fn a_file_that_a_cut_off_resize_left_too_long_shows_nothing_of_it() {
     top.resize(32 * 4096, false).unwrap();
     assert_eq!(read(&top, 0, 32 * 4096), vec![0; 32 * 4096]);
     top.close().unwrap();
+}
+
+#[test]
+fn a_group_that_a_shrink_cut_off_is_forgotten_and_a_new_one_is_there() {
+    let bench = Bench::default();
+    bench.create("top", 200 * MIB);
+    let top = bench.write("top");
+    top.write(190 * MIB, &[9; 4096]).unwrap();
+    top.resize(MIB, true).unwrap();
+    top.resize(1 << 30, false).unwrap();
+    let kinds = || {
+        let mut kinds = Vec::new();
+        let mut visit = |extent: MapExtent| {
+            kinds.push((extent.offset, extent.kind));
+            true
+        };
+        top.map(0, top.size(), Detail::Bitmaps, &mut visit).unwrap();
+        kinds
+    };
+    assert_eq!(kinds(), [(0, Kind::Absent)]);
+    let last = (1 << 30) - 4096;
+    top.write(last, &[8; 4096]).unwrap();
+    assert_eq!(kinds(), [(0, Kind::Absent), (last, Kind::Data)]);
 }
 
 #[test]
@@ -421,6 +444,113 @@ fn a_chain_goes_over_to_another_parent_only_from_the_one_it_stands_on() {
     bench.folder.remove("base").unwrap();
     let fresh = Bench::in_folder(bench.folder.clone());
     assert_eq!(read(&fresh.read("top"), 0, 8192), expected);
+}
+
+/// A base with the bytes from 60 MiB to 130 MiB, over the end of its first group, and a top with one
+/// word of its own.
+fn half_covered(bench: &Bench) -> Chain {
+    bench.create("base", 200 * MIB);
+    let base = bench.write("base");
+    let data: Vec<u8> = (0..70 * MIB / 8).flat_map(u64::to_le_bytes).collect();
+    base.write(60 * MIB, &data).unwrap();
+    base.close().unwrap();
+    drop(base);
+    bench.overlay("top", "base", None);
+    let top = bench.write("top");
+    top.write(64 * MIB, &vec![9; WORD_BYTES as usize]).unwrap();
+    top
+}
+
+#[test]
+fn bytes_that_stand_side_by_side_in_one_file_are_handed_out_as_its_range() {
+    let files = Files::new();
+    let top = half_covered(&files.bench);
+    let check = |chain: &Chain, offset: u64, length: u64, whole: bool| {
+        let range = chain.host_range(offset, length).unwrap();
+        assert_eq!(range.is_some(), whole, "{length} bytes at {offset}");
+        let Some(range) = range else { return };
+        let mut found = vec![0; length as usize];
+        File::from(range.file).read_exact_at(&mut found, range.offset).unwrap();
+        assert!(found == read(chain, offset, length as usize), "{length} bytes at {offset}");
+    };
+    let end = 64 * MIB + WORD_BYTES;
+    for (offset, length, whole) in [
+        (64 * MIB + 5, 100, true),
+        (64 * MIB, WORD_BYTES, true),
+        (end, 3 * WORD_BYTES, true),
+        (end + 512, WORD_BYTES, true),
+        (60 * MIB, 4 * MIB, true),
+        // From one layer into the other, over a group's end, and where there is nothing.
+        (64 * MIB - 512, 1024, false),
+        (end - 512, 1024, false),
+        (127 * MIB - 512, 512, true),
+        (127 * MIB, 512, true),
+        (127 * MIB - 512, 1024, false),
+        (MIB, 4096, false),
+        (130 * MIB - 512, 1024, false),
+    ] {
+        check(&top, offset, length, whole);
+    }
+    assert!(!top.read_only());
+    top.close().unwrap();
+    drop(top);
+    let still = files.bench.read("top");
+    assert!(still.read_only());
+    check(&still, 64 * MIB, WORD_BYTES, true);
+    // What is no file of the host has no range.
+    assert!(half_covered(&Bench::default()).host_range(64 * MIB, 512).unwrap().is_none());
+}
+
+#[test]
+fn what_is_cached_is_read_and_what_is_settled_written_without_waiting() {
+    let top = half_covered(&Bench::default());
+    let mut data = [0; 512];
+    assert!(top.try_read(64 * MIB, &mut data, Effort::Copy).unwrap());
+    assert_eq!(data, [9; 512]);
+    assert!(top.try_write(64 * MIB, &[8; 512]).unwrap());
+    assert_eq!(read(&top, 64 * MIB, 1024), [[8; 512], [9; 512]].concat());
+    top.flush().unwrap();
+    top.write(100 * MIB, &[7; 4096]).unwrap();
+    top.flush().unwrap();
+    // Named by the last record, so it has to wait for another one.
+    assert!(!top.try_write(100 * MIB, &[6; 512]).unwrap());
+    assert_eq!(read(&top, 100 * MIB, 512), [7; 512]);
+}
+
+#[test]
+fn each_layer_is_told_which_of_its_bytes_will_be_read() {
+    let hooked = Arc::new(Hooked::new(Arc::new(MemoryFolder::new("m"))));
+    let bench = Bench::in_folder(hooked.clone());
+    let top = half_covered(&bench);
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let noted = asked.clone();
+    hooked.on_calls(move |call| {
+        if let Call::Prefetch { name, offset, length } = call {
+            noted.lock().unwrap().push((name.to_owned(), offset, length));
+        }
+        Ok(usize::MAX)
+    });
+    assert!(top.prefetch(64 * MIB - 4096, WORD_BYTES + 2 * 4096).unwrap());
+    let at = |offset: u64| block_offset(Block(offset / 4096)).0;
+    let end = 64 * MIB + WORD_BYTES;
+    let expected = [
+        ("base".to_owned(), at(64 * MIB - 4096), 4096),
+        ("top".to_owned(), at(64 * MIB), WORD_BYTES),
+        ("base".to_owned(), at(end), 4096),
+    ];
+    assert_eq!(*asked.lock().unwrap(), expected);
+    assert!(top.prefetch(MIB, 4096).unwrap(), "zeros take no reading");
+    assert_eq!(asked.lock().unwrap().len(), expected.len());
+    // A packed layer is read when it is asked for.
+    let options = PackOptions { compression: Compression::None, drop_equal: false };
+    let (_, bytes) = bench.read("base").pack(Vec::new(), &options, &mut |_| {}).unwrap();
+    write_all_at(&*bench.folder.create("packed").unwrap(), &bytes, 0).unwrap();
+    bench.overlay("over", "packed", None);
+    let over = bench.write("over");
+    over.write(64 * MIB, &[1; 4096]).unwrap();
+    assert!(over.prefetch(64 * MIB, 4096).unwrap());
+    assert!(!over.prefetch(64 * MIB, 2 * 4096).unwrap());
+    assert!(!over.prefetch(64 * MIB - 4096, 2 * 4096).unwrap());
 }
 
 /// The second reader, written from the specification alone, reads the same bytes.

@@ -3,12 +3,13 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use common::hooked::Hooked;
+use common::hooked::{Call, Hooked};
 use thinply::chain::{Chain, Layers, create};
 use thinply::device::Device;
-use thinply::format::geometry::{JOURNAL_OFFSET, bitmap_offset};
+use thinply::format::geometry::{JOURNAL_OFFSET, JOURNAL_RECORDS, bitmap_offset};
 use thinply::inspect::{Part, RingRecord, Standing, dump};
 use thinply::live::newest_header;
 use thinply::storage::{Access, Folder, MemoryFolder};
@@ -74,6 +75,67 @@ fn a_record_takes_338_blocks_and_one_more_makes_a_checkpoint() {
     chain.flush().unwrap();
     let (records, owned) = stands(&folder);
     assert_eq!((records, owned.len()), (vec![338], 338 + 339));
+}
+
+#[test]
+fn the_ring_is_used_to_its_end_each_time_round_and_four_places_are_allocated_at_a_time() {
+    let hooked = Arc::new(Hooked::new(memory()));
+    let folder: Arc<dyn Folder> = hooked.clone();
+    let chain = disk(&folder);
+    let ring = JOURNAL_OFFSET.0..JOURNAL_OFFSET.0 + JOURNAL_RECORDS * BLOCK;
+    let allocated = Arc::new(Mutex::new(Vec::new()));
+    let (noted, start) = (allocated.clone(), ring.start);
+    hooked.on_calls(move |call| {
+        match call {
+            Call::Allocate { offset, length } if ring.contains(&offset) => {
+                noted.lock().unwrap().push(((offset - start) / BLOCK, length / BLOCK));
+            }
+            _ => {}
+        }
+        Ok(usize::MAX)
+    });
+    for block in 0..2 * (JOURNAL_RECORDS + 1) {
+        chain.write(block * BLOCK, &[1; 10]).unwrap();
+        chain.flush().unwrap();
+        // The flush that finds no room makes a checkpoint instead.
+        let expected = (block + 1) % (JOURNAL_RECORDS + 1);
+        assert_eq!(stands(&folder).0.len() as u64, expected, "flush {block}");
+    }
+    // The second time begins at place 1: the first number after a checkpoint is left out.
+    let first = (0..64).map(|n| (4 * n, 4));
+    let second = (0..63).map(|n| (4 * n + 1, 4)).chain([(253, 3), (0, 4)]);
+    assert_eq!(*allocated.lock().unwrap(), first.chain(second).collect::<Vec<_>>());
+}
+
+/// So that a checkpoint can't run out of space for a page.
+#[test]
+fn the_first_write_to_a_group_allocates_its_page_and_no_other_does() {
+    let hooked = Arc::new(Hooked::new(memory()));
+    let folder: Arc<dyn Folder> = hooked.clone();
+    let mut chain = Some(disk(&folder));
+    let page = bitmap_offset(Group(0)).0;
+    let allocated = Arc::new(AtomicUsize::new(0));
+    for (life, expected) in [(0, 1), (1, 0)] {
+        allocated.store(0, Ordering::Relaxed);
+        let count = allocated.clone();
+        hooked.on_calls(move |call| {
+            if let Call::Allocate { offset, length: BLOCK } = call
+                && offset == page
+            {
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(usize::MAX)
+        });
+        let open = chain.take().unwrap();
+        for block in 0..3 {
+            open.write((10 * life + block) * BLOCK, &[1; 10]).unwrap();
+            assert_eq!(allocated.load(Ordering::Relaxed), expected, "life {life}");
+        }
+        open.close().unwrap();
+        drop(open);
+        let again = Chain::open(folder.clone(), "a", Access::Write, Arc::default()).unwrap();
+        chain = Some(Arc::new(again));
+    }
 }
 
 #[test]

@@ -132,7 +132,7 @@ mod tests {
     fn what_is_removed_or_taken_in_twice_counts_once() {
         let mut set = BlockSet::default();
         assert!(set.is_empty());
-        set.insert(Word(7), 0b1111);
+        set.insert(Word(7), 0b11111);
         // Some that are there, some that are not, and a word that is not there at all.
         set.remove(Word(7), 0b110110);
         set.remove(Word(8), 0b1);

@@ -240,12 +240,12 @@ fn a_file_cut_at_any_byte_is_refused() {
 #[test]
 fn a_footer_that_counts_more_blocks_than_there_are_is_refused() {
     let (_, bytes) = pack(&few_blocks(), Compression::None);
-    let good = open(&bytes).unwrap().footer().clone();
+    let good = *open(&bytes).unwrap().footer();
     let end = bytes.len() - FOOTER_SIZE as usize;
     let header = &bytes[..HEADER_SIZE as usize];
     let directory = &bytes[good.directory_offset as usize..end];
     let with = |data_blocks, zero_blocks| {
-        let footer = Footer { data_blocks, zero_blocks, ..good.clone() };
+        let footer = Footer { data_blocks, zero_blocks, ..good };
         open(&[&bytes[..end], &footer.encode(header, directory)].concat())
     };
     let blocks = SIZE / BLOCK_SIZE;

@@ -17,6 +17,8 @@ pub enum Call<'a> {
     Remove { name: &'a str },
     Read { name: &'a str, offset: u64 },
     Write { name: &'a str, offset: u64 },
+    Allocate { offset: u64, length: u64 },
+    Prefetch { name: &'a str, offset: u64, length: u64 },
     Sync,
 }
 
@@ -208,6 +210,7 @@ impl Storage for File {
     }
 
     fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.shared.ask(Call::Allocate { offset, length })?;
         self.inner.allocate(offset, length)
     }
 
@@ -230,6 +233,7 @@ impl Storage for File {
     }
 
     fn prefetch(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.shared.ask(Call::Prefetch { name: self.name(), offset, length })?;
         self.inner.prefetch(offset, length)
     }
 
