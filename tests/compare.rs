@@ -189,6 +189,29 @@ fn changes_are_whole_runs_of_blocks_and_nothing_else() {
 }
 
 #[test]
+fn a_block_of_which_only_a_part_shows_is_one_change() {
+    let bench = Bench::default();
+    let size = 4 * BLOCK;
+    drop(disk(&bench, "base", size, |chain| fill(chain, 0, size, 1)));
+    let part = overlay(&bench, "part", "base", |chain| {
+        chain.resize(BLOCK + 512, true).unwrap();
+        chain.resize(size, false).unwrap();
+    });
+    let changes = |other: &Chain| {
+        let mut notes = Notes::default();
+        part.changes_from(other, &mut notes, &mut |_| {}).unwrap();
+        notes
+    };
+    let zeros = vec![(2 * BLOCK, 2 * BLOCK)];
+    let other = disk(&bench, "other", size, |chain| fill(chain, 0, size, 2));
+    let data = vec![(0, BLOCK), (BLOCK, BLOCK)];
+    assert_eq!(changes(&other), Notes { data, zeros: zeros.clone() });
+    // Up to where it stops showing, both have it of the same layer.
+    let child = overlay(&bench, "child", "base", |_| {});
+    assert_eq!(changes(&child), Notes { data: vec![(BLOCK, BLOCK)], zeros });
+}
+
+#[test]
 fn what_no_ancestor_has_is_not_packed_as_zeros() {
     let bench = Bench::default();
     drop(disk(&bench, "base", 16 * BLOCK, |chain| fill(chain, 0, 4 * BLOCK, 1)));
