@@ -127,3 +127,42 @@ impl Slots {
         self.header = Header { generation: self.header.generation + 1, ..header };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::live::{NewLayer, create};
+    use crate::storage::MemoryFolder;
+    use crate::types::Uuid;
+
+    #[test]
+    fn a_slot_is_read_where_the_file_has_all_of_it() {
+        let folder = MemoryFolder::new("m");
+        let file = create(&folder, "a", &NewLayer { virtual_size: 4096, parent: None }).unwrap();
+        let end = SLOT_OFFSETS.map(|offset| offset.0 + BLOCK_SIZE);
+        for (length, expected) in
+            [(end[1], [true; 2]), (end[1] - 1, [true, false]), (end[0], [true, false])]
+        {
+            file.set_length(length).unwrap();
+            let slots = read_slots(&*file).unwrap();
+            assert_eq!(slots.map(|slot| slot.is_some()), expected, "{length} bytes");
+        }
+        file.set_length(end[0] - 1).unwrap();
+        assert_eq!(read_slots(&*file).unwrap_err().kind(), ErrorKind::NotAnImage);
+    }
+    #[test]
+    fn slots_of_two_layers_or_of_one_generation_are_corrupt() {
+        let folder = MemoryFolder::new("m");
+        let file = create(&folder, "a", &NewLayer { virtual_size: 4096, parent: None }).unwrap();
+        let header = newest_header(&*file).unwrap();
+        for wrong in [
+            Header { uuid: Uuid([1; 16]), ..header.clone() },
+            Header { generation: header.generation - 1, ..header.clone() },
+        ] {
+            write_all_at(&*file, &*wrong.encode(1), SLOT_OFFSETS[1].0).unwrap();
+            assert_eq!(newest_header(&*file).unwrap_err().kind(), ErrorKind::Corrupt);
+        }
+        write_all_at(&*file, &*header.encode(1), SLOT_OFFSETS[1].0).unwrap();
+        assert_eq!(newest_header(&*file).unwrap(), header);
+    }
+}
