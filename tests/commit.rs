@@ -177,11 +177,11 @@ fn a_write_during_a_checkpoint_is_no_part_of_it() {
 }
 
 #[test]
-fn the_tail_moves_behind_the_records_that_recovery_took() {
+fn the_tail_moves_behind_the_records_that_recovery_took_and_an_epoch_begins() {
     let folder = memory();
     let chain = disk(&folder);
     let header = || newest_header(&*folder.open("a", Access::Read).unwrap()).unwrap();
-    let mut expected = header().journal_tail;
+    let (mut expected, epoch) = (header().journal_tail, header().epoch);
     let mut chain = Some(chain);
     for life in 1..4 {
         for block in 0..3 {
@@ -193,7 +193,7 @@ fn the_tail_moves_behind_the_records_that_recovery_took() {
         expected += 3;
         assert_eq!(chain.is_none(), stands(&folder).0.len() == 3);
         let open = Chain::open(folder.clone(), "a", Access::Write, Arc::default()).unwrap();
-        assert_eq!(header().journal_tail, expected);
+        assert_eq!((header().journal_tail, header().epoch), (expected, epoch + life));
         chain = Some(Arc::new(open));
     }
 }
