@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use common::hooked::{Call, Hooked};
 use thinply::chain::{Chain, Layers, create};
-use thinply::device::Device;
+use thinply::device::{Device, ZeroMode};
 use thinply::format::geometry::{JOURNAL_OFFSET, JOURNAL_RECORDS, bitmap_offset};
 use thinply::inspect::{Part, RingRecord, Standing, dump};
 use thinply::live::newest_header;
@@ -109,32 +109,31 @@ fn the_ring_is_used_to_its_end_each_time_round_and_four_places_are_allocated_at_
 
 /// So that a checkpoint can't run out of space for a page.
 #[test]
-fn the_first_write_to_a_group_allocates_its_page_and_no_other_does() {
-    let hooked = Arc::new(Hooked::new(memory()));
-    let folder: Arc<dyn Folder> = hooked.clone();
-    let mut chain = Some(disk(&folder));
-    let page = bitmap_offset(Group(0)).0;
-    let allocated = Arc::new(AtomicUsize::new(0));
-    for (life, expected) in [(0, 1), (1, 0)] {
-        allocated.store(0, Ordering::Relaxed);
-        let count = allocated.clone();
+fn what_first_owns_a_block_of_a_group_allocates_its_page_and_nothing_else_does() {
+    let write = |chain: &Chain, block| chain.write(block * BLOCK, &[1; 10]).unwrap();
+    let mode = ZeroMode { allocate: true, fast_only: false };
+    let zero = |chain: &Chain, block| chain.zero(block * BLOCK, BLOCK, mode).unwrap();
+    for own in [&write as &dyn Fn(&Chain, u64), &zero] {
+        let hooked = Arc::new(Hooked::new(memory()));
+        let folder: Arc<dyn Folder> = hooked.clone();
+        let chain = disk(&folder);
+        let allocated = Arc::new(AtomicUsize::new(0));
+        let (noted, page) = (allocated.clone(), bitmap_offset(Group(0)).0);
         hooked.on_calls(move |call| {
-            if let Call::Allocate { offset, length: BLOCK } = call
-                && offset == page
-            {
-                count.fetch_add(1, Ordering::Relaxed);
+            if matches!(call, Call::Allocate { offset, length: BLOCK } if offset == page) {
+                noted.fetch_add(1, Ordering::Relaxed);
             }
             Ok(usize::MAX)
         });
-        let open = chain.take().unwrap();
         for block in 0..3 {
-            open.write((10 * life + block) * BLOCK, &[1; 10]).unwrap();
-            assert_eq!(allocated.load(Ordering::Relaxed), expected, "life {life}");
+            own(&chain, block);
+            assert_eq!(allocated.load(Ordering::Relaxed), 1, "block {block}");
         }
-        open.close().unwrap();
-        drop(open);
+        chain.close().unwrap();
+        drop(chain);
         let again = Chain::open(folder.clone(), "a", Access::Write, Arc::default()).unwrap();
-        chain = Some(Arc::new(again));
+        own(&again, 9);
+        assert_eq!(allocated.load(Ordering::Relaxed), 1, "the page was there already");
     }
 }
 
