@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use common::bench::Bench;
 use thinply::chain::{
-    Chain, Kind, MapExtent, Mismatch, PackOptions, Plan, Raw, Rule, Sink, Stored, compare,
+    Chain, Kind, Layer, MapExtent, Mismatch, PackOptions, Plan, Raw, Rule, Sink, Stored, compare,
+    seal,
 };
 use thinply::device::{Device, ZeroMode};
 use thinply::error::Result;
@@ -209,6 +210,27 @@ fn a_block_of_which_only_a_part_shows_is_one_change() {
     // Up to where it stops showing, both have it of the same layer.
     let child = overlay(&bench, "child", "base", |_| {});
     assert_eq!(changes(&child), Notes { data: vec![(BLOCK, BLOCK)], zeros });
+}
+
+#[test]
+fn compacting_and_relinking_keep_what_shows_of_the_parent() {
+    let bench = Bench::default();
+    let size = 4 * BLOCK;
+    drop(disk(&bench, "base", size, |chain| fill(chain, 0, size, 1)));
+    let part = overlay(&bench, "part", "base", |chain| {
+        chain.resize(BLOCK + 512, true).unwrap();
+        chain.resize(size, false).unwrap();
+        fill(chain, 3 * BLOCK, size, 3);
+    });
+    let base = seal(&*bench.folder, "base").unwrap();
+    for (name, plan) in [("a", Plan::compact(&part)), ("b", Plan::relink(&part, &base))] {
+        part.derive_live(&plan, &bench.folder, name, Arc::default(), &mut |_| {}).unwrap();
+        let layer = Layer::open(bench.folder.open(name, Access::Read).unwrap()).unwrap();
+        assert_eq!(layer.parent().map(|link| link.identity), Some(base.link.identity), "{name}");
+        assert_eq!(layer.visible_parent_size(), BLOCK + 512, "{name}");
+        drop(layer);
+        assert_eq!(answers(&part, &bench.read(name)), [None; 2], "{name}");
+    }
 }
 
 #[test]
