@@ -275,12 +275,26 @@ fn trim_and_zero_give_space_back_and_hide_the_parent() {
     assert_eq!(kinds, [(0, Kind::Zero), (4 * MIB, Kind::Absent)]);
     let fast = ZeroMode { fast_only: true, allocate: false };
     top.zero(MIB, 4096, fast).unwrap();
-    assert_eq!(top.zero(MIB + 1, 4096, fast).unwrap_err().kind(), ErrorKind::Unsupported);
+    for (offset, length) in [(MIB + 1, 4096), (MIB, 4097)] {
+        let error = top.zero(offset, length, fast).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+    }
     let allocated = ZeroMode { fast_only: false, allocate: true };
     let before = files.disk_use("top");
     top.zero(6 * MIB, MIB, allocated).unwrap();
     top.flush().unwrap();
     assert!(files.disk_use("top") >= before + MIB, "no space was allocated");
+    // A part of a block that nobody owns is zeros already, but space it has none.
+    for (mode, expected) in [(ZeroMode::default(), None), (allocated, Some(0))] {
+        top.zero(8 * MIB + 100, 100, mode).unwrap();
+        let mut depths = Vec::new();
+        let mut visit = |extent: MapExtent| {
+            depths.push(extent.depth);
+            true
+        };
+        top.map(8 * MIB, 4096, Detail::Bitmaps, &mut visit).unwrap();
+        assert_eq!(depths, [expected]);
+    }
 }
 
 #[test]
@@ -447,7 +461,7 @@ fn a_chain_goes_over_to_another_parent_only_from_the_one_it_stands_on() {
 }
 
 /// A base with the bytes from 60 MiB to 130 MiB, over the end of its first group, and a top with one
-/// word of its own.
+/// word and the last block of its own.
 fn half_covered(bench: &Bench) -> Chain {
     bench.create("base", 200 * MIB);
     let base = bench.write("base");
@@ -458,6 +472,7 @@ fn half_covered(bench: &Bench) -> Chain {
     bench.overlay("top", "base", None);
     let top = bench.write("top");
     top.write(64 * MIB, &vec![9; WORD_BYTES as usize]).unwrap();
+    top.write(200 * MIB - 4096, &[9; 4096]).unwrap();
     top
 }
 
@@ -488,6 +503,7 @@ fn bytes_that_stand_side_by_side_in_one_file_are_handed_out_as_its_range() {
         (127 * MIB - 512, 1024, false),
         (MIB, 4096, false),
         (130 * MIB - 512, 1024, false),
+        (200 * MIB - 4096, 4096, true),
     ] {
         check(&top, offset, length, whole);
     }
@@ -539,8 +555,11 @@ fn each_layer_is_told_which_of_its_bytes_will_be_read() {
         ("base".to_owned(), at(end), 4096),
     ];
     assert_eq!(*asked.lock().unwrap(), expected);
+    assert!(top.prefetch(64 * MIB + 4096, 8192).unwrap());
+    let inside = ("top".to_owned(), at(64 * MIB + 4096), 8192);
+    assert_eq!(asked.lock().unwrap()[expected.len()..], [inside]);
     assert!(top.prefetch(MIB, 4096).unwrap(), "zeros take no reading");
-    assert_eq!(asked.lock().unwrap().len(), expected.len());
+    assert_eq!(asked.lock().unwrap().len(), expected.len() + 1);
     // A packed layer is read when it is asked for.
     let options = PackOptions { compression: Compression::None, drop_equal: false };
     let (_, bytes) = bench.read("base").pack(Vec::new(), &options, &mut |_| {}).unwrap();
