@@ -350,13 +350,40 @@ fn one_writer_and_the_parent_gate() {
     fs::remove_file(path("base")).unwrap();
     std::os::unix::fs::symlink(path("moved"), path("base")).unwrap();
     assert!(fresh().open("top", Access::Read).is_err());
-    // In another folder that the user names.
+    // In another folder that the user names, where somebody else's is what is worth telling.
     fs::remove_file(path("base")).unwrap();
     let elsewhere = tempfile::tempdir().unwrap();
-    fs::copy(path("moved"), elsewhere.path().join("base")).unwrap();
-    let folder: Arc<dyn Folder> = Arc::new(FileFolder::new(elsewhere.path()));
-    let layers = Arc::new(Layers::new(vec![folder]));
-    Chain::open(bench.folder.clone(), "top", Access::Read, layers).unwrap();
+    let open = |names: &[&str]| {
+        let folder =
+            |name| Arc::new(FileFolder::new(elsewhere.path().join(name))) as Arc<dyn Folder>;
+        let layers = Arc::new(Layers::new(names.iter().map(folder).collect()));
+        Chain::open(bench.folder.clone(), "top", Access::Read, layers).map(drop)
+    };
+    for (name, from) in [("wrong", "top"), ("right", "moved"), ("empty", "")] {
+        fs::create_dir(elsewhere.path().join(name)).unwrap();
+        if !from.is_empty() {
+            fs::copy(path(from), elsewhere.path().join(name).join("base")).unwrap();
+        }
+    }
+    assert_eq!(open(&["empty"]).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(open(&["empty", "wrong"]).unwrap_err().kind(), ErrorKind::ParentMismatch);
+    open(&["wrong", "empty", "right"]).unwrap();
+}
+
+#[test]
+fn children_of_one_parent_share_its_open_stack() {
+    let bench = Bench::default();
+    bench.create("base", MIB);
+    bench.overlay("middle", "base", None);
+    let link = seal(&*bench.folder, "middle").unwrap().link;
+    let stack = || bench.layers.stack(&link, &bench.folder).unwrap();
+    let (one, other) = (stack(), stack());
+    assert!(Arc::ptr_eq(&one, &other));
+    // Not beyond the last of them.
+    let weak = Arc::downgrade(&one);
+    drop((one, other));
+    assert!(weak.upgrade().is_none());
+    assert_eq!(stack().layers().len(), 2);
 }
 
 #[test]
