@@ -69,6 +69,19 @@ fn an_overlay_larger_than_its_base_reads_zeros_beyond_it() {
 }
 
 #[test]
+fn a_group_that_is_owned_whole_is_read_through_an_overlay() {
+    let bench = Bench::default();
+    let group = 127 * MIB;
+    bench.create("base", group);
+    let base = bench.write("base");
+    base.write(0, &vec![7; group as usize]).unwrap();
+    base.close().unwrap();
+    drop(base);
+    bench.overlay("top", "base", None);
+    assert_eq!(read(&bench.write("top"), group - 4096, 4096), [7; 4096]);
+}
+
+#[test]
 fn shrinking_and_growing_shows_zeros_never_old_data() {
     let files = Files::new();
     files.bench.create("base", MIB);
