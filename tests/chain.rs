@@ -261,6 +261,49 @@ fn sub_block_writes_copy_up_at_most_a_block() {
 }
 
 #[test]
+fn a_walk_names_every_byte_once_and_skips_what_is_empty() {
+    let bench = Bench::default();
+    let (group, size) = (127 * MIB, 3 * 127 * MIB + 512);
+    bench.create("base", size);
+    let base = bench.write("base");
+    // Over the end of the first group.
+    base.write(group - MIB, &vec![1; 2 * MIB as usize]).unwrap();
+    base.close().unwrap();
+    drop(base);
+    bench.overlay("top", "base", None);
+    let top = bench.write("top");
+    top.zero(group - MIB, 4096, ZeroMode::default()).unwrap();
+    top.write(group + MIB, &[2; 4096]).unwrap();
+    assert_eq!(top.skip_absent(0).unwrap(), 0, "what an open top owns may be in memory alone");
+    top.close().unwrap();
+    drop(top);
+    let still = bench.read("top");
+    let mut found = Vec::new();
+    let mut note = |extent: MapExtent| {
+        found.push((extent.offset, extent.length, extent.depth, extent.kind));
+        Ok(())
+    };
+    still.walk(&mut note).unwrap();
+    let rest = group + MIB + 4096;
+    let expected = [
+        (0, group - MIB, None, Kind::Absent),
+        (group - MIB, 4096, Some(0), Kind::Zero),
+        (group - MIB + 4096, 2 * MIB - 4096, Some(1), Kind::Data),
+        (group + MIB, 4096, Some(0), Kind::Data),
+        (rest, size - rest, None, Kind::Absent),
+    ];
+    assert_eq!(found, expected);
+    assert_eq!(still.skip_absent(rest).unwrap(), rest);
+    assert_eq!(still.skip_absent(2 * group + 5).unwrap(), size);
+    bench.create("far", size);
+    let far = bench.write("far");
+    far.write(2 * group + 8192, &[1]).unwrap();
+    far.close().unwrap();
+    drop(far);
+    assert_eq!(bench.read("far").skip_absent(4096).unwrap(), 2 * group);
+}
+
+#[test]
 fn trim_and_zero_give_space_back_and_hide_the_parent() {
     let files = Files::new();
     files.bench.create("base", 10 * MIB);
