@@ -11,12 +11,12 @@ use std::time::Instant;
 
 use common::bench::{BLOCK, Bench, Disk};
 use common::hooked::{Call, Hooked};
-use thinply::chain::{Chain, Kind, Layers, MAX_DEPTH, MapExtent, PackOptions, seal};
+use thinply::chain::{Chain, Kind, Layers, MAX_DEPTH, MapExtent, seal};
 use thinply::device::{Detail, Device, Effort, ZeroMode};
 use thinply::error::ErrorKind;
 use thinply::format::geometry::{block_offset, file_length};
 use thinply::packed::Compression;
-use thinply::storage::{Access, FileFolder, Folder, MemoryFolder, write_all_at};
+use thinply::storage::{Access, FileFolder, Folder, MemoryFolder};
 use thinply::types::{Block, WORD_BYTES};
 
 const MIB: u64 = 1 << 20;
@@ -46,6 +46,22 @@ fn read(chain: &Chain, offset: u64, length: usize) -> Vec<u8> {
     let mut data = vec![0xee; length];
     chain.read(offset, &mut data).unwrap();
     data
+}
+
+fn extents(chain: &Chain, offset: u64, length: u64, detail: Detail) -> Vec<MapExtent> {
+    let mut found = Vec::new();
+    let mut visit = |extent| {
+        found.push(extent);
+        true
+    };
+    chain.map(offset, length, detail, &mut visit).unwrap();
+    found
+}
+
+/// Where each extent of the whole device begins, and what it holds.
+fn kinds(chain: &Chain, detail: Detail) -> Vec<(u64, Kind)> {
+    let found = extents(chain, 0, chain.size(), detail);
+    found.iter().map(|extent| (extent.offset, extent.kind)).collect()
 }
 
 #[test]
@@ -136,15 +152,7 @@ fn a_group_that_a_shrink_cut_off_is_forgotten_and_a_new_one_is_there() {
     top.write(190 * MIB, &[9; 4096]).unwrap();
     top.resize(MIB, true).unwrap();
     top.resize(1 << 30, false).unwrap();
-    let kinds = || {
-        let mut kinds = Vec::new();
-        let mut visit = |extent: MapExtent| {
-            kinds.push((extent.offset, extent.kind));
-            true
-        };
-        top.map(0, top.size(), Detail::Bitmaps, &mut visit).unwrap();
-        kinds
-    };
+    let kinds = || kinds(&top, Detail::Bitmaps);
     assert_eq!(kinds(), [(0, Kind::Absent)]);
     let last = (1 << 30) - 4096;
     top.write(last, &[8; 4096]).unwrap();
@@ -161,12 +169,7 @@ fn growth_spends_space_only_on_an_owned_last_block() {
             top.write(4096, &[9; 512]).unwrap();
         }
         top.resize(MIB, false).unwrap();
-        let mut kinds = Vec::new();
-        let mut visit = |extent: MapExtent| {
-            kinds.push((extent.offset, extent.kind));
-            true
-        };
-        top.map(0, MIB, Detail::Files, &mut visit).unwrap();
+        let kinds = kinds(&top, Detail::Files);
         top.close().unwrap();
         assert_eq!(kinds.len(), if owned { 3 } else { 1 }, "{kinds:?}");
         let file = files.bench.folder.open(name, Access::Read).unwrap();
@@ -246,14 +249,9 @@ fn sub_block_writes_copy_up_at_most_a_block() {
     let top = files.bench.write("top");
     top.write(MIB + 5, &[9]).unwrap();
     top.write(3 * MIB + 4095, &[9; 2]).unwrap();
-    let mut owned = Vec::new();
-    let mut visit = |extent: MapExtent| {
-        if extent.depth == Some(0) {
-            owned.push((extent.offset, extent.length));
-        }
-        true
-    };
-    top.map(0, top.size(), Detail::Bitmaps, &mut visit).unwrap();
+    let mut owned = extents(&top, 0, top.size(), Detail::Bitmaps);
+    owned.retain(|extent| extent.depth == Some(0));
+    let owned: Vec<_> = owned.iter().map(|extent| (extent.offset, extent.length)).collect();
     assert_eq!(owned, [(MIB, 4096), (3 * MIB, 8192)]);
     let mut expected = vec![3; 8192];
     expected[4095..4097].fill(9);
@@ -322,13 +320,7 @@ fn trim_and_zero_give_space_back_and_hide_the_parent() {
     assert!(read(&top, 0, 4 * MIB as usize).iter().all(|&byte| byte == 0));
     // Nobody owns it: no bit is spent.
     top.trim(5 * MIB, MIB).unwrap();
-    let mut kinds = Vec::new();
-    let mut visit = |extent: MapExtent| {
-        kinds.push((extent.offset, extent.kind));
-        true
-    };
-    top.map(0, top.size(), Detail::Files, &mut visit).unwrap();
-    assert_eq!(kinds, [(0, Kind::Zero), (4 * MIB, Kind::Absent)]);
+    assert_eq!(kinds(&top, Detail::Files), [(0, Kind::Zero), (4 * MIB, Kind::Absent)]);
     let fast = ZeroMode { fast_only: true, allocate: false };
     top.zero(MIB, 4096, fast).unwrap();
     for (offset, length) in [(MIB + 1, 4096), (MIB, 4097)] {
@@ -343,12 +335,8 @@ fn trim_and_zero_give_space_back_and_hide_the_parent() {
     // A part of a block that nobody owns is zeros already, but space it has none.
     for (mode, expected) in [(ZeroMode::default(), None), (allocated, Some(0))] {
         top.zero(8 * MIB + 100, 100, mode).unwrap();
-        let mut depths = Vec::new();
-        let mut visit = |extent: MapExtent| {
-            depths.push(extent.depth);
-            true
-        };
-        top.map(8 * MIB, 4096, Detail::Bitmaps, &mut visit).unwrap();
+        let found = extents(&top, 8 * MIB, 4096, Detail::Bitmaps);
+        let depths: Vec<_> = found.iter().map(|extent| extent.depth).collect();
         assert_eq!(depths, [expected]);
     }
 }
@@ -524,9 +512,7 @@ fn a_chain_goes_over_to_another_parent_only_from_the_one_it_stands_on() {
     base.close().unwrap();
     drop(base);
     bench.overlay("top", "base", None);
-    let options = PackOptions { compression: Compression::None, drop_equal: false };
-    let (_, bytes) = bench.read("base").pack(Vec::new(), &options, &mut |_| {}).unwrap();
-    write_all_at(&*bench.folder.create("packed").unwrap(), &bytes, 0).unwrap();
+    bench.pack(&bench.read("base"), "packed", Compression::None);
     let [old, new] = ["base", "packed"].map(|name| seal(&*bench.folder, name).unwrap().link);
     let top = bench.write("top");
     top.write(4096, &[2; 10]).unwrap();
@@ -644,9 +630,7 @@ fn each_layer_is_told_which_of_its_bytes_will_be_read() {
     assert!(top.prefetch(MIB, 4096).unwrap(), "zeros take no reading");
     assert_eq!(asked.lock().unwrap().len(), expected.len() + 1);
     // A packed layer is read when it is asked for.
-    let options = PackOptions { compression: Compression::None, drop_equal: false };
-    let (_, bytes) = bench.read("base").pack(Vec::new(), &options, &mut |_| {}).unwrap();
-    write_all_at(&*bench.folder.create("packed").unwrap(), &bytes, 0).unwrap();
+    bench.pack(&bench.read("base"), "packed", Compression::None);
     bench.overlay("over", "packed", None);
     let over = bench.write("over");
     over.write(64 * MIB, &[1; 4096]).unwrap();

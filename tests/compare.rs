@@ -6,8 +6,7 @@ use std::sync::Arc;
 
 use common::bench::Bench;
 use thinply::chain::{
-    Chain, Kind, Layer, MapExtent, Mismatch, PackOptions, Plan, Raw, Rule, Sink, Stored, compare,
-    seal,
+    Chain, Kind, Layer, MapExtent, Mismatch, Plan, Raw, Rule, Sink, Stored, compare, seal,
 };
 use thinply::device::{Device, ZeroMode};
 use thinply::error::Result;
@@ -79,8 +78,6 @@ fn owned_zeros_are_the_same_as_none_but_for_the_strict_rule() {
     let place = 3 * BLOCK;
     let absent = disk(&bench, "absent", size, |_| {});
     let data = disk(&bench, "data", size, |chain| fill(chain, place, place + BLOCK, 0));
-    let base = disk(&bench, "base", size, |_| {});
-    drop(base);
     let allocate = ZeroMode { allocate: true, fast_only: false };
     let zero = disk(&bench, "zero", size, |chain| {
         chain.zero(place, BLOCK, allocate).unwrap();
@@ -189,15 +186,21 @@ fn changes_are_whole_runs_of_blocks_and_nothing_else() {
     assert_eq!(last, size);
 }
 
+/// An overlay that shows a block and a sector of its base, which is ones.
+fn partly_shown(bench: &Bench, size: u64, write: impl FnOnce(&Chain)) -> Chain {
+    drop(disk(bench, "base", size, |chain| fill(chain, 0, size, 1)));
+    overlay(bench, "part", "base", |chain| {
+        chain.resize(BLOCK + 512, true).unwrap();
+        chain.resize(size, false).unwrap();
+        write(chain);
+    })
+}
+
 #[test]
 fn a_block_of_which_only_a_part_shows_is_one_change() {
     let bench = Bench::default();
     let size = 4 * BLOCK;
-    drop(disk(&bench, "base", size, |chain| fill(chain, 0, size, 1)));
-    let part = overlay(&bench, "part", "base", |chain| {
-        chain.resize(BLOCK + 512, true).unwrap();
-        chain.resize(size, false).unwrap();
-    });
+    let part = partly_shown(&bench, size, |_| {});
     let changes = |other: &Chain| {
         let mut notes = Notes::default();
         part.changes_from(other, &mut notes, &mut |_| {}).unwrap();
@@ -216,12 +219,7 @@ fn a_block_of_which_only_a_part_shows_is_one_change() {
 fn compacting_and_relinking_keep_what_shows_of_the_parent() {
     let bench = Bench::default();
     let size = 4 * BLOCK;
-    drop(disk(&bench, "base", size, |chain| fill(chain, 0, size, 1)));
-    let part = overlay(&bench, "part", "base", |chain| {
-        chain.resize(BLOCK + 512, true).unwrap();
-        chain.resize(size, false).unwrap();
-        fill(chain, 3 * BLOCK, size, 3);
-    });
+    let part = partly_shown(&bench, size, |chain| fill(chain, 3 * BLOCK, size, 3));
     let base = seal(&*bench.folder, "base").unwrap();
     for (name, plan) in [("a", Plan::compact(&part)), ("b", Plan::relink(&part, &base))] {
         part.derive_live(&plan, &bench.folder, name, Arc::default(), &mut |_| {}).unwrap();
@@ -240,12 +238,10 @@ fn what_no_ancestor_has_is_not_packed_as_zeros() {
     let top = overlay(&bench, "top", "base", |chain| {
         chain.zero(BLOCK, BLOCK, ZeroMode::default()).unwrap();
     });
-    let pack = |plan: &Plan| {
-        let none = Compression::None;
-        let layers = Arc::default();
-        top.derive_packed(plan, &bench.folder, Vec::new(), layers, none, &mut |_| {}).unwrap().0
-    };
-    let all = pack(&Plan::flatten(&top, None).unwrap());
+    let (plan, layers) = (Plan::flatten(&top, None).unwrap(), Arc::default());
+    let none = Compression::None;
+    let made = top.derive_packed(&plan, &bench.folder, Vec::new(), layers, none, &mut |_| {});
+    let (all, _) = made.unwrap();
     assert_eq!((all.data_blocks, all.zero_blocks), (3, 0));
 }
 
@@ -283,9 +279,7 @@ fn data_stands_in_a_live_file_group_by_group() {
         assert_eq!(stored(&other, usize::MAX), (false, vec![]));
     }
     let mut never = |_: &Stored<'_>| -> Result<bool> { panic!("nothing to show") };
-    let options = PackOptions { compression: Compression::None, drop_equal: false };
-    let (_, bytes) = bench.read("base").pack(Vec::new(), &options, &mut |_| {}).unwrap();
-    write_all_at(&*bench.folder.create("packed").unwrap(), &bytes, 0).unwrap();
+    bench.pack(&bench.read("base"), "packed", Compression::None);
     let packed = bench.read("packed");
     let here = extent(group, BLOCK, Some(0), Kind::Data);
     assert!(!packed.stored(&here, &mut never).unwrap());

@@ -7,9 +7,7 @@ use std::sync::Arc;
 
 use common::bench::{BLOCK, Bench, Disk};
 use proptest::prelude::*;
-use thinply::chain::{
-    Chain, Layer, Mismatch, PackOptions, Parent, Plan, Rule, compare as compare_disks, seal,
-};
+use thinply::chain::{Chain, Layer, Mismatch, Parent, Plan, Rule, compare as compare_disks, seal};
 use thinply::device::{Detail, Device, Effort, ZeroMode};
 use thinply::error::ErrorKind;
 use thinply::packed::Compression;
@@ -270,14 +268,14 @@ impl Run {
         let Some((name, disk)) = self.sealed.last().filter(|_| below).cloned() else {
             let still = self.bench.read("top");
             let name = format!("packed-{}", self.sealed.len());
-            self.write_packed(&still, &name);
+            self.bench.pack(&still, &name, Compression::None);
             drop(still);
             return self.go_on(name);
         };
         let link = |name: &str| Layer::open(self.bench.folder.open(name, Access::Read).unwrap());
         let parent = link("top").unwrap().parent().cloned();
         let packed = format!("packed-{}", self.sealed.len());
-        self.write_packed(&self.bench.read(&name), &packed);
+        self.bench.pack(&self.bench.read(&name), &packed, Compression::None);
         let new = seal(&*self.bench.folder, &packed).unwrap();
         let is_parent = parent.map(|link| link.identity) == link(&name).unwrap().identity();
         self.sealed.push((packed, disk));
@@ -287,12 +285,6 @@ impl Run {
             drop(still);
             self.bench.folder.rename("new", "top").unwrap();
         }
-    }
-
-    fn write_packed(&self, chain: &Chain, name: &str) {
-        let options = PackOptions { compression: Compression::None, drop_equal: false };
-        let (_, bytes) = chain.pack(Vec::new(), &options, &mut |_| {}).unwrap();
-        write_all_at(&*self.bench.folder.create(name).unwrap(), &bytes, 0).unwrap();
     }
 
     /// The disk goes on over a new layer that shows the same, or, where that can be written, with it.

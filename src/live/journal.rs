@@ -101,26 +101,14 @@ impl Journal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::header::State;
-    use crate::storage::{Folder, MemoryFolder};
+    use crate::live::{NewLayer, create, newest_header};
+    use crate::storage::MemoryFolder;
 
     #[test]
     fn only_the_places_of_the_ring_are_read() {
         let folder = MemoryFolder::new("m");
-        let file = folder.create("a").unwrap();
-        let header = Header {
-            uuid: Uuid([1; 16]),
-            generation: 1,
-            state: State::InUse,
-            epoch: 1,
-            journal_tail: 0,
-            virtual_size: 4096,
-            visible_parent_size: 0,
-            parent: None,
-            compatible: 0,
-            read_only_compatible: 0,
-            extensions: Vec::new(),
-        };
+        let file = create(&folder, "a", &NewLayer { virtual_size: 4096, parent: None }).unwrap();
+        let header = newest_header(&*file).unwrap();
         let record = |sequence| Record { epoch: 1, sequence, entries: Vec::new() };
         let put = |place: u64, sequence| {
             let offset = JOURNAL_OFFSET.0 + place * BLOCK_SIZE;

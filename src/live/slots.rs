@@ -150,6 +150,7 @@ mod tests {
         file.set_length(end[0] - 1).unwrap();
         assert_eq!(read_slots(&*file).unwrap_err().kind(), ErrorKind::NotAnImage);
     }
+
     #[test]
     fn slots_of_two_layers_or_of_one_generation_are_corrupt() {
         let folder = MemoryFolder::new("m");

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use thinply::chain::{Chain, Layers, create, seal};
-use thinply::storage::{Access, Folder, MemoryFolder};
+use thinply::chain::{Chain, Layers, PackOptions, create, seal};
+use thinply::packed::Compression;
+use thinply::storage::{Access, Folder, MemoryFolder, write_all_at};
 
 pub const BLOCK: usize = 4096;
 
@@ -117,6 +118,13 @@ impl Bench {
     pub fn overlay(&self, name: &str, parent: &str, size: Option<u64>) {
         let parent = seal(&*self.folder, parent).unwrap();
         create(&self.folder, name, size, Some(&parent), &self.layers).unwrap();
+    }
+
+    /// Packs the newest layer of a chain under another name.
+    pub fn pack(&self, chain: &Chain, name: &str, compression: Compression) {
+        let options = PackOptions { compression, drop_equal: false };
+        let (_, bytes) = chain.pack(Vec::new(), &options, &mut |_| {}).unwrap();
+        write_all_at(&*self.folder.create(name).unwrap(), &bytes, 0).unwrap();
     }
 
     pub fn open(&self, name: &str, access: Access) -> thinply::error::Result<Chain> {
