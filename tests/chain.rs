@@ -529,6 +529,21 @@ fn a_chain_goes_over_to_another_parent_only_from_the_one_it_stands_on() {
     assert_eq!(read(&fresh.read("top"), 0, 8192), expected);
 }
 
+#[test]
+fn a_packed_layers_zeros_are_shown_only_where_the_files_are_asked() {
+    let bench = Bench::default();
+    bench.create("base", MIB);
+    let base = bench.write("base");
+    base.write(0, &[[1; 4096], [0; 4096], [2; 4096]].concat()).unwrap();
+    base.close().unwrap();
+    drop(base);
+    bench.pack(&bench.read("base"), "packed", Compression::None);
+    let packed = bench.read("packed");
+    let (one, two, end) = ((0, Kind::Data), (8192, Kind::Data), (12288, Kind::Absent));
+    assert_eq!(kinds(&packed, Detail::Files), [one, (4096, Kind::Zero), two, end]);
+    assert_eq!(kinds(&packed, Detail::Bitmaps), [one, end]);
+}
+
 /// A base with the bytes from 60 MiB to 130 MiB, over the end of its first group, and a top with one
 /// word and the last block of its own.
 fn half_covered(bench: &Bench) -> Chain {

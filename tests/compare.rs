@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use common::bench::Bench;
 use thinply::chain::{
-    Chain, Kind, Layer, MapExtent, Mismatch, Plan, Raw, Rule, Sink, Stored, compare, seal,
+    Chain, Kind, Layer, MapExtent, Mismatch, PackOptions, Plan, Raw, Rule, Sink, Stored, compare,
+    seal,
 };
 use thinply::device::{Device, ZeroMode};
 use thinply::error::Result;
@@ -243,6 +244,25 @@ fn what_no_ancestor_has_is_not_packed_as_zeros() {
     let made = top.derive_packed(&plan, &bench.folder, Vec::new(), layers, none, &mut |_| {});
     let (all, _) = made.unwrap();
     assert_eq!((all.data_blocks, all.zero_blocks), (3, 0));
+}
+
+#[test]
+fn packing_tells_how_far_it_is() {
+    let bench = Bench::default();
+    let group = 127 * MIB;
+    drop(disk(&bench, "base", 2 * group, |_| ()));
+    let top = overlay(&bench, "top", "base", |chain| {
+        fill(chain, group - BLOCK, group + 2 * BLOCK, 1);
+    });
+    let told = |drop_equal| {
+        let mut told = Vec::new();
+        let options = PackOptions { compression: Compression::None, drop_equal };
+        top.pack(Vec::new(), &options, &mut |bytes| told.push(bytes)).unwrap();
+        told
+    };
+    assert_eq!(told(false), [BLOCK, 3 * BLOCK]);
+    assert!(told(true).is_sorted());
+    assert_eq!(told(true).last(), Some(&top.size()));
 }
 
 #[test]

@@ -21,7 +21,8 @@ pub struct PackOptions {
 
 impl Chain {
     /// Writes the newest layer, what it owns and nothing of those below, as a packed layer with the
-    /// same size and parent. `progress` gets the blocks done so far.
+    /// same size and parent. `progress` is told how many bytes are done: of what the layer owns, or,
+    /// with `drop_equal`, of the device.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for a chain that is open for writing; those of [`Writer`] and of
@@ -33,7 +34,6 @@ impl Chain {
         progress: &mut dyn FnMut(u64),
     ) -> Result<(Summary, W)> {
         if options.drop_equal {
-            let progress = &mut |bytes| progress(bytes / BLOCK_SIZE);
             let (plan, layers) = (Plan::compact(self), self.layers.clone());
             return self.derive_packed(
                 &plan,
@@ -58,7 +58,7 @@ impl Chain {
             let Some(bits) = layer.bits(group)? else { continue };
             for (word, &owned) in (group.first_word().0..).map(Word).zip(bits.iter()) {
                 pack_word(layer, word, owned, &mut bytes, &mut writer)?;
-                done += u64::from(owned.count_ones());
+                done += u64::from(owned.count_ones()) * BLOCK_SIZE;
             }
             progress(done);
         }

@@ -113,7 +113,7 @@ impl Pack {
         let options =
             PackOptions { compression: self.packing.compression(), drop_equal: self.drop_equal };
         let bar = progress::bar(None);
-        let packed = chain.pack(out, &options, &mut |blocks| bar.set_position(blocks * BLOCK_SIZE));
+        let packed = chain.pack(out, &options, &mut |bytes| bar.set_position(bytes));
         bar.finish_and_clear();
         packed
     }
