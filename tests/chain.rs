@@ -89,10 +89,7 @@ fn a_group_that_is_owned_whole_is_read_through_an_overlay() {
     let bench = Bench::default();
     let group = 127 * MIB;
     bench.create("base", group);
-    let base = bench.write("base");
-    base.write(0, &vec![7; group as usize]).unwrap();
-    base.close().unwrap();
-    drop(base);
+    bench.change("base", |base| base.write(0, &vec![7; group as usize]).unwrap());
     bench.overlay("top", "base", None);
     assert_eq!(read(&bench.write("top"), group - 4096, 4096), [7; 4096]);
 }
@@ -263,11 +260,8 @@ fn a_walk_names_every_byte_once_and_skips_what_is_empty() {
     let bench = Bench::default();
     let (group, size) = (127 * MIB, 3 * 127 * MIB + 512);
     bench.create("base", size);
-    let base = bench.write("base");
     // Over the end of the first group.
-    base.write(group - MIB, &vec![1; 2 * MIB as usize]).unwrap();
-    base.close().unwrap();
-    drop(base);
+    bench.change("base", |base| base.write(group - MIB, &vec![1; 2 * MIB as usize]).unwrap());
     bench.overlay("top", "base", None);
     let top = bench.write("top");
     top.zero(group - MIB, 4096, ZeroMode::default()).unwrap();
@@ -294,10 +288,7 @@ fn a_walk_names_every_byte_once_and_skips_what_is_empty() {
     assert_eq!(still.skip_absent(rest).unwrap(), rest);
     assert_eq!(still.skip_absent(2 * group + 5).unwrap(), size);
     bench.create("far", size);
-    let far = bench.write("far");
-    far.write(2 * group + 8192, &[1]).unwrap();
-    far.close().unwrap();
-    drop(far);
+    bench.change("far", |far| far.write(2 * group + 8192, &[1]).unwrap());
     assert_eq!(bench.read("far").skip_absent(4096).unwrap(), 2 * group);
 }
 
@@ -507,10 +498,7 @@ fn a_new_top_that_cannot_be_looked_at_is_no_missing_one() {
 fn a_chain_goes_over_to_another_parent_only_from_the_one_it_stands_on() {
     let bench = Bench::default();
     bench.create("base", MIB);
-    let base = bench.write("base");
-    base.write(0, &[1; 8192]).unwrap();
-    base.close().unwrap();
-    drop(base);
+    bench.change("base", |base| base.write(0, &[1; 8192]).unwrap());
     bench.overlay("top", "base", None);
     bench.pack(&bench.read("base"), "packed", Compression::None);
     let [old, new] = ["base", "packed"].map(|name| seal(&*bench.folder, name).unwrap().link);
@@ -533,10 +521,8 @@ fn a_chain_goes_over_to_another_parent_only_from_the_one_it_stands_on() {
 fn a_packed_layers_zeros_are_shown_only_where_the_files_are_asked() {
     let bench = Bench::default();
     bench.create("base", MIB);
-    let base = bench.write("base");
-    base.write(0, &[[1; 4096], [0; 4096], [2; 4096]].concat()).unwrap();
-    base.close().unwrap();
-    drop(base);
+    let blocks = [[1; 4096], [0; 4096], [2; 4096]];
+    bench.change("base", |base| base.write(0, blocks.as_flattened()).unwrap());
     bench.pack(&bench.read("base"), "packed", Compression::None);
     let packed = bench.read("packed");
     let (one, two, end) = ((0, Kind::Data), (8192, Kind::Data), (12288, Kind::Absent));
@@ -548,11 +534,8 @@ fn a_packed_layers_zeros_are_shown_only_where_the_files_are_asked() {
 /// word and the last block of its own.
 fn half_covered(bench: &Bench) -> Chain {
     bench.create("base", 200 * MIB);
-    let base = bench.write("base");
     let data: Vec<u8> = (0..70 * MIB / 8).flat_map(u64::to_le_bytes).collect();
-    base.write(60 * MIB, &data).unwrap();
-    base.close().unwrap();
-    drop(base);
+    bench.change("base", |base| base.write(60 * MIB, &data).unwrap());
     bench.overlay("top", "base", None);
     let top = bench.write("top");
     top.write(64 * MIB, &vec![9; WORD_BYTES as usize]).unwrap();

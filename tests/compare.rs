@@ -32,10 +32,7 @@ fn overlay(bench: &Bench, name: &str, parent: &str, write: impl FnOnce(&Chain)) 
 }
 
 fn change(bench: &Bench, name: &str, write: impl FnOnce(&Chain)) -> Chain {
-    let chain = bench.write(name);
-    write(&chain);
-    chain.close().unwrap();
-    drop(chain);
+    bench.change(name, write);
     bench.read(name)
 }
 
@@ -261,8 +258,9 @@ fn packing_tells_how_far_it_is() {
         told
     };
     assert_eq!(told(false), [BLOCK, 3 * BLOCK]);
-    assert!(told(true).is_sorted());
-    assert_eq!(told(true).last(), Some(&top.size()));
+    let device = told(true);
+    assert!(device.is_sorted());
+    assert_eq!(device.last(), Some(&top.size()));
 }
 
 #[test]

@@ -21,18 +21,14 @@ const SIZE: u64 = 8 * BLOCK + 512;
 /// A base of 0x11, a layer over it with a change and a hole, and a top that is shorter than both.
 fn build(bench: &Bench) {
     bench.create("base", SIZE);
-    let base = bench.write("base");
-    base.write(0, &vec![0x11; SIZE as usize]).unwrap();
-    base.close().unwrap();
-    drop(base);
+    bench.change("base", |base| base.write(0, &vec![0x11; SIZE as usize]).unwrap());
     bench.overlay("middle", "base", Some(SIZE + 4 * BLOCK));
-    let middle = bench.write("middle");
-    middle.write(BLOCK, &[0x22; BLOCK as usize]).unwrap();
-    middle.zero(2 * BLOCK, BLOCK, ZeroMode::default()).unwrap();
-    middle.zero(SIZE + 2 * BLOCK, BLOCK, ZeroMode::default()).unwrap();
-    middle.write(7 * BLOCK, &[0x22; BLOCK as usize]).unwrap();
-    middle.close().unwrap();
-    drop(middle);
+    bench.change("middle", |middle| {
+        middle.write(BLOCK, &[0x22; BLOCK as usize]).unwrap();
+        middle.zero(2 * BLOCK, BLOCK, ZeroMode::default()).unwrap();
+        middle.zero(SIZE + 2 * BLOCK, BLOCK, ZeroMode::default()).unwrap();
+        middle.write(7 * BLOCK, &[0x22; BLOCK as usize]).unwrap();
+    });
     bench.overlay("top", "middle", None);
     let top = bench.write("top");
     // The cut goes through a block of the middle layer; the growth must not show it again.

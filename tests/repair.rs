@@ -30,10 +30,7 @@ impl Image {
     fn new(close: bool) -> Self {
         let bench = Bench::default();
         bench.create("base", SIZE);
-        let base = bench.write("base");
-        base.write(0, &vec![1; SIZE as usize]).unwrap();
-        base.close().unwrap();
-        drop(base);
+        bench.change("base", |base| base.write(0, &vec![1; SIZE as usize]).unwrap());
         bench.overlay("top", "base", None);
         let top = bench.write("top");
         let mut expected = vec![1; SIZE as usize];
@@ -198,10 +195,7 @@ fn of_a_lost_bitmap_sector_data_are_taken_as_a_guess_and_holes_are_lost() {
 fn without_a_parent_a_hole_is_zeros_whoever_owns_it() {
     let bench = Bench::default();
     bench.create("base", SIZE);
-    let base = bench.write("base");
-    base.write(8 * KIB, &[5; BLOCK]).unwrap();
-    base.close().unwrap();
-    drop(base);
+    bench.change("base", |base| base.write(8 * KIB, &[5; BLOCK]).unwrap());
     let image = Image { bench, expected: Vec::new() };
     let expected = image.read("base");
     image.damage("base", BITMAP);

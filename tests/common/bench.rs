@@ -120,6 +120,13 @@ impl Bench {
         create(&self.folder, name, size, Some(&parent), &self.layers).unwrap();
     }
 
+    /// Opens a layer for writing, and closes it when `write` has written.
+    pub fn change(&self, name: &str, write: impl FnOnce(&Chain)) {
+        let chain = self.write(name);
+        write(&chain);
+        chain.close().unwrap();
+    }
+
     /// Packs the newest layer of a chain under another name.
     pub fn pack(&self, chain: &Chain, name: &str, compression: Compression) {
         let options = PackOptions { compression, drop_equal: false };
