@@ -14,7 +14,7 @@ const NESTED: [(&str, &[&str]); 4] = [
 ];
 
 fn pinned(name: &str, text: String) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/cli/help").join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/cli/help").join(name);
     snapbox::Assert::new()
         .action_env("SNAPSHOTS")
         .eq(text, snapbox::Data::read_from(&path, Some(snapbox::data::DataFormat::Text)));

@@ -67,7 +67,7 @@ impl Drop for Served {
     }
 }
 
-#[path = "../../tools/src/demo/client.rs"]
+#[path = "../../tools/cli/src/verbs/demo/client.rs"]
 #[allow(dead_code)]
 mod client;
 pub use client::Client;

@@ -129,7 +129,7 @@ fn without_time(line: &str) -> String {
 }
 
 fn page() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/walkthrough.md")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/walkthrough.md")
 }
 
 fn has(program: &str) -> bool {

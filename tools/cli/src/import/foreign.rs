@@ -1,0 +1,417 @@
+//! Images of other formats, read through a library behind a gate: nothing is opened because an
+//! image says so. What the user named may be referred to; a reference is matched by its file name
+//! alone.
+
+use std::cell::Cell;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, IoSliceMut, SeekFrom};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use imago::format::builder::FormatDriverBuilder;
+use imago::format::gate::ImplicitOpenGate;
+use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+use imago::storage::drivers::CommonStorageHelper;
+use imago::vmdk::Vmdk;
+use imago::{FormatAccess, Mapping, ShallowMapping, Storage, StorageOpenOptions};
+use rustix::io::preadv;
+use thinply::chain::Chain;
+use thinply::error::{Error, ErrorKind, Result};
+
+use super::format::{Format, serve_it};
+use super::qcow2;
+use super::raw::RawDisk;
+use super::source::{Disk, Source};
+use crate::io::pump::{BUFFER, Feeder, Piece};
+
+/// Largest ratio of deflate.
+const MAX_RATIO: u64 = 1032;
+
+/// A file of an image. It opens no other.
+#[derive(Debug)]
+struct ImageFile {
+    path: PathBuf,
+    file: File,
+    length: u64,
+    /// Where reads must end: the end of the last cluster, of which the file may have less.
+    end: u64,
+    helper: CommonStorageHelper,
+}
+
+impl ImageFile {
+    fn open(path: &Path) -> Result<Self> {
+        let failed = |error: io::Error| Error::io(error, "opening the source").in_file(path);
+        let mut file = File::open(path).map_err(failed)?;
+        if file.metadata().map_err(failed)?.is_dir() {
+            return Err(Error::new(ErrorKind::InvalidInput, "is a folder").in_file(path));
+        }
+        let length = io::Seek::seek(&mut file, SeekFrom::End(0)).map_err(failed)?;
+        let helper = CommonStorageHelper::default();
+        Ok(Self { path: path.to_owned(), file, length, end: length, helper })
+    }
+
+    fn header(&self) -> Result<[u8; qcow2::HEADER_SIZE]> {
+        let mut header = [0; qcow2::HEADER_SIZE];
+        let there = self.length.min(header.len() as u64) as usize;
+        self.file
+            .read_exact_at(&mut header[..there], 0)
+            .map_err(|error| Error::io(error, "reading the header").at(0).in_file(&self.path))?;
+        Ok(header)
+    }
+}
+
+impl fmt::Display for ImageFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.path.display().fmt(f)
+    }
+}
+
+fn read_only<T>() -> io::Result<T> {
+    Err(io::ErrorKind::ReadOnlyFilesystem.into())
+}
+
+impl Storage for ImageFile {
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.length)
+    }
+
+    /// The gate looks at the file name alone.
+    fn resolve_relative_path<P: AsRef<Path>>(&self, relative: P) -> io::Result<PathBuf> {
+        Ok(relative.as_ref().to_owned())
+    }
+
+    unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
+        let length = bufv.len();
+        if offset.checked_add(length).is_none_or(|end| end > self.end) {
+            let detail = format!("{length} bytes at {offset} of a file of {} bytes", self.length);
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, detail));
+        }
+        let mut slices = bufv.into_inner();
+        let (mut rest, mut at) = (&mut slices[..], offset);
+        IoSliceMut::advance_slices(&mut rest, 0);
+        while !rest.is_empty() {
+            match preadv(&self.file, rest, at) {
+                Ok(0) => {
+                    rest.iter_mut().for_each(|slice| slice.fill(0));
+                    break;
+                }
+                Ok(count) => {
+                    IoSliceMut::advance_slices(&mut rest, count);
+                    at += count as u64;
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    unsafe fn pure_writev(&self, _: IoVector<'_>, _: u64) -> io::Result<()> {
+        read_only()
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    unsafe fn invalidate_cache(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn get_storage_helper(&self) -> &CommonStorageHelper {
+        &self.helper
+    }
+}
+
+/// Opens images, and of the files that they refer to those that the user named.
+pub struct Opener<'a> {
+    named: &'a [PathBuf],
+    /// Bytes of all files opened so far.
+    stored: Cell<u64>,
+}
+
+/// Where an image says that its other bytes are.
+struct Backing {
+    path: PathBuf,
+    format: Format,
+}
+
+impl<'a> Opener<'a> {
+    /// An opener that lets images refer to these files.
+    pub fn new(named: &'a [PathBuf]) -> Self {
+        Self { named, stored: Cell::new(0) }
+    }
+
+    /// An image with all that lies under it, as one disk.
+    pub fn flat(&self, path: &Path, format: Format) -> Result<ImageDisk> {
+        let access = self.access(path, format, 0)?;
+        Ok(self.disk(path, access, false))
+    }
+
+    /// A qcow2 image and those under it, base first, each alone.
+    pub fn chain(&self, path: &Path) -> Result<Vec<(PathBuf, Source)>> {
+        let mut chain = Vec::new();
+        let mut next = Some(Backing { path: path.to_owned(), format: Format::Qcow2 });
+        while let Some(Backing { path, format }) = next.take() {
+            self.check_depth(chain.len(), &path)?;
+            let source = match format {
+                Format::Raw => Source::new(RawDisk::open(&path, Some(format))?),
+                Format::Vmdk => Source::new(self.flat(&path, format)?),
+                Format::Qcow2 => {
+                    let mut image = self.qcow2(&path)?;
+                    next = self.backing(&image, &path)?;
+                    image.set_backing(None);
+                    Source::new(self.disk(&path, FormatAccess::new(image), true))
+                }
+            };
+            chain.push((path, source));
+        }
+        chain.reverse();
+        Ok(chain)
+    }
+
+    fn disk(&self, path: &Path, access: FormatAccess<ImageFile>, alone: bool) -> ImageDisk {
+        ImageDisk { path: path.to_owned(), access, alone, stored: self.stored.get() }
+    }
+
+    /// Each image but the first one was named, so a longer chain goes round.
+    fn check_depth(&self, depth: usize, path: &Path) -> Result<()> {
+        if depth > self.named.len() {
+            let detail = "a chain of backing files that goes round";
+            return Err(Error::new(ErrorKind::Corrupt, detail).in_file(path));
+        }
+        Ok(())
+    }
+
+    fn access(&self, path: &Path, format: Format, depth: usize) -> Result<FormatAccess<ImageFile>> {
+        self.check_depth(depth, path)?;
+        let refused = |error| not_read(error, format, path);
+        match format {
+            Format::Raw => {
+                let raw = Raw::open_image(self.open(path)?, false).map_err(refused)?;
+                Ok(FormatAccess::new(raw))
+            }
+            Format::Vmdk => {
+                let image = Vmdk::<_, FormatAccess<_>>::builder(self.open(path)?);
+                Ok(FormatAccess::new(image.open(Gate(self, path)).map_err(refused)?))
+            }
+            Format::Qcow2 => {
+                let mut image = self.qcow2(path)?;
+                let backing = self.backing(&image, path)?;
+                let backing = backing.map(|b| self.access(&b.path, b.format, depth + 1));
+                image.set_backing(backing.transpose()?);
+                Ok(FormatAccess::new(image))
+            }
+        }
+    }
+
+    fn open(&self, path: &Path) -> Result<ImageFile> {
+        let file = ImageFile::open(path)?;
+        self.stored.set(self.stored.get().saturating_add(file.length));
+        Ok(file)
+    }
+
+    /// A qcow2 image with its data file, if it has one, and without a backing file.
+    fn qcow2(&self, path: &Path) -> Result<Qcow2<ImageFile>> {
+        let mut file = self.open(path)?;
+        let checked = qcow2::check(&file.header()?, file.length);
+        let cluster = checked.map_err(|error| error.in_file(path))?;
+        file.end = file.length.next_multiple_of(cluster);
+        let mut image =
+            Qcow2::open_image(file, false).map_err(|error| not_read(error, Format::Qcow2, path))?;
+        let data_file = if image.requires_external_data_file() {
+            let name = image.implicit_external_data_file().map_or("", String::as_str);
+            let mut file = self.open(&self.find(name, path)?)?;
+            file.end = file.length.next_multiple_of(cluster);
+            Some(file)
+        } else {
+            None
+        };
+        image.set_data_file(data_file);
+        Ok(image)
+    }
+
+    fn backing(&self, image: &Qcow2<ImageFile>, path: &Path) -> Result<Option<Backing>> {
+        let Some(reference) = image.implicit_backing_file() else { return Ok(None) };
+        let found = self.find(reference, path)?;
+        let format = match image.implicit_backing_format() {
+            Some(name) => Format::of_backing(name).ok_or_else(|| {
+                let detail = format!("has a backing file of format {name:?}: {}", serve_it("qcow2"));
+                Error::new(ErrorKind::Unsupported, detail).in_file(path)
+            })?,
+            // What qemu would find out by looking at the bytes.
+            None => Format::of(&found, None).ok_or_else(|| {
+                let detail = "doesn't say what format its backing file has; `qemu-img rebase -u -F` \
+                              writes it down";
+                Error::new(ErrorKind::Unsupported, detail).in_file(path)
+            })?,
+        };
+        Ok(Some(Backing { path: found, format }))
+    }
+
+    /// The file that the user named which bears the reference's file name.
+    fn find(&self, reference: &str, image: &Path) -> Result<PathBuf> {
+        let refuse = |kind, detail| Err(Error::new(kind, detail).in_file(image));
+        let name = Path::new(reference).file_name();
+        let mut fitting = self.named.iter().filter(|path| name == path.file_name());
+        match (fitting.next(), fitting.next()) {
+            _ if name.is_none() => {
+                refuse(ErrorKind::Corrupt, format!("refers to {reference:?}, which names no file"))
+            }
+            (Some(path), None) => Ok(path.clone()),
+            (Some(_), Some(_)) => refuse(
+                ErrorKind::InvalidInput,
+                format!("refers to {reference:?}, and more than one --with has that name"),
+            ),
+            (None, _) => refuse(
+                ErrorKind::PermissionDenied,
+                format!(
+                    "refers to {reference:?}: paths in an image are not followed; name the file, \
+                     if you trust it, as --with FILE"
+                ),
+            ),
+        }
+    }
+}
+
+fn not_read(error: io::Error, format: Format, path: &Path) -> Error {
+    let name = format!("{format:?}").to_lowercase();
+    let detail = format!("a {name} image that is not read here ({})", serve_it(&name));
+    Error::io(error, detail).in_file(path)
+}
+
+/// Asks the opener for the extents of a VMDK image.
+struct Gate<'a>(&'a Opener<'a>, &'a Path);
+
+impl ImplicitOpenGate<ImageFile> for Gate<'_> {
+    fn open_format<F: FormatDriverBuilder<ImageFile>>(
+        &mut self,
+        _: F,
+    ) -> io::Result<FormatAccess<ImageFile>> {
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
+
+    fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<ImageFile> {
+        let name = options.get_filename().unwrap_or(Path::new(""));
+        let opened =
+            self.0.find(&name.to_string_lossy(), self.1).and_then(|path| self.0.open(&path));
+        opened.map_err(|error| io::Error::other(error.to_string()))
+    }
+}
+
+/// What stands at a place of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    /// What lies under the image.
+    Below,
+    Zeros,
+    /// Bytes of a file, compressed or not.
+    Data {
+        compressed: bool,
+    },
+}
+
+/// A disk image of another format.
+pub struct ImageDisk {
+    path: PathBuf,
+    access: FormatAccess<ImageFile>,
+    /// Whether it is read without what lies under it.
+    alone: bool,
+    /// Bytes of all its files.
+    stored: u64,
+}
+
+impl ImageDisk {
+    fn failed(&self, error: io::Error, offset: u64) -> Error {
+        Error::io(error, format!("reading the disk at {offset}")).in_file(&self.path)
+    }
+
+    fn part(&self, offset: u64, length: u64) -> Result<(Part, u64)> {
+        let failed = |error| self.failed(error, offset);
+        let (part, length) = if self.alone {
+            let (mapping, length) =
+                self.access.get_shallow_mapping(offset, length).map_err(failed)?;
+            let part = match mapping {
+                ShallowMapping::Zero { explicit: false, .. } => Part::Below,
+                ShallowMapping::Zero { .. } => Part::Zeros,
+                ShallowMapping::Special { .. } => Part::Data { compressed: true },
+                _ => Part::Data { compressed: false },
+            };
+            (part, length)
+        } else {
+            let (mapping, length) = self.access.get_mapping(offset, length).map_err(failed)?;
+            let part = match mapping {
+                Mapping::Zero { .. } => Part::Zeros,
+                Mapping::Special { .. } => Part::Data { compressed: true },
+                _ => Part::Data { compressed: false },
+            };
+            (part, length)
+        };
+        if length == 0 {
+            return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+        }
+        Ok((part, length))
+    }
+
+    /// As much of a disk of `size` bytes as is alike from `offset` on; of data, a buffer at most.
+    fn extent(&self, offset: u64, size: u64) -> Result<(Part, u64)> {
+        let (part, mut length) = self.part(offset, size - offset)?;
+        let most = if let Part::Data { .. } = part { BUFFER as u64 } else { u64::MAX };
+        while offset + length < size && length < most {
+            let (next, more) = self.part(offset + length, size - offset - length)?;
+            if next != part {
+                break;
+            }
+            length += more;
+        }
+        Ok((part, length.min(most)))
+    }
+
+    /// No two places of an image share their bytes, so its files limit what it can hold.
+    fn check_held(&self, plain: u64, compressed: u64) -> Result<()> {
+        // The last cluster may be cut short.
+        let most = self.stored.saturating_add(4 << 20);
+        if plain > most || compressed > most.saturating_mul(MAX_RATIO) {
+            let detail = format!("holds more than its files of {} bytes can", self.stored);
+            return Err(Error::new(ErrorKind::Corrupt, detail).in_file(&self.path));
+        }
+        Ok(())
+    }
+}
+
+impl Disk for ImageDisk {
+    fn length(&self) -> Option<u64> {
+        Some(self.access.size())
+    }
+
+    fn read(&self, feeder: &Feeder, _: Option<&Chain>) -> Result<()> {
+        let size = self.access.size();
+        let (mut at, mut plain, mut compressed) = (0, 0, 0);
+        while at < size {
+            let (part, length) = self.extent(at, size)?;
+            let open = match part {
+                Part::Below => true,
+                Part::Zeros => feeder.send(Piece::Zeros(at, length)),
+                Part::Data { compressed: packed } => {
+                    *(if packed { &mut compressed } else { &mut plain }) += length;
+                    self.check_held(plain, compressed)?;
+                    let Some(mut buffer) = feeder.buffer(length as usize) else { return Ok(()) };
+                    self.access.read(&mut buffer[..], at).map_err(|e| self.failed(e, at))?;
+                    feeder.send(Piece::Data(at, buffer))
+                }
+            };
+            if !open {
+                return Ok(());
+            }
+            at += length;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,169 @@
+//! A raw disk: the bytes of a file, a block device or standard input.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{Advice, SeekFrom, fadvise, seek};
+use rustix::io::Errno;
+use thinply::chain::Chain;
+use thinply::error::{Error, ErrorKind, Result};
+use thinply::storage::{Storage, opened};
+use thinply::types::BLOCK_SIZE;
+
+use super::format::{Format, check_raw};
+use super::source::Disk;
+use crate::io::pump::{BUFFER, Feeder, Piece};
+
+/// How many bytes tell what a disk begins like.
+const BEGINNING: u64 = 512;
+
+/// A raw disk.
+pub struct RawDisk {
+    path: PathBuf,
+    file: File,
+    /// Unknown for what can only be read from beginning to end.
+    length: Option<u64>,
+    /// Whether somebody said that it is raw.
+    said: bool,
+}
+
+impl RawDisk {
+    /// A raw file or block device, or `-` for standard input. What nobody called raw must not begin
+    /// like an image of another format.
+    pub fn open(path: &Path, said: Option<Format>) -> Result<Self> {
+        let failed = |error: io::Error| Error::io(error, "opening the source").in_file(path);
+        let file = if path.as_os_str() == "-" {
+            File::from(io::stdin().as_fd().try_clone_to_owned().map_err(failed)?)
+        } else {
+            File::open(path).map_err(failed)?
+        };
+        let kind = file.metadata().map_err(failed)?.file_type();
+        if kind.is_dir() {
+            return Err(Error::new(ErrorKind::InvalidInput, "is a folder").in_file(path));
+        }
+        // Standard input may be a file too, but then reading starts where it stands.
+        let whole = path.as_os_str() != "-" && (kind.is_file() || kind.is_block_device());
+        let length = whole.then(|| seek(&file, SeekFrom::End(0))).transpose();
+        let length = length.map_err(|error| failed(error.into()))?;
+        if length.is_some() {
+            // Only a hint.
+            let _ = fadvise(&file, 0, None, Advice::Sequential);
+        }
+        let disk = Self { path: path.to_owned(), file, length, said: said.is_some() };
+        if let Some(length) = length {
+            let mut beginning = vec![0; length.min(BEGINNING) as usize];
+            disk.file.read_exact_at(&mut beginning, 0).map_err(|e| disk.failed(e, 0))?;
+            disk.check_beginning(&beginning)?;
+        }
+        Ok(disk)
+    }
+
+    fn check_beginning(&self, bytes: &[u8]) -> Result<()> {
+        if self.said {
+            return Ok(());
+        }
+        check_raw(bytes).map_err(|error| error.in_file(&self.path))
+    }
+
+    fn failed(&self, error: io::Error, offset: u64) -> Error {
+        Error::io(error, "reading the source").at(offset).in_file(&self.path)
+    }
+
+    fn read_stream(&self, feeder: &Feeder) -> Result<()> {
+        let mut at = 0;
+        while let Some(mut buffer) = feeder.buffer(BUFFER) {
+            let mut filled = 0;
+            while filled < buffer.len() {
+                match (&self.file).read(&mut buffer[filled..]) {
+                    Ok(0) => break,
+                    Ok(n) => filled += n,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(self.failed(error, at + filled as u64)),
+                }
+            }
+            buffer.set_length(filled);
+            if at == 0 {
+                self.check_beginning(&buffer)?;
+            }
+            if filled == 0 || !feeder.send(Piece::Data(at, buffer)) {
+                break;
+            }
+            at += filled as u64;
+        }
+        Ok(())
+    }
+
+    /// The file as one that a layer may share space with.
+    fn shared(&self) -> Result<Option<Arc<dyn Storage>>> {
+        let kind = self.file.metadata().map_err(|e| self.failed(e, 0))?.file_type();
+        let file = kind.is_file().then(|| self.file.try_clone()).transpose();
+        let file = file.map_err(|e| self.failed(e, 0))?;
+        file.map(|file| opened(self.path.clone(), file)).transpose().map_err(|e| self.failed(e, 0))
+    }
+
+    /// Reads the data and skips the holes.
+    fn read_ranges(&self, length: u64, feeder: &Feeder, shares: Option<&Chain>) -> Result<()> {
+        let mut at = 0;
+        let mut shares = shares.zip(self.shared()?);
+        while at < length {
+            // Whole blocks, of which the file system may have said less.
+            let data = match self.next(SeekFrom::Data(at), at)? {
+                Some(data) if data < length => (data / BLOCK_SIZE * BLOCK_SIZE).max(at),
+                _ => length,
+            };
+            if data > at && !feeder.send(Piece::Zeros(at, data - at)) {
+                return Ok(());
+            }
+            let hole = self.next(SeekFrom::Hole(data), length)?.unwrap_or(length);
+            // At least a block, should a hole appear meanwhile: this loop must end.
+            let end = hole.max(data + 1).next_multiple_of(BLOCK_SIZE).min(length);
+            at = data;
+            if let Some((chain, file)) = &shares {
+                let whole = (end - at) / BLOCK_SIZE * BLOCK_SIZE;
+                if chain.share(at, whole, &**file, at)? {
+                    at += whole;
+                } else {
+                    shares = None;
+                }
+            }
+            while at < end {
+                let length = (end - at).min(BUFFER as u64) as usize;
+                let Some(mut buffer) = feeder.buffer(length) else { return Ok(()) };
+                self.file.read_exact_at(&mut buffer, at).map_err(|e| self.failed(e, at))?;
+                let count = buffer.len() as u64;
+                if !feeder.send(Piece::Data(at, buffer)) {
+                    return Ok(());
+                }
+                at += count;
+            }
+        }
+        Ok(())
+    }
+
+    /// What `seek` finds; nothing beyond the last data, and `unknown` where that can't be told.
+    fn next(&self, seek_from: SeekFrom, unknown: u64) -> Result<Option<u64>> {
+        match seek(&self.file, seek_from) {
+            Ok(at) => Ok(Some(at)),
+            Err(Errno::NXIO) => Ok(None),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(unknown)),
+            Err(error) => Err(self.failed(error.into(), unknown)),
+        }
+    }
+}
+
+impl Disk for RawDisk {
+    fn length(&self) -> Option<u64> {
+        self.length
+    }
+
+    fn read(&self, feeder: &Feeder, shares: Option<&Chain>) -> Result<()> {
+        match self.length {
+            Some(length) => self.read_ranges(length, feeder, shares),
+            None => self.read_stream(feeder),
+        }
+    }
+}

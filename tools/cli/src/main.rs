@@ -1,0 +1,48 @@
+//! The `thinply` command: reads the arguments, runs one verb, turns its answer into an exit code.
+
+mod cli;
+mod derive;
+mod import;
+mod io;
+mod options;
+mod serving;
+mod verbs;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use thinply::error::Error;
+
+use crate::verbs::Answer;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    raise_file_limit();
+    match cli.command.run() {
+        Ok(Answer::Yes) => ExitCode::SUCCESS,
+        Ok(Answer::No) => ExitCode::from(1),
+        // Whoever read our output has seen enough.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Without a standard error the exit code has to do.
+            let _ = writeln!(std::io::stderr(), "thinply: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn is_broken_pipe(error: &Error) -> bool {
+    let source = std::error::Error::source(error);
+    source
+        .and_then(|source| source.downcast_ref::<std::io::Error>())
+        .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// A chain holds a descriptor a layer, and may be deeper than the usual soft limit.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    // A refusal shows when a file can't be opened, with its name.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}

@@ -1,0 +1,6 @@
+//! A store whose disks others use while they are changed.
+
+pub mod control;
+pub mod files;
+pub mod moment;
+pub mod serve_all;

@@ -1,0 +1,32 @@
+//! `thinply completions`
+
+use clap::{Args, CommandFactory};
+use clap_complete::Shell;
+
+use crate::cli::Cli;
+use crate::io::output::Output;
+use crate::verbs::{Answer, Outcome};
+
+const AFTER_HELP: &str = "\
+Example:
+  thinply completions bash > ~/.local/share/bash-completion/completions/thinply";
+
+/// Print a completion script for a shell.
+#[derive(Args, Debug)]
+#[command(after_help = AFTER_HELP)]
+pub struct Completions {
+    /// The shell
+    shell: Shell,
+}
+
+impl Completions {
+    /// Runs the verb.
+    pub fn run(&self) -> Outcome {
+        let mut script = Vec::new();
+        clap_complete::generate(self.shell, &mut Cli::command(), "thinply", &mut script);
+        let mut output = Output::new();
+        output.bytes(&script)?;
+        output.print()?;
+        Ok(Answer::Yes)
+    }
+}

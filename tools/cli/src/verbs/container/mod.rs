@@ -1,0 +1,243 @@
+//! `thinply container`
+
+mod change;
+mod diff;
+
+use clap::{Args, Subcommand};
+use serde::Serialize;
+use thinply::error::Result;
+use thinply::store::{Container, DiskKind, Store};
+
+pub use diff::Changes;
+
+use crate::io::output::Output;
+use crate::io::size;
+use crate::io::table::{self, ago, short, short_id};
+use crate::options::StoreArg;
+use crate::verbs::volume::remove_disks;
+use crate::verbs::{Answer, Outcome};
+
+/// Make and change containers: writable disks over images.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  thinply container create debian:12 --name web
+  thinply container ls -s
+  thinply container commit web web:1")]
+pub struct ContainerVerbs {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Create(CreateContainer),
+    Ls(ListContainers),
+    Inspect(InspectContainers),
+    Commit(change::Commit),
+    Rm(RemoveContainers),
+    Reset(change::Reset),
+    Diff(diff::Diff),
+    Snapshot(change::SnapshotContainer),
+}
+
+impl ContainerVerbs {
+    /// Runs the verb.
+    pub fn run(&self) -> Outcome {
+        match &self.verb {
+            Verb::Create(verb) => verb.run(),
+            Verb::Ls(verb) => verb.run(),
+            Verb::Inspect(verb) => verb.run(),
+            Verb::Commit(verb) => verb.run(),
+            Verb::Rm(verb) => verb.run(),
+            Verb::Reset(verb) => verb.run(),
+            Verb::Diff(verb) => verb.run(),
+            Verb::Snapshot(verb) => verb.run(),
+        }
+    }
+}
+
+/// Make a container over an image.
+///
+/// It costs two blocks and its record until something is written. Prints its name.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  thinply container create debian:12 --name web")]
+struct CreateContainer {
+    #[command(flatten)]
+    store: StoreArg,
+    /// Its name; one is made up where it is left out
+    #[arg(long)]
+    name: Option<String>,
+    /// Size of the disk; the image's where it is left out
+    #[arg(long, value_name = "S", value_parser = size::parse)]
+    size: Option<u64>,
+    /// A name or id
+    image: String,
+}
+
+impl CreateContainer {
+    fn run(&self) -> Outcome {
+        size::check(self.size)?;
+        let store = self.store.open()?;
+        let image = store.image(&self.image)?;
+        let name = self.name.clone().unwrap_or_else(made_up);
+        store.create_container(&name, &image, self.size)?;
+        let mut output = Output::new();
+        output.line(&name)?;
+        output.print()?;
+        Ok(Answer::Yes)
+    }
+}
+
+/// Twelve digits, as Docker's ids are shown.
+fn made_up() -> String {
+    use std::hash::{BuildHasher, RandomState};
+    format!("{:012x}", RandomState::new().hash_one(()) >> 16)
+}
+
+#[derive(Debug, Serialize)]
+struct Facts {
+    name: String,
+    image: String,
+    image_id: String,
+    created: String,
+    snapshots: Vec<String>,
+    size: Option<u64>,
+    virtual_size: Option<u64>,
+    device_size: Option<u64>,
+    export: String,
+}
+
+impl Facts {
+    fn of(store: &Store, container: Container, sizes: Option<&mut ImageCosts>) -> Result<Self> {
+        let mut facts = Self {
+            export: format!("container/{}", container.name),
+            snapshots: container.snapshots.iter().map(|saved| saved.name.clone()).collect(),
+            size: None,
+            virtual_size: None,
+            device_size: None,
+            name: container.name,
+            image: container.image,
+            image_id: container.image_id,
+            created: container.created,
+        };
+        if let Some(images) = sizes {
+            let size = store.container_cost(&facts.name)?;
+            facts.size = Some(size);
+            facts.virtual_size = Some(size + images.of(store, &facts.image_id)?);
+            facts.device_size = Some(store.container_size(&facts.name)?);
+        }
+        Ok(facts)
+    }
+}
+
+/// What images take on disk: many containers ask for the same few.
+#[derive(Default)]
+struct ImageCosts(std::collections::HashMap<String, u64>);
+
+impl ImageCosts {
+    fn of(&mut self, store: &Store, id: &str) -> Result<u64> {
+        if let Some(&cost) = self.0.get(id) {
+            return Ok(cost);
+        }
+        let cost = store.image_cost(&store.image(id)?)?;
+        self.0.insert(id.to_owned(), cost);
+        Ok(cost)
+    }
+}
+
+/// List the containers.
+///
+/// With -s: what each takes on disk itself, and together with its image.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  thinply container ls -s")]
+struct ListContainers {
+    #[command(flatten)]
+    store: StoreArg,
+    /// Show sizes
+    #[arg(long, short)]
+    size: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl ListContainers {
+    fn run(&self) -> Outcome {
+        let store = self.store.open()?;
+        let mut costs = ImageCosts::default();
+        let facts = store
+            .containers()?
+            .into_iter()
+            .map(|container| Facts::of(&store, container, self.size.then_some(&mut costs)));
+        let facts = facts.collect::<Result<Vec<_>>>()?;
+        let mut output = Output::new();
+        if self.json {
+            output.json(&facts)?;
+        } else {
+            let mut heading = vec!["NAME", "IMAGE", "IMAGE ID", "CREATED"];
+            if self.size {
+                heading.push("SIZE");
+            }
+            let rows: Vec<_> = facts.iter().map(row).collect();
+            table::print(&mut output, &heading, &rows)?;
+        }
+        output.print()?;
+        Ok(Answer::Yes)
+    }
+}
+
+fn row(facts: &Facts) -> Vec<String> {
+    let image = short_id(&facts.image_id);
+    let mut cells = vec![facts.name.clone(), facts.image.clone(), image, ago(&facts.created)];
+    if let (Some(size), Some(all)) = (facts.size, facts.virtual_size) {
+        cells.push(format!("{} (virtual {})", short(size), short(all)));
+    }
+    cells
+}
+
+/// Tell all about containers, in JSON.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  thinply container inspect web")]
+struct InspectContainers {
+    #[command(flatten)]
+    store: StoreArg,
+    /// Their names
+    #[arg(required = true, value_name = "NAME")]
+    names: Vec<String>,
+}
+
+impl InspectContainers {
+    fn run(&self) -> Outcome {
+        let store = self.store.open()?;
+        let mut costs = ImageCosts::default();
+        let facts = self
+            .names
+            .iter()
+            .map(|name| Facts::of(&store, store.container(name)?, Some(&mut costs)));
+        let facts = facts.collect::<Result<Vec<_>>>()?;
+        let mut output = Output::new();
+        output.json(&facts)?;
+        output.print()?;
+        Ok(Answer::Yes)
+    }
+}
+
+/// Remove containers with their snapshots.
+///
+/// A container that somebody has open is refused. Works on a full disk.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  thinply container rm web")]
+struct RemoveContainers {
+    #[command(flatten)]
+    store: StoreArg,
+    /// Their names
+    #[arg(required = true, value_name = "NAME")]
+    names: Vec<String>,
+}
+
+impl RemoveContainers {
+    fn run(&self) -> Outcome {
+        remove_disks(&self.store, DiskKind::Container, &self.names)
+    }
+}

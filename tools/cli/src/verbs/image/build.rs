@@ -1,0 +1,139 @@
+//! `thinply image import` and `thinply image build-from`
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use thinply::device::Device;
+use thinply::error::{Error, ErrorKind, Result};
+use thinply::store::{Image, NewImage, Reference, Store};
+
+use crate::import::{Source, SourceArgs};
+use crate::io::ext4::make_ext4;
+use crate::io::output::Output;
+use crate::io::size;
+use crate::options::StoreArg;
+use crate::verbs::{Answer, Outcome};
+
+/// What images are made with, whatever they are made from.
+#[derive(Args, Debug)]
+struct New {
+    #[command(flatten)]
+    store: StoreArg,
+    /// Stand on this image: only blocks that differ from it are stored
+    #[arg(long, value_name = "IMAGE")]
+    parent: Option<String>,
+    /// A remark for the image's history
+    #[arg(long, short, default_value = "", value_name = "TEXT", hide_default_value = true)]
+    message: String,
+}
+
+impl New {
+    fn open(&self) -> Result<(Store, Option<Image>)> {
+        let store = self.store.open()?;
+        let base = self.parent.as_deref().map(|name| store.image(name)).transpose()?;
+        Ok((store, base))
+    }
+
+    fn import(
+        &self,
+        (store, base): (Store, Option<Image>),
+        source: &Source,
+        size: Option<u64>,
+        name: &Reference,
+        created_by: String,
+    ) -> Outcome {
+        source.check_fits(size)?;
+        let visible = match &base {
+            Some(base) => store.open_image(base)?.size(),
+            None => 0,
+        };
+        let draft = store.draft(Some(source.first_size(size, visible)), base.as_ref())?;
+        source.copy_to(draft.chain(), size, visible)?;
+        let new = NewImage { reference: name.clone(), created_by, comment: self.message.clone() };
+        let image = store.publish(draft, base.as_ref(), &new)?;
+        print_id(&image)?;
+        Ok(Answer::Yes)
+    }
+}
+
+/// Prints the id of a new image.
+pub fn print_id(image: &Image) -> Result<()> {
+    let mut output = Output::new();
+    output.line(format_args!("sha256:{}", image.id))?;
+    output.print()
+}
+
+/// Make an image of a disk: raw, qcow2 or flat VMDK, or one that an NBD server shows.
+///
+/// Zeros take no space. The sources are those of `thinply import`. Prints the image's id.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  thinply image import disk.raw debian:12
+  thinply image import --parent debian:12 changed.raw app")]
+pub struct ImportImage {
+    #[command(flatten)]
+    new: New,
+    /// Size of the disk, at least the source's; the rest is zeros
+    #[arg(long, value_name = "S", value_parser = size::parse)]
+    size: Option<u64>,
+    #[command(flatten)]
+    source: SourceArgs,
+    /// An image, a block device, an NBD URI, or - for standard input
+    src: PathBuf,
+    /// The image's name
+    #[arg(value_name = "NAME[:TAG]")]
+    name: Reference,
+}
+
+impl ImportImage {
+    /// Runs the verb.
+    pub fn run(&self) -> Outcome {
+        size::check(self.size)?;
+        let source = Source::open(&self.src, &self.source)?;
+        let created_by = format!("import {}", self.src.display());
+        self.new.import(self.new.open()?, &source, self.size, &self.name, created_by)
+    }
+}
+
+/// Make an image of a file tree, as an ext4 file system (needs mke2fs).
+///
+/// Prints the image's id.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  thinply image build-from rootfs debian:12")]
+pub struct BuildImage {
+    #[command(flatten)]
+    new: New,
+    /// The tree
+    dir: PathBuf,
+    /// The image's name
+    #[arg(value_name = "NAME[:TAG]")]
+    name: Reference,
+}
+
+impl BuildImage {
+    /// Runs the verb.
+    pub fn run(&self) -> Outcome {
+        if !self.dir.is_dir() {
+            return Err(Error::new(ErrorKind::NotFound, "not a folder").in_file(&self.dir));
+        }
+        let opened = self.new.open()?;
+        // In the store, where there is room for what is to be stored anyway.
+        let raw = tempfile::Builder::new()
+            .prefix(".draft-")
+            .tempfile_in(opened.0.path())
+            .map_err(|error| Error::io(error, "making a temporary file"))?;
+        build(raw.path(), &self.dir)?;
+        let source = Source::raw(raw.path())?;
+        let created_by = format!("build-from {}", self.dir.display());
+        self.new.import(opened, &source, None, &self.name, created_by)
+    }
+}
+
+fn build(raw: &Path, tree: &Path) -> Result<()> {
+    if make_ext4(raw, tree)? {
+        return Ok(());
+    }
+    let detail = "mke2fs is missing (Debian: e2fsprogs), or can't read all of the tree";
+    Err(Error::new(ErrorKind::Unsupported, detail).in_file(tree))
+}

@@ -1,0 +1,157 @@
+//! `thinply serve`: a layer as a block device over NBD.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::Args;
+use thinply::error::{Error, ErrorKind, Result};
+use thinply::nbd::server::{
+    Export, ExportTable, Exports, Handle, Listener, Log, Server, ServerConfig,
+};
+use thinply::storage::Access;
+
+use crate::io::paths::Place;
+use crate::options::LayersArg;
+use crate::options::StoreArg;
+use crate::serving::serve_all::{Control, Shared, StoreExports};
+use crate::verbs::{Answer, Outcome};
+
+/// Serve a layer, or all of the store, as block devices over NBD.
+///
+/// With --all every container, volume and image of the store is an export by name, also those that
+/// come while it runs: container/NAME, container/NAME@SNAP, volume/NAME for one writer,
+/// volume/NAME:ro for many readers, image/NAME:TAG. A disk is open only while a client has it.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Prints the NBD URI once clients can connect, then serves until SIGTERM or SIGINT: requests under
+way are finished, everything is made durable, the layer is closed.
+
+Example:
+  thinply serve vm.tply --socket /run/vm.sock &
+  nbdinfo 'nbd+unix:///?socket=/run/vm.sock'
+  thinply serve --all --socket /run/thinply.sock")]
+pub struct Serve {
+    /// The layer to serve.
+    #[arg(required_unless_present = "all")]
+    file: Option<PathBuf>,
+    /// Serve all of the store.
+    #[arg(long, conflicts_with_all = ["file", "read_only", "name", "folders"])]
+    all: bool,
+    #[command(flatten)]
+    store: StoreArg,
+    /// Listen on a Unix socket.
+    #[arg(long, value_name = "PATH")]
+    socket: Vec<PathBuf>,
+    /// Listen on a TCP address, as in 127.0.0.1:10809.
+    #[arg(long, value_name = "ADDR")]
+    listen: Vec<String>,
+    /// Refuse writes, and change nothing in the file.
+    #[arg(long)]
+    read_only: bool,
+    /// The export's name; clients that ask for none get it too.
+    #[arg(long, default_value = "", value_name = "NAME")]
+    name: String,
+    /// Clients served at a time; more are hung up on.
+    #[arg(long, default_value_t = 1024, value_name = "N")]
+    max_connections: usize,
+    /// Write the process id to a file once clients can connect.
+    #[arg(long, value_name = "PATH")]
+    pid_file: Option<PathBuf>,
+    /// End when the last client has hung up.
+    #[arg(long)]
+    once: bool,
+    #[command(flatten)]
+    layers: LayersArg,
+}
+
+impl Serve {
+    /// Serves until told to stop.
+    pub fn run(&self) -> Outcome {
+        match &self.file {
+            Some(file) => self.run_layer(file),
+            None => self.run_store(),
+        }
+    }
+
+    fn run_layer(&self, file: &Path) -> Outcome {
+        let listeners = self.listeners()?;
+        let place = Place::existing(file)?;
+        let access = if self.read_only { Access::Read } else { Access::Write };
+        let chain = Arc::new(place.chain(access, self.layers.layers()?)?);
+        let exports = Arc::new(ExportTable::new());
+        exports.insert(Export::new(self.name.clone(), chain.clone())?)?;
+        self.serve(listeners, exports)?;
+        // Not after an error: something may hang in the device still, and closing would wait for
+        // it. What was flushed is safe, and the next open recovers the layer.
+        chain.close().map(|()| Answer::Yes)
+    }
+
+    fn run_store(&self) -> Outcome {
+        let listeners = self.listeners()?;
+        let exports = StoreExports::new(self.store.open()?, log());
+        let _control = Control::start(exports.clone())?;
+        self.serve(listeners, Arc::new(Shared(exports))).map(|()| Answer::Yes)
+    }
+
+    fn serve(&self, listeners: Vec<Listener>, exports: Arc<dyn Exports>) -> Result<()> {
+        let config = ServerConfig {
+            max_connections: self.max_connections,
+            stop_with_last_client: self.once,
+            log: log(),
+            ..ServerConfig::default()
+        };
+        let server = Server::new(listeners, exports, config)?;
+        stop_on_signals(server.handle())?;
+        if let Some(path) = &self.pid_file {
+            std::fs::write(path, format!("{}\n", std::process::id()))
+                .map_err(|error| Error::io(error, "writing the pid file").in_file(path))?;
+        }
+        let uris = server.listeners().iter().map(|listener| listener.uri(&self.name) + "\n");
+        let ready: String = uris.collect();
+        // Whoever started the server may not care for the line and have closed the pipe.
+        let _ = std::io::stdout().write_all(ready.as_bytes());
+        let served = server.run();
+        if let Some(path) = &self.pid_file {
+            let _ = std::fs::remove_file(path);
+        }
+        served
+    }
+
+    /// The sockets asked for, or those that a service manager has opened.
+    fn listeners(&self) -> Result<Vec<Listener>> {
+        let mut listeners = Listener::activated()?;
+        for path in &self.socket {
+            listeners.push(Listener::unix(path)?);
+        }
+        for address in &self.listen {
+            listeners.push(Listener::tcp(address)?);
+        }
+        if listeners.is_empty() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "nowhere to listen: give --socket PATH or --listen ADDR",
+            ));
+        }
+        Ok(listeners)
+    }
+}
+
+/// Says on standard error what a server has to say.
+fn log() -> Log {
+    Arc::new(|line| eprintln!("thinply: {line}"))
+}
+
+/// Has the server come to its end at the first SIGTERM, SIGINT or SIGHUP. At the second one the
+/// process ends at once: what was not flushed is lost, as the user insists.
+fn stop_on_signals(server: Handle) -> Result<()> {
+    let mut asked = false;
+    let stop = move || {
+        if std::mem::replace(&mut asked, true) {
+            std::process::exit(130);
+        }
+        server.shutdown();
+    };
+    ctrlc::set_handler(stop)
+        .map_err(|error| Error::new(ErrorKind::Io, format!("setting up signal handlers: {error}")))
+}

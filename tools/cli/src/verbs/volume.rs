@@ -1,0 +1,176 @@
+//! `thinply volume`
+
+use clap::{Args, Subcommand};
+use serde::Serialize;
+use thinply::store::{Disk, DiskKind, Volume};
+
+use crate::io::output::Output;
+use crate::io::size;
+use crate::io::table::{self, ago, short};
+use crate::options::StoreArg;
+use crate::verbs::{Answer, Outcome};
+
+/// Make and remove volumes: disks that no image lies under.
+///
+/// A volume has one writer, or many readers: a file system on a disk that two write to would be
+/// destroyed, so the second one is refused.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  thinply volume create --size 10G data
+  thinply volume ls")]
+pub struct VolumeVerbs {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Create(CreateVolume),
+    Ls(ListVolumes),
+    Rm(RemoveVolumes),
+    Inspect(InspectVolumes),
+}
+
+impl VolumeVerbs {
+    /// Runs the verb.
+    pub fn run(&self) -> Outcome {
+        match &self.verb {
+            Verb::Create(verb) => verb.run(),
+            Verb::Ls(verb) => verb.run(),
+            Verb::Rm(verb) => verb.run(),
+            Verb::Inspect(verb) => verb.run(),
+        }
+    }
+}
+
+/// Make an empty volume.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  thinply volume create --size 10G data")]
+struct CreateVolume {
+    #[command(flatten)]
+    store: StoreArg,
+    /// Size of the disk
+    #[arg(long, value_name = "S", value_parser = size::parse)]
+    size: u64,
+    /// Its name
+    name: String,
+}
+
+impl CreateVolume {
+    fn run(&self) -> Outcome {
+        size::check(Some(self.size))?;
+        self.store.open()?.create_volume(&self.name, self.size)?;
+        let mut output = Output::new();
+        output.line(&self.name)?;
+        output.print()?;
+        Ok(Answer::Yes)
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Facts<'a> {
+    name: &'a str,
+    created: &'a str,
+    size: u64,
+    virtual_size: u64,
+    export: String,
+}
+
+impl<'a> From<&'a Volume> for Facts<'a> {
+    fn from(volume: &'a Volume) -> Self {
+        Self {
+            name: &volume.name,
+            created: &volume.created,
+            size: volume.size,
+            virtual_size: volume.virtual_size,
+            export: format!("volume/{}", volume.name),
+        }
+    }
+}
+
+/// List the volumes.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  thinply volume ls")]
+struct ListVolumes {
+    #[command(flatten)]
+    store: StoreArg,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl ListVolumes {
+    fn run(&self) -> Outcome {
+        let volumes = self.store.open()?.volumes()?;
+        let mut output = Output::new();
+        if self.json {
+            output.json(&volumes.iter().map(Facts::from).collect::<Vec<_>>())?;
+        } else {
+            let rows: Vec<_> = volumes
+                .iter()
+                .map(|v| {
+                    vec![v.name.clone(), ago(&v.created), short(v.size), short(v.virtual_size)]
+                })
+                .collect();
+            let heading = ["VOLUME NAME", "CREATED", "SIZE", "DEVICE"];
+            table::print(&mut output, &heading, &rows)?;
+        }
+        output.print()?;
+        Ok(Answer::Yes)
+    }
+}
+
+/// Remove volumes and all that is on them.
+///
+/// A volume that somebody has open is refused.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  thinply volume rm data")]
+struct RemoveVolumes {
+    #[command(flatten)]
+    store: StoreArg,
+    /// Their names
+    #[arg(required = true, value_name = "NAME")]
+    names: Vec<String>,
+}
+
+impl RemoveVolumes {
+    fn run(&self) -> Outcome {
+        remove_disks(&self.store, DiskKind::Volume, &self.names)
+    }
+}
+
+/// Removes disks, and prints the names of those that went.
+pub fn remove_disks(store: &StoreArg, kind: DiskKind, names: &[String]) -> Outcome {
+    let store = store.open()?;
+    let mut output = Output::new();
+    let removed = names.iter().try_for_each(|name| {
+        store.remove_disk(&Disk::new(kind, name)?)?;
+        output.line(name)
+    });
+    output.print()?;
+    removed.map(|()| Answer::Yes)
+}
+
+/// Tell all about volumes, in JSON.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  thinply volume inspect data")]
+struct InspectVolumes {
+    #[command(flatten)]
+    store: StoreArg,
+    /// Their names
+    #[arg(required = true, value_name = "NAME")]
+    names: Vec<String>,
+}
+
+impl InspectVolumes {
+    fn run(&self) -> Outcome {
+        let store = self.store.open()?;
+        let volumes = self.names.iter().map(|name| store.volume(name));
+        let volumes = volumes.collect::<thinply::error::Result<Vec<_>>>()?;
+        let mut output = Output::new();
+        output.json(&volumes.iter().map(Facts::from).collect::<Vec<_>>())?;
+        output.print()?;
+        Ok(Answer::Yes)
+    }
+}
