@@ -1,4 +1,4 @@
-//! Bugs planted on purpose, one at a time, for the crash simulator to find (`tests/simulation.rs`).
+//! Bugs planted on purpose, one at a time, for the crash simulator to find (`tests/crash/simulation.rs`).
 //! Without `--cfg simulation` there are none, and nothing of this is compiled in.
 
 /// What is wrong.

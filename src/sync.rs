@@ -1,7 +1,7 @@
 //! The locks of the engine, and small helpers for state that threads share.
 //!
 //! With `--cfg simulation` the locks are those of a scheduler that decides which thread goes on at
-//! each of them, from a seed (`tests/simulation.rs`).
+//! each of them, from a seed (`tests/crash/simulation.rs`).
 
 use std::sync::{OnceLock, PoisonError};
 

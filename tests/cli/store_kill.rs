@@ -1,5 +1,5 @@
 //! `kill -9` between any two steps of the store's verbs that read or write files beside it. What
-//! happens within the store alone is in `tests/store_crash.rs`.
+//! happens within the store alone is in `tests/crash/store_crash.rs`.
 
 use std::fs;
 use std::path::Path;

@@ -15,7 +15,7 @@ use crate::packed::{Compression, Writer};
 use crate::storage::{Access, Folder, MemoryFolder, Storage, read_exact_at, write_all_at};
 use crate::types::{BLOCK_SIZE, Block, GROUP_BLOCKS, Root};
 
-/// The simulated disk of `tests/crash.rs`.
+/// The simulated disk of `tests/crash/crash.rs`.
 #[allow(dead_code, reason = "only the disk is needed here")]
 #[path = "../../../tests/common/crash/mod.rs"]
 mod crash;

@@ -1,5 +1,6 @@
 //! `repair` saves what opening refuses, says what it could not, and never touches what it reads.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::ops::Range;

@@ -14,7 +14,7 @@ use thinply::types::{
     Uuid, WORD_BLOCKS,
 };
 
-const SPEC: &str = include_str!("../format-spec.md");
+const SPEC: &str = include_str!("../../format-spec.md");
 const UUID: Uuid = Uuid([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]);
 
 /// The text from a heading to the next one.

@@ -1,5 +1,6 @@
 //! The NBD server as clients see it: handshake, commands and their errors.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::sync::Arc;

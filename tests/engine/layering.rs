@@ -22,7 +22,7 @@ const LEVELS: [(&str, u32); 13] = [
 
 fn level(module: &str) -> u32 {
     let found = LEVELS.iter().find(|(name, _)| *name == module);
-    found.unwrap_or_else(|| panic!("module {module} has no level in tests/layering.rs")).1
+    found.unwrap_or_else(|| panic!("module {module} has no level in tests/engine/layering.rs")).1
 }
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {

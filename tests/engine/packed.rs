@@ -1,5 +1,6 @@
 //! Packed files of strangers and of great size: what opening and reading them may cost.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::fs;

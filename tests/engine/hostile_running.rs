@@ -1,6 +1,7 @@
-//! Hosts that misbehave while a chain is open. Faults at every call are in `tests/crash.rs`;
-//! `tests/hostile.rs` says which test shows what.
+//! Hosts that misbehave while a chain is open. Faults at every call are in `tests/crash/crash.rs`;
+//! `tests/engine/hostile.rs` says which test shows what.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::io;

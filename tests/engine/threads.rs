@@ -3,11 +3,12 @@
 //!
 //! `THINPLY_THREADS` says how many lives to run (default 2), `THINPLY_THREADS_SEED` where to begin.
 
+#[path = "../common/mod.rs"]
 mod common;
-#[path = "load/history.rs"]
+#[path = "../load/history.rs"]
 #[allow(dead_code)]
 mod history;
-#[path = "load/taste.rs"]
+#[path = "../load/taste.rs"]
 #[allow(dead_code)]
 mod taste;
 

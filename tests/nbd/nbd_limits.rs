@@ -1,6 +1,7 @@
 //! What connections cost, and a server without descriptors. In a program of its own, since it
 //! measures the whole process and lowers its limits; the tests take turns.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::os::unix::net::UnixStream;

@@ -21,7 +21,7 @@ try:
 except ImportError:
     nbd = None
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 THINPLY = os.environ.get("THINPLY", str(ROOT / "target/release/thinply"))
 STRICT = os.environ.get("THINPLY_STRICT") == "1"
 

@@ -1,6 +1,7 @@
 //! What clients must not be able to do to the server, to each other, or to a shutdown; and what
 //! holds when many things happen at once. A device that holds its calls stands in for time.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::io::{ErrorKind as Host, Write};

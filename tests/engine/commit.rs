@@ -1,6 +1,7 @@
 //! What commits and recovery write, to the byte: that no more is written than the protocol asks for,
 //! and that a write during a checkpoint is no part of it.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,5 +1,6 @@
 //! What comparing and folding two disks answers, and what is looked at for it.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::sync::Arc;

@@ -5,6 +5,7 @@
 //! a kill or a power loss may leave is then judged: the store checks clean, shows what it showed
 //! before the verb or what it shows after it, and is rid of all leftovers once garbage was collected.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,6 +1,7 @@
 //! Arbitrary sequences of operations over chains of live, frozen and packed layers, and of the verbs
 //! that make new layers of them, against a byte array for each layer.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::sync::Arc;

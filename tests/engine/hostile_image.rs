@@ -1,5 +1,5 @@
 //! Images made to harm: each is refused with an error of the right kind that names the file, leaves
-//! the file as it is, and takes next to no memory or time. `tests/hostile.rs` says which test shows
+//! the file as it is, and takes next to no memory or time. `tests/engine/hostile.rs` says which test shows
 //! what.
 
 use std::fs;

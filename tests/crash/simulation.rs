@@ -1,11 +1,11 @@
 //! The crash simulator with several clients at once, under a scheduler that a seed decides, and with
 //! planted bugs that it must find. Runs in a build of its own: `tests/run simulation`.
 //!
-//! `THINPLY_CRASH_STATES` and `THINPLY_CRASH_SEED` work as in `tests/crash.rs`.
+//! `THINPLY_CRASH_STATES` and `THINPLY_CRASH_SEED` work as in `tests/crash/crash.rs`.
 #![cfg(simulation)]
 
-#[path = "common/crash/mod.rs"]
-#[allow(dead_code, reason = "some of it serves tests/crash.rs alone")]
+#[path = "../common/crash/mod.rs"]
+#[allow(dead_code, reason = "some of it serves tests/crash/crash.rs alone")]
 mod crash;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

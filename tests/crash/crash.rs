@@ -6,6 +6,7 @@
 
 #![cfg(not(simulation))]
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use common::crash::Random;

@@ -1,5 +1,6 @@
 //! Flatten: what it promises beyond what the model test compares, and power losses inside it.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::sync::Arc;

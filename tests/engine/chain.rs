@@ -1,5 +1,6 @@
 //! What a chain promises, on real files.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::fs::{self, File};

@@ -5,147 +5,156 @@ use std::fs;
 use std::path::Path;
 
 const IMAGE: &[(&str, &[&str])] = &[
-    ("huge header or extension length", &["hostile_image.rs huge_header_and_extension_lengths"]),
-    ("shifts and sizes that overflow", &["hostile_image.rs shifts_and_sizes_that_overflow"]),
+    (
+        "huge header or extension length",
+        &["engine/hostile_image.rs huge_header_and_extension_lengths"],
+    ),
+    ("shifts and sizes that overflow", &["engine/hostile_image.rs shifts_and_sizes_that_overflow"]),
     (
         "a tiny file that claims a petabyte",
         &[
-            "hostile_image.rs a_tiny_file_that_claims_a_petabyte",
-            "hostile_image.rs a_sparse_file_of_terabytes_takes_little_memory",
+            "engine/hostile_image.rs a_tiny_file_that_claims_a_petabyte",
+            "engine/hostile_image.rs a_sparse_file_of_terabytes_takes_little_memory",
         ],
     ),
-    ("tables past the end or unaligned", &["hostile_image.rs tables_past_the_end_or_unaligned"]),
-    ("unknown incompatible feature", &["hostile_image.rs an_unknown_incompatible_feature"]),
+    (
+        "tables past the end or unaligned",
+        &["engine/hostile_image.rs tables_past_the_end_or_unaligned"],
+    ),
+    ("unknown incompatible feature", &["engine/hostile_image.rs an_unknown_incompatible_feature"]),
     (
         "hint with .., a separator, an absolute path, a URL, json:",
-        &["hostile_image.rs hints_that_are_no_plain_names"],
+        &["engine/hostile_image.rs hints_that_are_no_plain_names"],
     ),
     (
         "a symlink where a parent should be",
-        &["hostile_image.rs a_symlink_where_a_parent_should_be"],
+        &["engine/hostile_image.rs a_symlink_where_a_parent_should_be"],
     ),
-    ("parent cycle", &["hostile_image.rs a_parent_cycle"]),
-    ("depth 10,000", &["hostile_image.rs a_chain_that_is_too_deep"]),
-    ("parent replaced", &["hostile_image.rs a_parent_that_was_replaced"]),
+    ("parent cycle", &["engine/hostile_image.rs a_parent_cycle"]),
+    ("depth 10,000", &["engine/hostile_image.rs a_chain_that_is_too_deep"]),
+    ("parent replaced", &["engine/hostile_image.rs a_parent_that_was_replaced"]),
     (
         "parent shorter or longer than the child",
-        &["hostile_image.rs a_parent_shorter_or_longer_than_the_child"],
+        &["engine/hostile_image.rs a_parent_shorter_or_longer_than_the_child"],
     ),
     (
         "raw guest data that starts with our magic",
-        &["hostile_image.rs guest_data_that_begins_with_the_magic"],
+        &["engine/hostile_image.rs guest_data_that_begins_with_the_magic"],
     ),
-    ("truncation at every byte", &["damage.rs a_file_cut_at_any_byte_is_refused"]),
+    ("truncation at every byte", &["engine/damage.rs a_file_cut_at_any_byte_is_refused"]),
     (
         "every metadata bit flipped",
         &[
-            "damage.rs a_flipped_bit_of_a_frozen_parent_gives_the_same_data_or_an_error",
-            "damage.rs a_flipped_bit_of_a_closed_top_gives_the_same_data_or_an_error",
-            "damage.rs a_flipped_bit_of_a_top_that_was_not_closed_gives_the_same_data_or_an_error",
-            "damage.rs a_flipped_bit_of_an_empty_journal_changes_no_data",
+            "engine/damage.rs a_flipped_bit_of_a_frozen_parent_gives_the_same_data_or_an_error",
+            "engine/damage.rs a_flipped_bit_of_a_closed_top_gives_the_same_data_or_an_error",
+            "engine/damage.rs a_flipped_bit_of_a_top_that_was_not_closed_gives_the_same_data_or_an_error",
+            "engine/damage.rs a_flipped_bit_of_an_empty_journal_changes_no_data",
         ],
     ),
     (
         "stale journal of an earlier epoch",
-        &["hostile_image.rs a_stale_journal_of_an_earlier_epoch"],
+        &["engine/hostile_image.rs a_stale_journal_of_an_earlier_epoch"],
     ),
-    ("sequence gaps", &["hostile_image.rs gaps_in_the_sequence"]),
-    ("count fields beyond their page", &["hostile_image.rs counts_beyond_their_page"]),
+    ("sequence gaps", &["engine/hostile_image.rs gaps_in_the_sequence"]),
+    ("count fields beyond their page", &["engine/hostile_image.rs counts_beyond_their_page"]),
 ];
 
 const NBD: &[(&str, &[&str])] = &[
-    ("name length 0xffffffff", &["nbd_hostile.rs a_name_length_of_0xffffffff_is_invalid"]),
-    ("3,000-byte names", &["nbd_hostile.rs names_of_3000_bytes_are_looked_up"]),
+    ("name length 0xffffffff", &["nbd/nbd_hostile.rs a_name_length_of_0xffffffff_is_invalid"]),
+    ("3,000-byte names", &["nbd/nbd_hostile.rs names_of_3000_bytes_are_looked_up"]),
     (
         "options of 32 MiB",
-        &["nbd_hostile.rs options_of_32_mib_are_skipped_and_endless_ones_hung_up_on"],
+        &["nbd/nbd_hostile.rs options_of_32_mib_are_skipped_and_endless_ones_hung_up_on"],
     ),
-    ("data where none belongs", &["nbd_hostile.rs data_where_none_belongs_is_invalid"]),
-    ("hang-up at every stage", &["nbd_hostile.rs hanging_up_at_every_stage_harms_nobody"]),
+    ("data where none belongs", &["nbd/nbd_hostile.rs data_where_none_belongs_is_invalid"]),
+    ("hang-up at every stage", &["nbd/nbd_hostile.rs hanging_up_at_every_stage_harms_nobody"]),
     (
         "commands before negotiation ends",
-        &["nbd_hostile.rs commands_before_the_negotiation_ends_are_not_carried_out"],
+        &["nbd/nbd_hostile.rs commands_before_the_negotiation_ends_are_not_carried_out"],
     ),
     (
         "plaintext options before STARTTLS",
-        &["nbd_hostile.rs unknown_options_and_starttls_leave_both_sides_in_step"],
+        &["nbd/nbd_hostile.rs unknown_options_and_starttls_leave_both_sides_in_step"],
     ),
-    ("status near 4 GiB", &["nbd_server.rs status_near_4_gib_keeps_its_lengths"]),
+    ("status near 4 GiB", &["nbd/nbd_server.rs status_near_4_gib_keeps_its_lengths"]),
     (
         "offsets with the top bit set",
-        &["nbd_server.rs ranges_past_the_end_fail_with_their_errno_and_in_step"],
+        &["nbd/nbd_server.rs ranges_past_the_end_fail_with_their_errno_and_in_step"],
     ),
     (
         "writes past the end with payload",
-        &["nbd_server.rs ranges_past_the_end_fail_with_their_errno_and_in_step"],
+        &["nbd/nbd_server.rs ranges_past_the_end_fail_with_their_errno_and_in_step"],
     ),
-    ("unknown flags", &["nbd_server.rs unknown_commands_and_flags_are_refused_in_step"]),
+    ("unknown flags", &["nbd/nbd_server.rs unknown_commands_and_flags_are_refused_in_step"]),
     (
         "writes to a read-only export",
-        &["nbd_server.rs read_only_exports_refuse_changes_and_stay_in_step"],
+        &["nbd/nbd_server.rs read_only_exports_refuse_changes_and_stay_in_step"],
     ),
-    ("half a request and silence", &["nbd_hostile.rs half_a_request_and_silence_holds_nobody"]),
+    ("half a request and silence", &["nbd/nbd_hostile.rs half_a_request_and_silence_holds_nobody"]),
     (
         "10,000 connections",
         &[
-            "nbd_hostile.rs connections_beyond_the_limit_are_closed_at_once",
-            "nbd_limits.rs idle_connections_are_cheap_and_announced_payloads_cost_nothing",
+            "nbd/nbd_hostile.rs connections_beyond_the_limit_are_closed_at_once",
+            "nbd/nbd_limits.rs idle_connections_are_cheap_and_announced_payloads_cost_nothing",
         ],
     ),
     (
         "a client that never reads its replies",
-        &["nbd_hostile.rs a_client_that_never_reads_holds_nobody_and_no_shutdown"],
+        &["nbd/nbd_hostile.rs a_client_that_never_reads_holds_nobody_and_no_shutdown"],
     ),
 ];
 
 const RUNNING: &[(&str, &[&str])] = &[
-    ("ENOSPC in data, journal and checkpoint", &["crash.rs every_call_of_fifty_scripts_fails"]),
+    (
+        "ENOSPC in data, journal and checkpoint",
+        &["crash/crash.rs every_call_of_fifty_scripts_fails"],
+    ),
     (
         "EIO on parent, on sync, on punch",
         &[
-            "crash.rs every_call_of_fifty_scripts_fails",
-            "hostile_running.rs a_parent_that_cannot_be_read_is_an_error_and_no_zeros",
+            "crash/crash.rs every_call_of_fifty_scripts_fails",
+            "engine/hostile_running.rs a_parent_that_cannot_be_read_is_an_error_and_no_zeros",
         ],
     ),
     (
         "short reads and writes, a signal in any system call",
-        &["hostile_running.rs short_and_interrupted_calls_are_gone_on_with"],
+        &["engine/hostile_running.rs short_and_interrupted_calls_are_gone_on_with"],
     ),
     (
         "a failed sync followed by success",
         &[
-            "crash.rs every_call_of_fifty_scripts_fails",
-            "hostile_running.rs a_failed_sync_is_never_followed_by_success",
+            "crash/crash.rs every_call_of_fifty_scripts_fails",
+            "engine/hostile_running.rs a_failed_sync_is_never_followed_by_success",
         ],
     ),
     (
         "kill at any instant",
         &[
-            "crash.rs random_lives",
+            "crash/crash.rs random_lives",
             "kills/kills.rs what_a_killed_server_promised_is_there",
             "kills/kills.rs a_store_killed_amid_snapshots_loses_nothing_it_promised",
-            "threads.rs what_threads_were_promised_outlives_a_crash_at_any_instant",
+            "engine/threads.rs what_threads_were_promised_outlives_a_crash_at_any_instant",
         ],
     ),
     (
         "power loss at any instant, inside recovery too",
         &[
-            "crash.rs random_lives",
-            "crash.rs the_ring_goes_round",
-            "threads.rs what_threads_were_promised_outlives_a_crash_at_any_instant",
+            "crash/crash.rs random_lives",
+            "crash/crash.rs the_ring_goes_round",
+            "engine/threads.rs what_threads_were_promised_outlives_a_crash_at_any_instant",
             "power/power.rs what_was_promised_before_a_power_cut_is_there",
             "power/power.rs files_over_the_kernels_client_outlive_power_cuts",
         ],
     ),
-    ("a second writer", &["chain.rs one_writer_and_the_parent_gate"]),
+    ("a second writer", &["engine/chain.rs one_writer_and_the_parent_gate"]),
     (
         "a layer on a file system without hole punching",
-        &["hostile_running.rs a_file_system_without_holes_serves_as_well"],
+        &["engine/hostile_running.rs a_file_system_without_holes_serves_as_well"],
     ),
     (
         "no file descriptors left",
         &[
-            "nbd_limits.rs without_descriptors_the_server_neither_dies_nor_spins",
+            "nbd/nbd_limits.rs without_descriptors_the_server_neither_dies_nor_spins",
             "cli/store_limits.rs without_descriptors_clients_that_are_there_go_on",
             "cli/store_limits.rs serving_raises_its_own_limit_of_descriptors",
         ],
@@ -156,7 +165,7 @@ const STORE: &[(&str, &[&str])] = &[
     (
         "kill between any two steps of create, commit, remove and collect",
         &[
-            "store_crash.rs a_kill_or_a_power_loss_between_any_two_steps_leaves_a_store_that_works",
+            "crash/store_crash.rs a_kill_or_a_power_loss_between_any_two_steps_leaves_a_store_that_works",
             "cli/store_kill.rs an_image_comes_whole_or_not_at_all",
             "cli/store_kill.rs an_archive_comes_whole_or_not_at_all",
         ],

@@ -1,5 +1,6 @@
 //! Long reads over NBD, which are sent from the layers' files.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::fs::File;

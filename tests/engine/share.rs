@@ -1,5 +1,6 @@
 //! Blocks that a layer has by sharing the space of another file.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::sync::Arc;
