@@ -20,7 +20,3 @@ pub mod storage;
 pub mod store;
 mod sync;
 pub mod types;
-
-// What tests inside share with those outside calls it so.
-#[cfg(test)]
-extern crate self as thinply;

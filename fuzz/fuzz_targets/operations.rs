@@ -1,12 +1,8 @@
 //! Any operations on a chain, against a byte array for each of its layers.
 #![no_main]
 
-#[allow(dead_code)]
-#[path = "../../tests/common/bench.rs"]
-mod bench;
-
-use bench::{BLOCK, Bench, Disk};
 use libfuzzer_sys::fuzz_target;
+use testkit::bench::{BLOCK, Bench, Disk};
 use thinply::chain::Chain;
 use thinply::device::{Device, Effort, ZeroMode};
 use thinply::inspect;

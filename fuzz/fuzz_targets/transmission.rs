@@ -3,21 +3,14 @@
 //! reply that the protocol allows; what is read is what was written.
 #![no_main]
 
-#[allow(dead_code)]
-#[path = "../../tests/common/device.rs"]
-mod device;
-#[allow(dead_code)]
-#[path = "../../tests/common/nbd.rs"]
-mod nbd;
-
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::sync::{Arc, LazyLock};
 
-use device::{Op, TestDevice};
 use libfuzzer_sys::fuzz_target;
-use nbd::{
+use testkit::device::{Op, TestDevice};
+use testkit::nbd::{
     BLOCK_STATUS, CACHE, Client, DF, DISC, EINVAL, ENOSPC, EPERM, FAST_ZERO, FLUSH, FUA, NO_HOLE,
     READ, REQ_ONE, Served, TRIM, WRITE, WRITE_ZEROES,
 };

@@ -71,8 +71,7 @@ pub(super) fn chunk(
     }
 }
 
-/// Forgets all decoded frames, for tests that count what is read.
-#[cfg(test)]
-pub(super) fn forget_frames() {
+/// Forgets all decoded frames of the process: for tests that count what is read.
+pub fn forget_frames() {
     FRAMES.clear();
 }

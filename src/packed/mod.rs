@@ -14,6 +14,8 @@ mod reader;
 mod verify;
 mod writer;
 
+#[doc(hidden)]
+pub use cache::forget_frames;
 pub use lazy::{ByteSource, FileSource, LazyPacked};
 pub use reader::Packed;
 pub use verify::{Damage, Watch};

@@ -11,12 +11,13 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::process::Command;
 use std::time::Duration;
 
+use testkit::plain::Client;
 use thinply::chain::Chain;
 use thinply::device::Device;
 use thinply::storage::Access;
 use thinply::store::{Disk, DiskKind, Store};
 
-use crate::store::{Client, Served};
+use crate::store::Served;
 use crate::support::{Folder, KIB, Run, alone, noise, output, start};
 
 /// What changes the store, on things that others change too.

@@ -6,6 +6,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use testkit::plain::Client;
+
 use crate::support::{Folder, KIB, MIB, noise, skip, start};
 
 /// A folder with a store that has the image `base`, of 4 MiB.
@@ -66,11 +68,6 @@ impl Drop for Served {
         let _ = self.child.wait();
     }
 }
-
-#[path = "../../tools/cli/src/verbs/demo/client.rs"]
-#[allow(dead_code)]
-mod client;
-pub use client::Client;
 
 #[test]
 fn odd_names_are_refused_and_make_nothing() {

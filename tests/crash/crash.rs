@@ -6,15 +6,14 @@
 
 #![cfg(not(simulation))]
 
-#[path = "../common/mod.rs"]
-mod common;
-
-use common::crash::Random;
-use common::crash::client::{fresh, run};
-use common::crash::disk::PAGE;
-use common::crash::folder::{Fault, Plan};
-use common::crash::lives::{Outcome, campaign, life, ring, some_fault, wanted_states, with_bursts};
-use common::crash::script::{Op, enumerated, several};
+use testkit::crash::Random;
+use testkit::crash::client::{fresh, run};
+use testkit::crash::disk::PAGE;
+use testkit::crash::folder::{Fault, Plan};
+use testkit::crash::lives::{
+    Outcome, campaign, life, ring, some_fault, wanted_states, with_bursts,
+};
+use testkit::crash::script::{Op, enumerated, several};
 
 /// Runs a script once, and lets the power go after each of its steps.
 fn one(script: &[Op], times: u64, random: &mut Random, seed: u64) -> Outcome {

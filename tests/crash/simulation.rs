@@ -4,10 +4,6 @@
 //! `THINPLY_CRASH_STATES` and `THINPLY_CRASH_SEED` work as in `tests/crash/crash.rs`.
 #![cfg(simulation)]
 
-#[path = "../common/crash/mod.rs"]
-#[allow(dead_code, reason = "some of it serves tests/crash/crash.rs alone")]
-mod crash;
-
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Once, PoisonError};
@@ -16,12 +12,12 @@ use shuttle::scheduler::RandomScheduler;
 use shuttle::{Config, FailurePersistence, MaxSteps, Runner};
 use thinply::planted::{Bug, plant};
 
-use crash::Random;
-use crash::client::{fresh, run_together};
-use crash::disk::PAGE;
-use crash::folder::Plan;
-use crash::lives::{Outcome, campaign, life, ring, rounds, some_fault, with_bursts};
-use crash::script::{BLOCKS, Op, several};
+use testkit::crash::Random;
+use testkit::crash::client::{fresh, run_together};
+use testkit::crash::disk::PAGE;
+use testkit::crash::folder::Plan;
+use testkit::crash::lives::{Outcome, campaign, life, ring, rounds, some_fault, with_bursts};
+use testkit::crash::script::{BLOCKS, Op, several};
 
 /// Each planted bug, and how many seeds are enough to find it.
 const BUGS: [(Bug, u64); 19] = [

@@ -5,16 +5,13 @@
 //! a kill or a power loss may leave is then judged: the store checks clean, shows what it showed
 //! before the verb or what it shows after it, and is rid of all leftovers once garbage was collected.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 
-use common::crash::Random;
-use common::crash::disk::Disk as Media;
-use common::crash::folder::{CrashFolder, Event};
-use common::crash::parts::Part;
+use testkit::crash::Random;
+use testkit::crash::disk::Disk as Media;
+use testkit::crash::folder::{CrashFolder, Event};
+use testkit::crash::parts::Part;
 use thinply::chain::Chain;
 use thinply::device::Device;
 use thinply::error::{ErrorKind, Result};

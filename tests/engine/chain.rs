@@ -1,8 +1,5 @@
 //! What a chain promises, on real files.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
@@ -10,8 +7,8 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use common::bench::{BLOCK, Bench, Disk};
-use common::hooked::{Call, Hooked};
+use testkit::bench::{BLOCK, Bench, Disk};
+use testkit::hooked::{Call, Hooked};
 use thinply::chain::{Chain, Kind, Layers, MAX_DEPTH, MapExtent, seal};
 use thinply::device::{Detail, Device, Effort, ZeroMode};
 use thinply::error::ErrorKind;

@@ -1,13 +1,10 @@
 //! What commits and recovery write, to the byte: that no more is written than the protocol asks for,
 //! and that a write during a checkpoint is no part of it.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use common::hooked::{Call, Hooked};
+use testkit::hooked::{Call, Hooked};
 use thinply::chain::{Chain, Layers, create};
 use thinply::device::{Device, ZeroMode};
 use thinply::format::geometry::{JOURNAL_OFFSET, JOURNAL_RECORDS, bitmap_offset};

@@ -1,11 +1,8 @@
 //! What comparing and folding two disks answers, and what is looked at for it.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::sync::Arc;
 
-use common::bench::Bench;
+use testkit::bench::Bench;
 use thinply::chain::{
     Chain, Kind, Layer, MapExtent, Mismatch, PackOptions, Plan, Raw, Rule, Sink, Stored, compare,
     seal,

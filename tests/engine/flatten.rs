@@ -1,14 +1,11 @@
 //! Flatten: what it promises beyond what the model test compares, and power losses inside it.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::sync::Arc;
 
-use common::bench::Bench;
-use common::crash::Random;
-use common::crash::disk::Disk;
-use common::crash::folder::CrashFolder;
+use testkit::bench::Bench;
+use testkit::crash::Random;
+use testkit::crash::disk::Disk;
+use testkit::crash::folder::CrashFolder;
 use thinply::chain::{Chain, Kind, Layer, MapExtent, Parent, Plan, seal};
 use thinply::device::{Detail, Device, ZeroMode};
 use thinply::error::{ErrorKind, Result};

@@ -1,14 +1,11 @@
 //! Hosts that misbehave while a chain is open. Faults at every call are in `tests/crash/crash.rs`;
 //! `tests/engine/hostile.rs` says which test shows what.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use common::hooked::{Call, Hooked};
+use testkit::hooked::{Call, Hooked};
 use thinply::chain::{Chain, Layers, create, seal};
 use thinply::device::{Device, ZeroMode};
 use thinply::error::ErrorKind;

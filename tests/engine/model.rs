@@ -1,13 +1,10 @@
 //! Arbitrary sequences of operations over chains of live, frozen and packed layers, and of the verbs
 //! that make new layers of them, against a byte array for each layer.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::sync::Arc;
 
-use common::bench::{BLOCK, Bench, Disk};
 use proptest::prelude::*;
+use testkit::bench::{BLOCK, Bench, Disk};
 use thinply::chain::{Chain, Layer, Mismatch, Parent, Plan, Rule, compare as compare_disks, seal};
 use thinply::device::{Detail, Device, Effort, ZeroMode};
 use thinply::error::ErrorKind;

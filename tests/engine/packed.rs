@@ -1,14 +1,11 @@
 //! Packed files of strangers and of great size: what opening and reading them may cost.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::fs;
 use std::io::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use common::hooked::{Call, Hooked};
+use testkit::hooked::{Call, Hooked};
 use thinply::error::{Error, ErrorKind};
 use thinply::format::packed::{
     Chunk, ENTRY_SIZE, Entry, FOOTER_SIZE, Footer, Frame, HEADER_SIZE, Map, PackedHeader,

@@ -1,12 +1,9 @@
 //! `repair` saves what opening refuses, says what it could not, and never touches what it reads.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::ops::Range;
 use std::sync::Arc;
 
-use common::bench::{BLOCK, Bench};
+use testkit::bench::{BLOCK, Bench};
 use thinply::chain::{Chain, Layers};
 use thinply::device::Device;
 use thinply::error::ErrorKind;

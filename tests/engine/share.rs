@@ -1,11 +1,8 @@
 //! Blocks that a layer has by sharing the space of another file.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::sync::Arc;
 
-use common::bench::Bench;
+use testkit::bench::Bench;
 use thinply::chain::Chain;
 use thinply::device::Device;
 use thinply::error::ErrorKind;

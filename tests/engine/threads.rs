@@ -3,26 +3,18 @@
 //!
 //! `THINPLY_THREADS` says how many lives to run (default 2), `THINPLY_THREADS_SEED` where to begin.
 
-#[path = "../common/mod.rs"]
-mod common;
-#[path = "../load/history.rs"]
-#[allow(dead_code)]
-mod history;
-#[path = "../load/taste.rs"]
-#[allow(dead_code)]
-mod taste;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, ScopedJoinHandle};
 use std::time::Duration;
 
-use common::crash::Random;
-use common::crash::disk::Disk;
-use common::crash::folder::CrashFolder;
 use fastrand::Rng;
-use history::{History, SECTOR, Seen};
-use taste::{FLUSH, FUA, NO_HOLE, READ, SIZE, TRIM, Taste, WRITE};
+use testkit::crash::Random;
+use testkit::crash::disk::Disk;
+use testkit::crash::folder::CrashFolder;
+use testkit::load::history::{History, SECTOR, Seen};
+use testkit::load::taste::{self, FLUSH, FUA, NO_HOLE, READ, SIZE, TRIM, Taste, WRITE};
+use testkit::number;
 use thinply::chain::{Chain, create, seal};
 use thinply::device::{Device, ZeroMode};
 use thinply::inspect;
@@ -32,10 +24,6 @@ const THREADS: usize = 6;
 /// Copies of the disk in a round.
 const COPIES: usize = 8;
 const ROUNDS: usize = 4;
-
-fn number(variable: &str, default: u64) -> u64 {
-    std::env::var(variable).map_or(default, |value| value.parse().expect("a number"))
-}
 
 fn open(folder: &CrashFolder, name: &str, access: Access) -> Chain {
     Chain::open(Arc::new(folder.clone()), name, access, Arc::default()).unwrap()
@@ -212,9 +200,9 @@ impl Life {
 
 #[test]
 fn what_threads_were_promised_outlives_a_crash_at_any_instant() {
-    let first = number("THINPLY_THREADS_SEED", 0);
+    let first = number("THINPLY_THREADS_SEED").unwrap_or(0);
     let mut seen = Seen::default();
-    for seed in first..first + number("THINPLY_THREADS", 2) {
+    for seed in first..first + number("THINPLY_THREADS").unwrap_or(2) {
         let mut life = Life::new(seed);
         life.live().unwrap_or_else(|what| panic!("seed {seed}: {what}"));
         seen += life.history.seen();

@@ -1,14 +1,11 @@
 //! Long reads over NBD, which are sent from the layers' files.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use common::bench::Bench;
-use common::nbd::{Client, READ, Served};
+use testkit::bench::Bench;
+use testkit::nbd::{Client, READ, Served};
 use thinply::chain::Chain;
 use thinply::device::Device;
 use thinply::storage::FileFolder;

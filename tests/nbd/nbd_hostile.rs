@@ -1,15 +1,12 @@
 //! What clients must not be able to do to the server, to each other, or to a shutdown; and what
 //! holds when many things happen at once. A device that holds its calls stands in for time.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::io::{ErrorKind as Host, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::device::{Op, TestDevice};
-use common::nbd::*;
+use testkit::device::{Op, TestDevice};
+use testkit::nbd::*;
 use thinply::error::ErrorKind;
 use thinply::nbd::server::ServerConfig;
 

@@ -1,16 +1,13 @@
 //! What connections cost, and a server without descriptors. In a program of its own, since it
 //! measures the whole process and lowers its limits; the tests take turns.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::device::{Op, TestDevice};
-use common::nbd::*;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use testkit::device::{Op, TestDevice};
+use testkit::nbd::*;
 
 static TURN: Mutex<()> = Mutex::new(());
 

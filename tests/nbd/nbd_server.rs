@@ -1,12 +1,9 @@
 //! The NBD server as clients see it: handshake, commands and their errors.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::sync::Arc;
 
-use common::device::{Op, TestDevice};
-use common::nbd::*;
+use testkit::device::{Op, TestDevice};
+use testkit::nbd::*;
 use thinply::device::ZeroMode;
 use thinply::error::ErrorKind;
 use thinply::nbd::server::{Export, ExportTable, Listener, Server, ServerConfig};

@@ -277,6 +277,3 @@ fn open(source: &impl ByteSource, cache: &Cache, root: Root, length: u64) -> Res
     cache.put(OPENING, &pieces);
     Ok(opening)
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,30 +1,29 @@
+//! Packed layers that are read from afar, through a cache that outlives crashes.
+
 use std::io;
+use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
-
-use self::crash::Random;
-use self::crash::disk::Disk;
-use self::crash::folder::{CrashFolder, Event};
-use super::{ByteSource, FileSource, LazyPacked};
-use crate::error::{Error, ErrorKind, Result};
-use crate::format::packed::FRAME_BLOCKS;
-use crate::packed::{Compression, Writer};
-use crate::storage::{Access, Folder, MemoryFolder, Storage, read_exact_at, write_all_at};
-use crate::types::{BLOCK_SIZE, Block, GROUP_BLOCKS, Root};
-
-/// The simulated disk of `tests/crash/crash.rs`.
-#[allow(dead_code, reason = "only the disk is needed here")]
-#[path = "../../../tests/common/crash/mod.rs"]
-mod crash;
+use testkit::crash::Random;
+use testkit::crash::disk::Disk;
+use testkit::crash::folder::{CrashFolder, Event};
+use thinply::error::{Error, ErrorKind, Result};
+use thinply::format::packed::FRAME_BLOCKS;
+use thinply::packed::{ByteSource, Compression, FileSource, LazyPacked, Writer, forget_frames};
+use thinply::storage::{Access, Folder, MemoryFolder, Storage, read_exact_at, write_all_at};
+use thinply::types::{BLOCK_SIZE, Block, GROUP_BLOCKS, Root};
 
 const BLOCK: usize = BLOCK_SIZE as usize;
 
-/// A source that counts what it sends, and may fail or lie.
+/// A source that counts what it sends, and may fail or lie. Clones are the same source.
+#[derive(Clone, Debug)]
+struct Far(Arc<State>);
+
 #[derive(Debug, Default)]
-struct Far {
+struct State {
     bytes: Vec<u8>,
     sent: AtomicU64,
     /// Reads that still succeed before one fails; `u64::MAX` for all.
@@ -33,7 +32,15 @@ struct Far {
     lie: AtomicU64,
 }
 
-impl ByteSource for Arc<Far> {
+impl Deref for Far {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.0
+    }
+}
+
+impl ByteSource for Far {
     fn name(&self) -> &Path {
         Path::new("far")
     }
@@ -80,15 +87,15 @@ fn blocks() -> impl Iterator<Item = u64> {
 }
 
 /// `salt` makes another layer of the same shape; a frame known to the process is not fetched.
-fn layer(salt: u64, compression: Compression) -> (Arc<Far>, Root) {
+fn layer(salt: u64, compression: Compression) -> (Far, Root) {
     let size = 4 * GROUP_BLOCKS * BLOCK_SIZE;
     let mut writer = Writer::new(Vec::new(), size, None, compression).unwrap();
     for number in blocks() {
         writer.data(Block(number), &block(salt + number)).unwrap();
     }
     let (summary, bytes) = writer.finish().unwrap();
-    let far = Far { bytes, lie: u64::MAX.into(), patience: u64::MAX.into(), ..Far::default() };
-    (Arc::new(far), summary.root)
+    let far = State { bytes, lie: u64::MAX.into(), patience: u64::MAX.into(), ..State::default() };
+    (Far(Arc::new(far)), summary.root)
 }
 
 fn cache() -> Arc<dyn Storage> {
@@ -114,7 +121,7 @@ fn file(bytes: &[u8]) -> Arc<dyn Storage> {
 }
 
 /// Every block reads as it was packed, whatever the cache holds.
-fn check_all(far: &Arc<Far>, root: Root, salt: u64, cache: Arc<dyn Storage>) {
+fn check_all(far: &Far, root: Root, salt: u64, cache: Arc<dyn Storage>) {
     let layer = LazyPacked::open(far.clone(), root, cache).unwrap();
     for number in blocks() {
         assert!(read(&layer, number).unwrap() == block(salt + number), "block {number}");
@@ -127,11 +134,6 @@ fn salts() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed) << 32
 }
 
-/// Without the frames that this process has decoded, which are shared by all layers of a root.
-fn forget() {
-    super::shared::forget_frames();
-}
-
 #[test]
 fn what_is_read_is_what_was_packed_and_is_fetched_once() {
     for compression in [Compression::None, Compression::Zstd(3)] {
@@ -140,7 +142,7 @@ fn what_is_read_is_what_was_packed_and_is_fetched_once() {
         let cache = cache();
         check_all(&far, root, salt, cache.clone());
         assert!(far.take_sent() <= far.bytes.len() as u64);
-        forget();
+        forget_frames();
         check_all(&far, root, salt, cache);
         assert_eq!(far.take_sent(), 0, "all of it is in the cache");
         let mut absent = [1; BLOCK];
@@ -176,7 +178,7 @@ fn wrong_bytes_get_neither_out_nor_into_the_cache() {
     let (far, root) = layer(salt, Compression::Zstd(3));
     let length = far.bytes.len() as u64;
     for lie in (0..length).step_by(4001).chain(length - 300..length) {
-        forget();
+        forget_frames();
         far.lie.store(lie, Ordering::Relaxed);
         let cache = cache();
         match LazyPacked::open(far.clone(), root, cache.clone()) {
@@ -250,11 +252,11 @@ fn a_damaged_cache_costs_fetches_and_nothing_else() {
     for at in (0..far.bytes.len()).step_by(199) {
         bytes[at] = !bytes[at];
     }
-    forget();
+    forget_frames();
     let damaged = file(&bytes);
     check_all(&far, root, salt, damaged.clone());
     assert!(far.take_sent() > 0);
-    forget();
+    forget_frames();
     check_all(&far, root, salt, damaged.clone());
     assert_eq!(far.take_sent(), 0, "repaired");
     assert!(
@@ -285,11 +287,11 @@ fn two_fill_one_cache() {
         }
     });
     far.take_sent();
-    forget();
+    forget_frames();
     check_all(&far, root, salt, open());
     // Bits of one byte may get lost where two set them at once, so a few parts may come again.
     assert!(far.take_sent() < far.bytes.len() as u64 / 2);
-    forget();
+    forget_frames();
     check_all(&far, root, salt, open());
     assert_eq!(far.take_sent(), 0);
 }
@@ -316,7 +318,7 @@ fn power_lost_at_any_step_of_filling_a_cache_costs_fetches_and_nothing_else() {
         let (far, root) = layer(salt, compression);
         let numbers: Vec<_> = blocks().collect();
         let fill = |folder: &CrashFolder, reads: &[u64]| {
-            forget();
+            forget_frames();
             let cache = folder.open("cache", Access::Write).unwrap();
             let layer = LazyPacked::open(far.clone(), root, cache).unwrap();
             for &number in reads {
@@ -383,7 +385,7 @@ proptest! {
                 *to = *from;
             }
         }
-        forget();
+        forget_frames();
         check_all(&far, root, salt, file(&torn));
     }
 }

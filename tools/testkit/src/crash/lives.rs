@@ -7,6 +7,8 @@ use std::time::Instant;
 use super::Random;
 use super::client::{fresh, run};
 use super::disk::Disk;
+use crate::number;
+
 use super::folder::{Fault, Plan};
 use super::judge::{Run, judge};
 use super::oracle::Oracle;
@@ -14,10 +16,6 @@ use super::script::{Op, several};
 
 /// How many crashes were recovered and judged.
 pub type Outcome = Result<u64, String>;
-
-pub fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok().map(|value| value.parse().expect("a number"))
-}
 
 /// How many crashes a whole test shall recover and judge, about.
 pub fn wanted_states() -> u64 {

@@ -310,42 +310,47 @@ impl History {
     }
 }
 
-#[test]
-fn a_flush_or_fua_takes_older_versions_away() {
-    let bytes = |version| {
-        let mut bytes = Vec::new();
-        History::content(&(0..1), version, &mut bytes);
-        bytes
-    };
-    let write = |history: &History, fua| {
-        let version = history.begin(&(0..1), false).unwrap();
-        history.end(&(0..1), fua);
-        bytes(version)
-    };
-    let shows = |history: &History, bytes: &[u8]| {
-        let copy = History(Mutex::new(history.state().clone()));
-        copy.settle(&(0..1), bytes).is_ok()
-    };
-    let history = History::default();
-    let first = write(&history, false);
-    assert!(shows(&history, &first) && shows(&history, &[0; 512]));
-    let flush = history.begin_flush();
-    let second = write(&history, false);
-    assert!(shows(&history, &[0; 512]));
-    history.end_flush(flush);
-    assert!(shows(&history, &first) && shows(&history, &second) && !shows(&history, &[0; 512]));
-    assert!(history.begin_read(&(0..1)));
-    assert!(history.end_read(&(0..1), &first).is_err());
-    let third = write(&history, true);
-    assert!(!shows(&history, &second) && shows(&history, &third));
-    let mark = history.hold();
-    let fourth = write(&history, true);
-    let view = history.view(mark);
-    assert!(shows(&view, &third) && shows(&view, &fourth) && !shows(&view, &second));
-    assert!(!shows(&history, &third));
-    let sent = history.begin(&(0..1), true).unwrap();
-    assert!(history.begin(&(0..1), true).is_none() && !history.begin_read(&(0..1)));
-    assert!(shows(&history, &[0; 512]) && !shows(&history, &bytes(sent)));
-    history.settle(&(0..1), &fourth).unwrap();
-    assert!(!shows(&history, &[0; 512]));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flush_or_fua_takes_older_versions_away() {
+        let bytes = |version| {
+            let mut bytes = Vec::new();
+            History::content(&(0..1), version, &mut bytes);
+            bytes
+        };
+        let write = |history: &History, fua| {
+            let version = history.begin(&(0..1), false).unwrap();
+            history.end(&(0..1), fua);
+            bytes(version)
+        };
+        let shows = |history: &History, bytes: &[u8]| {
+            let copy = History(Mutex::new(history.state().clone()));
+            copy.settle(&(0..1), bytes).is_ok()
+        };
+        let history = History::default();
+        let first = write(&history, false);
+        assert!(shows(&history, &first) && shows(&history, &[0; 512]));
+        let flush = history.begin_flush();
+        let second = write(&history, false);
+        assert!(shows(&history, &[0; 512]));
+        history.end_flush(flush);
+        assert!(shows(&history, &first) && shows(&history, &second) && !shows(&history, &[0; 512]));
+        assert!(history.begin_read(&(0..1)));
+        assert!(history.end_read(&(0..1), &first).is_err());
+        let third = write(&history, true);
+        assert!(!shows(&history, &second) && shows(&history, &third));
+        let mark = history.hold();
+        let fourth = write(&history, true);
+        let view = history.view(mark);
+        assert!(shows(&view, &third) && shows(&view, &fourth) && !shows(&view, &second));
+        assert!(!shows(&history, &third));
+        let sent = history.begin(&(0..1), true).unwrap();
+        assert!(history.begin(&(0..1), true).is_none() && !history.begin_read(&(0..1)));
+        assert!(shows(&history, &[0; 512]) && !shows(&history, &bytes(sent)));
+        history.settle(&(0..1), &fourth).unwrap();
+        assert!(!shows(&history, &[0; 512]));
+    }
 }

@@ -1,4 +1,4 @@
-//! The real server as a process of its own, to be killed.
+//! The command as a process of its own, and its server, to be killed.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -11,27 +11,51 @@ use std::time::Duration;
 use fastrand::Rng;
 use rustix::fs::{SeekFrom, seek};
 
-use crate::history::{History, SECTOR};
-use crate::load::Client;
-use crate::taste::{self, SIZE};
+use crate::load::client::Client;
+use crate::load::history::{History, SECTOR};
+use crate::load::taste::{self, SIZE};
 
 /// Longer than any reply takes.
 const TOO_LONG: Duration = Duration::from_secs(60);
 
-/// A command of thinply, in `folder`.
-pub fn thinply(folder: &Path, words: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_thinply"));
-    command.args(words).current_dir(folder);
-    command.env_remove("THINPLY_LAYERS").env("THINPLY_ROOT", folder.join("store"));
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
-}
+/// The path of the command: in a test, `Program(env!("CARGO_BIN_EXE_thinply"))`.
+#[derive(Clone, Copy)]
+pub struct Program(pub &'static str);
 
-/// Runs a command that must do its work; its standard output.
-pub fn run(folder: &Path, words: &[&str]) -> String {
-    let output = thinply(folder, words).output().unwrap();
-    assert!(output.status.success(), "{words:?}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
+impl Program {
+    /// A command of thinply, in `folder`.
+    pub fn command(self, folder: &Path, words: &[&str]) -> Command {
+        let mut command = Command::new(self.0);
+        command.args(words).current_dir(folder);
+        command.env_remove("THINPLY_LAYERS").env("THINPLY_ROOT", folder.join("store"));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Runs a command that must do its work; its standard output.
+    pub fn run(self, folder: &Path, words: &[&str]) -> String {
+        let output = self.command(folder, words).output().unwrap();
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Starts to serve; `words` say what.
+    pub fn launch(self, folder: &Path, words: &[&str]) -> Server {
+        let socket = folder.join("nbd.sock");
+        let mut command = self.command(folder, &["serve", "--socket", "nbd.sock"]);
+        let child = command.args(words).spawn().unwrap();
+        Server { child, socket }
+    }
+
+    /// Serves, and returns once clients can connect.
+    pub fn serve(self, folder: &Path, words: &[&str]) -> Server {
+        let mut server = self.launch(folder, words);
+        let mut line = String::new();
+        let output = server.child.stdout.take().unwrap();
+        BufReader::new(output).read_line(&mut line).unwrap();
+        assert!(line.starts_with("nbd+unix:"), "no ready line: {line:?} {}", server.errors());
+        server
+    }
 }
 
 /// Makes `born.raw` in `folder`: what an image begins with, and its history.
@@ -69,24 +93,6 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts to serve; `words` say what.
-    pub fn launch(folder: &Path, words: &[&str]) -> Self {
-        let socket = folder.join("nbd.sock");
-        let mut command = thinply(folder, &["serve", "--socket", "nbd.sock"]);
-        let child = command.args(words).spawn().unwrap();
-        Self { child, socket }
-    }
-
-    /// Serves, and returns once clients can connect.
-    pub fn start(folder: &Path, words: &[&str]) -> Self {
-        let mut server = Self::launch(folder, words);
-        let mut line = String::new();
-        let output = server.child.stdout.take().unwrap();
-        BufReader::new(output).read_line(&mut line).unwrap();
-        assert!(line.starts_with("nbd+unix:"), "no ready line: {line:?} {}", server.errors());
-        server
-    }
-
     /// A client of the export `name`.
     pub fn client(&self, name: &str) -> Client {
         let stream = UnixStream::connect(&self.socket).unwrap();

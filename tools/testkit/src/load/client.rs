@@ -2,22 +2,18 @@
 //! sent and what was replied to.
 
 use std::collections::HashMap;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind};
 use std::ops::Range;
 
-use crate::history::{History, SECTOR};
-use crate::taste::{FLUSH, FUA, READ, Request, SIZE, Taste, WRITE};
+use super::history::{History, SECTOR};
+use super::taste::{FLUSH, FUA, READ, Request, SIZE, Taste, WRITE};
+use crate::plain::{self, Stream};
 
 const ESHUTDOWN: u32 = 108;
 
-/// A stream to a server. It ends when the server does.
-pub trait Stream: Read + Write + Send {}
-impl<T: Read + Write + Send> Stream for T {}
-
-/// A connection in the transmission phase, with simple replies.
+/// A connection in the transmission phase.
 pub struct Client {
-    stream: Box<dyn Stream>,
-    next: u64,
+    connection: plain::Client,
 }
 
 /// How a conversation came to its end.
@@ -27,6 +23,11 @@ pub enum End {
     Gone,
     /// All that was planned is done.
     Done,
+}
+
+/// The length of a range of sectors.
+fn bytes(range: &Range<u64>) -> u32 {
+    ((range.end - range.start) * SECTOR) as u32
 }
 
 /// Whether the server has hung up or died.
@@ -39,57 +40,21 @@ fn is_gone(error: &io::Error) -> bool {
 
 impl Client {
     /// Takes the export `name`.
-    pub fn connect(mut stream: Box<dyn Stream>, name: &str) -> io::Result<Self> {
-        let mut greeting = [0; 18];
-        stream.read_exact(&mut greeting)?;
-        assert!(greeting.starts_with(b"NBDMAGICIHAVEOPT"), "{greeting:x?}");
-        let mut hello = 3u32.to_be_bytes().to_vec();
-        hello.extend(b"IHAVEOPT");
-        hello.extend(1u32.to_be_bytes());
-        hello.extend((name.len() as u32).to_be_bytes());
-        hello.extend(name.as_bytes());
-        stream.write_all(&hello)?;
-        let mut export = [0; 10];
-        stream.read_exact(&mut export)?;
-        assert_eq!(export[..8], (SIZE * SECTOR).to_be_bytes());
-        Ok(Self { stream, next: 0 })
+    pub fn connect(stream: Box<dyn Stream>, name: &str) -> io::Result<Self> {
+        let connection = plain::Client::over(stream, name)?;
+        assert_eq!(connection.size, SIZE * SECTOR);
+        Ok(Self { connection })
     }
 
     /// Appends a request to `out`; its cookie.
     fn request(&mut self, out: &mut Vec<u8>, flags: u16, command: u16, range: &Range<u64>) -> u64 {
-        self.next += 1;
-        out.extend(0x2560_9513u32.to_be_bytes());
-        out.extend(flags.to_be_bytes());
-        out.extend(command.to_be_bytes());
-        out.extend(self.next.to_be_bytes());
-        out.extend((range.start * SECTOR).to_be_bytes());
-        out.extend((((range.end - range.start) * SECTOR) as u32).to_be_bytes());
-        self.next
-    }
-
-    /// The next reply: its error and cookie.
-    fn reply(&mut self) -> io::Result<(u32, u64)> {
-        let mut reply = [0; 16];
-        self.stream.read_exact(&mut reply)?;
-        assert_eq!(reply[..4], 0x6744_6698u32.to_be_bytes());
-        let word = |at: usize| u32::from_be_bytes(std::array::from_fn(|i| reply[at + i]));
-        Ok((word(4), u64::from(word(8)) << 32 | u64::from(word(12))))
+        let (offset, length) = (range.start * SECTOR, bytes(range));
+        self.connection.request(out, flags, command, offset, length)
     }
 
     /// Reads a range; nothing else is under way.
     pub fn read(&mut self, range: &Range<u64>) -> io::Result<Vec<u8>> {
-        let mut out = Vec::new();
-        self.request(&mut out, 0, READ, range);
-        self.stream.write_all(&out)?;
-        let (error, _) = self.reply()?;
-        assert_eq!(error, 0, "reading sectors {range:?}");
-        self.data(range)
-    }
-
-    fn data(&mut self, range: &Range<u64>) -> io::Result<Vec<u8>> {
-        let mut data = vec![0; ((range.end - range.start) * SECTOR) as usize];
-        self.stream.read_exact(&mut data)?;
-        Ok(data)
+        self.connection.read(range.start * SECTOR, bytes(range))
     }
 
     /// Compares all that was ever touched with what `history` allows, and settles it.
@@ -120,9 +85,9 @@ impl Client {
                 sent += 1;
             }
             let talk = self
-                .stream
-                .write_all(&out)
-                .and_then(|()| if flying.is_empty() { Ok(None) } else { self.reply().map(Some) });
+                .connection
+                .send(&out)
+                .and_then(|()| (!flying.is_empty()).then(|| self.connection.reply()).transpose());
             out.clear();
             match talk {
                 Err(error) if is_gone(&error) => return Ok(End::Gone),
@@ -174,7 +139,7 @@ impl Client {
         let Request { command, flags, range } = flying.request;
         match command {
             FLUSH => history.end_flush(flying.flush),
-            READ => match self.data(&range) {
+            READ => match self.connection.data(bytes(&range)) {
                 Ok(data) => history.end_read(&range, &data)?,
                 Err(error) if is_gone(&error) => return Ok(false),
                 Err(error) => return Err(error.to_string()),

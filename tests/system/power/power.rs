@@ -4,24 +4,10 @@
 //! The clients are outside, so what they got a reply to was replied to before the cut. A cut may
 //! fall into the load, into the recovery after the one before, or into a snapshot.
 //!
-//! `tests/power/run` runs this. `THINPLY_MACHINE` is the folder that `tests/power/machine` has made,
+//! `tests/system/power/run` runs this. `THINPLY_MACHINE` is the folder that `tests/system/power/machine` has made,
 //! `THINPLY_CUTS` says how many cuts (default 50), `THINPLY_CUTS_SEED` replays a load.
 
 mod disk;
-#[path = "../load/history.rs"]
-#[allow(dead_code)]
-mod history;
-#[path = "../kills/load.rs"]
-mod load;
-#[path = "../common/nbd.rs"]
-#[allow(dead_code)]
-mod nbd;
-#[path = "../kills/server.rs"]
-#[allow(dead_code)]
-mod server;
-#[path = "../load/taste.rs"]
-#[allow(dead_code)]
-mod taste;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -36,20 +22,21 @@ use std::time::Duration;
 use fastrand::Rng;
 use tempfile::TempDir;
 
+use testkit::load::client::Client;
+use testkit::load::history::History;
+use testkit::load::taste::Taste;
+use testkit::nbd::Served;
+use testkit::number;
+use testkit::program::{Program, born, digest};
+
 use disk::Disk;
-use history::History;
-use load::Client;
-use server::{Server, born, digest, run};
-use taste::Taste;
+
+const THINPLY: Program = Program(env!("CARGO_BIN_EXE_thinply"));
 
 /// Longer than the machine takes for anything, on a busy host.
 const TOO_LONG: Duration = Duration::from_secs(300);
 /// Room for a few layers, which are sparse.
 const DISK: u64 = 400 << 20;
-
-fn number(variable: &str, default: u64) -> u64 {
-    std::env::var(variable).map_or(default, |value| value.parse().expect("a number"))
-}
 
 /// Runs a program of the host that must do its work.
 fn host(program: &str, words: &[&str]) {
@@ -65,7 +52,7 @@ struct Machine {
     said: Vec<String>,
     port: u16,
     disk: Arc<Disk>,
-    served: nbd::Served,
+    served: Served,
 }
 
 impl Machine {
@@ -74,7 +61,7 @@ impl Machine {
     fn boot(disk: &Arc<Disk>, words: &str) -> Self {
         let folder = PathBuf::from(std::env::var_os("THINPLY_MACHINE").expect("see above"));
         disk.power_up();
-        let served = nbd::Served::device(disk);
+        let served = Served::device(disk);
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut command = Command::new(folder.join("qemu"));
         command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "256"]);
@@ -157,8 +144,8 @@ impl Drop for Machine {
 fn disk_with_layers(folder: &Path) -> Arc<Disk> {
     let (files, image) = (folder.join("disk"), folder.join("image"));
     fs::create_dir(&files).unwrap();
-    run(folder, &["import", "born.raw", "disk/base.tply"]);
-    run(folder, &["create", "--parent", "disk/base.tply", "disk/top.tply"]);
+    THINPLY.run(folder, &["import", "born.raw", "disk/base.tply"]);
+    THINPLY.run(folder, &["create", "--parent", "disk/base.tply", "disk/top.tply"]);
     make_file_system(&image, DISK, &["-d", files.to_str().unwrap()]);
     Arc::new(Disk::new(fs::read(&image).unwrap()))
 }
@@ -281,22 +268,22 @@ impl Life {
         let dump = format!("rdump / {}", out.display());
         host("debugfs", &["-R", &dump, image.to_str().unwrap()]);
         assert!(digest(&out.join("base.tply")) == base, "the base has changed");
-        run(&out, &["check", "--chain", "top.tply"]);
+        THINPLY.run(&out, &["check", "--chain", "top.tply"]);
         self.views.push(("top.tply".into(), self.history.view(self.history.hold())));
         for (name, view) in &self.views {
-            let server = Server::start(&out, &["--read-only", name]);
+            let server = THINPLY.serve(&out, &["--read-only", name]);
             server.client("").settle(view).unwrap_or_else(|error| panic!("{name}: {error}"));
         }
     }
 }
 
 #[test]
-#[ignore = "takes minutes and a virtual machine: tests/power/run"]
+#[ignore = "takes minutes and a virtual machine: tests/system/power/run"]
 fn what_was_promised_before_a_power_cut_is_there() {
-    let seed = number("THINPLY_CUTS_SEED", 0);
+    let seed = number("THINPLY_CUTS_SEED").unwrap_or(0);
     let mut life = Life::new(seed);
     let base = digest(&life.folder.path().join("disk/base.tply"));
-    for _ in 0..number("THINPLY_CUTS", 50) {
+    for _ in 0..number("THINPLY_CUTS").unwrap_or(50) {
         life.round();
     }
     life.finish(base);
@@ -305,13 +292,13 @@ fn what_was_promised_before_a_power_cut_is_there() {
 /// Files that are synced one by one in a file system over the layer: what guests do, with the
 /// kernel's client between.
 #[test]
-#[ignore = "takes minutes and a virtual machine: tests/power/run"]
+#[ignore = "takes minutes and a virtual machine: tests/system/power/run"]
 fn files_over_the_kernels_client_outlive_power_cuts() {
     let (folder, mut random) = (tempfile::tempdir().unwrap(), Rng::with_seed(1));
     make_file_system(&folder.path().join("born.raw"), 64 << 20, &[]);
     let disk = disk_with_layers(folder.path());
     let mut synced = 0;
-    for _ in 0..number("THINPLY_CUTS", 50).div_ceil(5) {
+    for _ in 0..number("THINPLY_CUTS").unwrap_or(50).div_ceil(5) {
         let mut machine = Machine::boot(&disk, "files=keep");
         machine.wait_until_checked();
         machine.wait_for_fsck("inner fsck:");

@@ -7,15 +7,6 @@
 //! `THINPLY_KILLS` says how many rounds to run (default 60), `THINPLY_KILLS_SEED` where to begin:
 //! the seed that a failure names replays its load, if not the instants.
 
-#[path = "../load/history.rs"]
-#[allow(dead_code)]
-mod history;
-mod load;
-mod server;
-#[path = "../load/taste.rs"]
-#[allow(dead_code)]
-mod taste;
-
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -28,17 +19,15 @@ use rustix::fs::statvfs;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use history::{History, Seen};
+use testkit::load::history::{History, Seen};
+use testkit::load::taste::Taste;
+use testkit::number;
+use testkit::program::{Program, Server, born, digest};
 
-use server::{Server, born, digest, run, thinply};
-use taste::Taste;
+const THINPLY: Program = Program(env!("CARGO_BIN_EXE_thinply"));
 
 /// Kills in the life of one image.
 const ROUNDS: u64 = 10;
-
-fn number(variable: &str, default: u64) -> u64 {
-    std::env::var(variable).map_or(default, |value| value.parse().expect("a number"))
-}
 
 /// A folder on a disk, or for odd seeds in memory, where commits are so fast that the journal goes
 /// round many times.
@@ -74,8 +63,8 @@ impl Life {
     /// An image `top.tply` over `base.tply`.
     fn layers(seed: u64) -> Self {
         let life = Self::born(seed, &["top.tply"], "", "top.tply", 6);
-        run(life.path(), &["import", "born.raw", "base.tply"]);
-        run(life.path(), &["create", "--parent", "base.tply", "top.tply"]);
+        THINPLY.run(life.path(), &["import", "born.raw", "base.tply"]);
+        THINPLY.run(life.path(), &["create", "--parent", "base.tply", "top.tply"]);
         life
     }
 
@@ -83,8 +72,8 @@ impl Life {
     fn container(seed: u64) -> Self {
         let top = "store/containers/web.tply";
         let life = Self::born(seed, &["--all"], "container/web", top, 1);
-        run(life.path(), &["image", "import", "born.raw", "base"]);
-        run(life.path(), &["container", "create", "base", "--name", "web"]);
+        THINPLY.run(life.path(), &["image", "import", "born.raw", "base"]);
+        THINPLY.run(life.path(), &["container", "create", "base", "--name", "web"]);
         life
     }
 
@@ -122,7 +111,7 @@ impl Life {
     }
 
     fn serve(&self) -> Server {
-        Server::start(self.path(), self.words)
+        THINPLY.serve(self.path(), self.words)
     }
 
     /// Compares what `server` shows with what it may show, and lets clients loose on it until `end`
@@ -150,7 +139,7 @@ impl Life {
     /// A server that goes in one of the ways in which servers go.
     fn round(&mut self) {
         if self.one_in(10) {
-            let mut server = Server::launch(self.path(), self.words);
+            let mut server = THINPLY.launch(self.path(), self.words);
             self.pause(10_000);
             server.kill();
             return;
@@ -183,7 +172,7 @@ impl Life {
                 let name = format!("s{}", life.snapshots);
                 let mark = life.history.hold();
                 let words = ["container", "snapshot", "web", &name];
-                let mut command = thinply(life.path(), &words).spawn().unwrap();
+                let mut command = THINPLY.command(life.path(), &words).spawn().unwrap();
                 if left == 0 {
                     life.pause(30_000);
                     server.kill();
@@ -205,7 +194,8 @@ impl Life {
     fn snapshot(&mut self) {
         self.snapshots += 1;
         let name = format!("s{}.tply", self.snapshots);
-        let mut command = thinply(self.path(), &["snapshot", "top.tply", &name]).spawn().unwrap();
+        let mut command =
+            THINPLY.command(self.path(), &["snapshot", "top.tply", &name]).spawn().unwrap();
         let killed = self.one_in(2);
         if killed {
             if self.random.bool() {
@@ -226,7 +216,7 @@ impl Life {
         let blobs = ["--layers", "store/blobs/sha256"];
         let blobs = if self.words == ["--all"] { &blobs[..] } else { &[] };
         let words = [&["check", "--chain", "--json", self.top], blobs].concat();
-        let text = run(self.path(), &words);
+        let text = THINPLY.run(self.path(), &words);
         let report: Value = serde_json::from_str(&text).unwrap();
         for layer in &report["layers"].as_array().unwrap()[1..] {
             let file = self.folder.path().join(layer["file"].as_str().unwrap());
@@ -244,8 +234,8 @@ impl Life {
 
 /// The seeds of the lives that make up `share` percent of the rounds.
 fn seeds(share: u64) -> Range<u64> {
-    let first = number("THINPLY_KILLS_SEED", 0);
-    let rounds = number("THINPLY_KILLS", 60) * share / 100;
+    let first = number("THINPLY_KILLS_SEED").unwrap_or(0);
+    let rounds = number("THINPLY_KILLS").unwrap_or(60) * share / 100;
     first..first + rounds.div_ceil(ROUNDS)
 }
 
@@ -258,7 +248,7 @@ fn what_a_killed_server_promised_is_there() {
             life.round();
             life.inspect();
             if life.one_in(3) {
-                let server = Server::start(life.path(), &["--read-only", "top.tply"]);
+                let server = THINPLY.serve(life.path(), &["--read-only", "top.tply"]);
                 life.must(server.client("").settle(&life.history));
             }
             if life.one_in(2) {
@@ -279,7 +269,7 @@ fn a_store_killed_amid_snapshots_loses_nothing_it_promised() {
         for _ in 0..ROUNDS {
             let views = life.round_with_snapshots();
             life.inspect();
-            run(life.path(), &["store", "check"]);
+            THINPLY.run(life.path(), &["store", "check"]);
             let server = life.serve();
             for (name, view) in views {
                 life.must(server.client(&name).settle(&view));
