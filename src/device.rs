@@ -3,6 +3,8 @@
 use std::os::fd::OwnedFd;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::memory::{Gather, Scatter};
+use crate::wait::{Attempt, Wait, waited};
 
 /// How a range reads, as far as the allocation bitmaps and the host file system tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,13 +33,13 @@ pub enum Detail {
     Files,
 }
 
-/// What a [`Device::try_read`] may spend, beyond copying.
+/// How much of a range a [`Device::prefetch`] has begun to bring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Effort {
-    /// Nothing.
-    Copy,
-    /// The processor's time to decompress what the page cache holds compressed.
-    Decode,
+pub enum Prefetch {
+    /// All of it.
+    All,
+    /// Not what is only read once it is asked for.
+    InPart,
 }
 
 /// What a [`Device::zero`] call asks for beyond zeros.
@@ -54,8 +56,12 @@ pub struct ZeroMode {
 ///
 /// Ranges must lie inside the device ([`check_range`] is the one test for that); a range beyond it
 /// fails with [`ErrorKind::OutOfRange`] and changes nothing. Concurrent calls that overlap have no
-/// order among themselves. The `try_` forms do what their namesakes do if that needs no wait for a
-/// disk or for a commit, and otherwise change nothing and answer `Ok(false)`.
+/// order among themselves.
+///
+/// The `try_` forms take a [`Wait`]. Unless it allows to wait they never wait for a disk, a commit or
+/// what is far away: what they can't know, read or write without, maps included, they leave undone
+/// and say so. (A write goes to the page cache; when too much of that is dirty, the kernel slows
+/// every writer down.)
 pub trait Device: Send + Sync {
     /// Virtual size in bytes.
     fn size(&self) -> u64;
@@ -63,25 +69,30 @@ pub trait Device: Send + Sync {
     /// Whether every write, zero and trim fails with [`ErrorKind::ReadOnly`].
     fn read_only(&self) -> bool;
 
-    /// Fills `buf` from `offset`.
-    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
+    /// Fills `into` from `offset`.
+    fn try_read(&self, offset: u64, into: Scatter<'_>, wait: Wait) -> Attempt;
 
-    /// [`Device::read`] if the page cache holds everything and no more than `effort` is needed.
-    /// `buf` is undefined after `Ok(false)`.
-    fn try_read(&self, offset: u64, buf: &mut [u8], effort: Effort) -> Result<bool>;
+    /// [`Device::try_read`] that may wait.
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        waited(self.try_read(offset, buf.into(), Wait::Allowed))
+    }
 
     /// Where the bytes of a range that is not empty stand, so that they can be sent without a copy.
-    /// `None` where they don't stand in one piece, or where its ends are not in the page cache; then
-    /// a read is as good.
+    /// `None` where they don't stand in one piece, where its ends are not in the page cache, or where
+    /// to know it would take a wait; then a read is as good.
     fn host_range(&self, _offset: u64, _length: u64) -> Result<Option<HostRange>> {
         Ok(None)
     }
 
-    /// Writes `data` at `offset`; durable after the next [`Device::flush`].
-    fn write(&self, offset: u64, data: &[u8]) -> Result<()>;
+    /// Writes `from` at `offset`; durable after the next [`Device::flush`]. Answers how many bytes,
+    /// from the first one on, were written before it would have had to wait: all of them where it
+    /// may. The rest is unchanged. After an error any part may be written.
+    fn try_write(&self, offset: u64, from: Gather<'_>, wait: Wait) -> Result<u64>;
 
-    /// [`Device::write`] if it needs no wait.
-    fn try_write(&self, offset: u64, data: &[u8]) -> Result<bool>;
+    /// [`Device::try_write`] that may wait.
+    fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+        self.try_write(offset, data.into(), Wait::Allowed).map(drop)
+    }
 
     /// Makes a range read as zeros.
     fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<()>;
@@ -94,7 +105,19 @@ pub trait Device: Send + Sync {
     fn flush(&self) -> Result<()>;
 
     /// Appends to `out` how the range reads, in order, at most `limit` extents; neighbours differ.
-    /// Covers the whole range unless the limit cuts it short.
+    /// Covers the whole range unless the limit cuts it short. [`Detail::Files`] always needs leave
+    /// to wait.
+    fn try_extents(
+        &self,
+        offset: u64,
+        length: u64,
+        detail: Detail,
+        limit: usize,
+        out: &mut Vec<Extent>,
+        wait: Wait,
+    ) -> Attempt;
+
+    /// [`Device::try_extents`] that may wait.
     fn extents(
         &self,
         offset: u64,
@@ -102,11 +125,12 @@ pub trait Device: Send + Sync {
         detail: Detail,
         limit: usize,
         out: &mut Vec<Extent>,
-    ) -> Result<()>;
+    ) -> Result<()> {
+        waited(self.try_extents(offset, length, detail, limit, out, Wait::Allowed))
+    }
 
-    /// Starts to bring a range into the page cache; false where some of it is only read once it is
-    /// asked for.
-    fn prefetch(&self, offset: u64, length: u64) -> Result<bool>;
+    /// Starts to bring a range into the page cache.
+    fn prefetch(&self, offset: u64, length: u64) -> Result<Prefetch>;
 }
 
 /// Fails with [`ErrorKind::OutOfRange`] unless `offset..offset + length` lies within `size`.

@@ -5,11 +5,13 @@
 //! touches the top. `format-spec.md` is normative for the bytes and for the durability protocol.
 
 pub mod chain;
+pub mod derive;
 pub mod device;
 pub mod error;
 pub mod format;
 pub mod inspect;
 pub mod live;
+pub mod memory;
 #[cfg(not(simulation))]
 pub mod nbd;
 pub mod packed;
@@ -20,3 +22,4 @@ pub mod storage;
 pub mod store;
 mod sync;
 pub mod types;
+pub mod wait;

@@ -5,6 +5,9 @@
 
 use std::sync::{OnceLock, PoisonError};
 
+use crate::error::Result;
+use crate::wait::{Attempt, NotDone, Wait};
+
 #[cfg(simulation)]
 pub use shuttle::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 #[cfg(not(simulation))]
@@ -42,23 +45,23 @@ impl<T> LazyTable<T> {
         }
     }
 
-    /// The entry at `index`, made by `make` if this is its first use. Threads that race make it
-    /// more than once, and all get the one that was first.
+    /// The entry at `index`; made by `make`, which may have to wait, if this is its first use.
+    /// Threads that race make it more than once, and all get the one that was first.
     ///
     /// # Panics
     /// Where `index` is beyond the length.
-    pub fn get_or_try_make<E>(
-        &self,
-        index: u64,
-        make: impl FnOnce() -> Result<T, E>,
-    ) -> Result<&T, E> {
+    pub fn get(&self, index: u64, wait: Wait, make: impl FnOnce() -> Result<T>) -> Attempt<&T> {
         let (leaf, place) = (index as usize / LEAF, index as usize % LEAF);
-        let leaf = self.leaves[leaf]
-            .get_or_init(|| std::iter::repeat_with(OnceLock::new).take(LEAF).collect());
-        if let Some(value) = leaf[place].get() {
+        let known = self.leaves[leaf].get().and_then(|leaf| leaf[place].get());
+        if let Some(value) = known {
             return Ok(value);
         }
+        if wait != Wait::Allowed {
+            return Err(NotDone::WouldWait);
+        }
         let made = make()?;
+        let leaf = self.leaves[leaf]
+            .get_or_init(|| std::iter::repeat_with(OnceLock::new).take(LEAF).collect());
         Ok(leaf[place].get_or_init(|| made))
     }
 }
@@ -70,13 +73,19 @@ mod tests {
     #[test]
     fn entries_are_made_once_and_live_until_they_are_cut_off() {
         let mut table = LazyTable::new(3);
-        assert_eq!(table.get_or_try_make(2, || Err(())), Err(()));
-        assert_eq!(table.get_or_try_make(2, || Ok::<_, ()>(7)), Ok(&7));
+        let made = |table: &LazyTable<u32>, index, value| {
+            *table.get(index, Wait::Allowed, || Ok(value)).unwrap()
+        };
+        let fail = || Err(crate::error::Error::new(crate::error::ErrorKind::Io, "no"));
+        assert!(matches!(table.get(2, Wait::Allowed, fail), Err(NotDone::Failed(_))));
+        assert!(matches!(table.get(2, Wait::Never, || Ok(6)), Err(NotDone::WouldWait)));
+        assert_eq!(made(&table, 2, 7), 7);
+        assert_eq!(table.get(2, Wait::Never, || Ok(6)).unwrap(), &7);
         table.resize(5000);
-        assert_eq!(table.get_or_try_make(2, || Ok::<_, ()>(8)), Ok(&7));
-        assert_eq!(table.get_or_try_make(4999, || Ok::<_, ()>(9)), Ok(&9));
+        assert_eq!(made(&table, 2, 8), 7);
+        assert_eq!(made(&table, 4999, 9), 9);
         table.resize(2);
         table.resize(3);
-        assert_eq!(table.get_or_try_make(2, || Ok::<_, ()>(8)), Ok(&8), "cut off, so forgotten");
+        assert_eq!(made(&table, 2, 8), 8, "cut off, so forgotten");
     }
 }

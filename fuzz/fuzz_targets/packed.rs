@@ -3,10 +3,11 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use thinply::wait::{Wait, waited};
+use thinply::storage::{Folder, MemoryFolder, write_all_at};
 use thinply::error::{ErrorKind, Result};
 use thinply::format::packed::FRAME_BLOCKS;
 use thinply::packed::{Compression, Packed, Writer};
-use thinply::storage::{Folder, MemoryFolder, Wait, write_all_at};
 use thinply::types::{BLOCK_SIZE, Block, Group, Word, runs};
 use thinply_fuzz::limits::within_limits;
 use thinply_fuzz::packed::Layer;
@@ -22,7 +23,7 @@ fn present(layer: &Packed) -> Result<Vec<Block>> {
         from = Group(group.0 + 1);
         let bits = layer.bits(group)?.expect("a group of the directory");
         for (word, &bits) in (group.first_word().0..).map(Word).zip(bits.iter()) {
-            assert!(layer.data(word)? & !bits == 0, "data in an absent block");
+            assert!(waited(layer.data(word, Wait::Allowed))? & !bits == 0, "data in an absent block");
             let found = runs(bits).flat_map(|(first, end)| first..end);
             blocks.extend(found.map(|bit| word.block(bit)));
         }
@@ -32,7 +33,7 @@ fn present(layer: &Packed) -> Result<Vec<Block>> {
 
 fn read(layer: &Packed, block: Block, from: u64, buf: &mut [u8]) -> Result<()> {
     let at = (block.0 - block.word().block(0).0) * BLOCK_SIZE + from;
-    layer.read(block.word(), at, buf, Wait::Yes).map(drop)
+    waited(layer.read(block.word(), at, buf.into(), Wait::Allowed))
 }
 
 fn run(input: &[u8]) {
@@ -80,7 +81,7 @@ fn run(input: &[u8]) {
 /// What is verified and then packed again has the same root.
 fn root_follows_content(layer: &Packed, all: &[(Block, Bytes)]) {
     let header = layer.header();
-    let is_data = |block: Block| layer.data(block.word()).unwrap() & block.mask() != 0;
+    let is_data = |block: Block| layer.data(block.word(), Wait::Allowed).unwrap() & block.mask() != 0;
     // What no writer makes: other frames, data that is zero, bytes beyond the end.
     let unlike = header.frame_blocks != FRAME_BLOCKS
         || all.iter().any(|(block, bytes)| {

@@ -1,12 +1,14 @@
 //! Journals with valid checksums that say anything, against recovery as the specification tells it.
 #![no_main]
 
+use std::ops::ControlFlow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
-use thinply::chain::{Chain, Layers};
 use thinply::device::Detail;
+use thinply::storage::{Access, Folder, MemoryFolder, write_all_at};
+use thinply::chain::{Chain, Layers};
 use thinply::error::{ErrorKind, Result};
 use thinply::format::bitmap;
 use thinply::format::geometry::{
@@ -15,7 +17,6 @@ use thinply::format::geometry::{
 use thinply::format::header::{Header, State};
 use thinply::format::journal::{Entry, Record, encode};
 use thinply::inspect;
-use thinply::storage::{Access, Folder, MemoryFolder, write_all_at};
 use thinply::types::{Block, FreezeId, Group, Uuid};
 use thinply_fuzz::limits::within_limits;
 
@@ -174,7 +175,7 @@ fn owned(folder: &Arc<dyn Folder>, access: Access) -> Result<BTreeSet<u64>> {
         if extent.depth.is_some() {
             owned.extend(extent.offset / 4096..(extent.offset + extent.length) / 4096);
         }
-        true
+        ControlFlow::Continue(())
     })?;
     Ok(owned)
 }

@@ -1,62 +1,67 @@
 //! The chain as a block device.
 
+use std::ops::ControlFlow;
+
 use super::layer::{Layer, prefetch};
 use super::map::Kind;
+use super::walk::{Owner, Walk};
 use super::{Chain, Levels};
 use crate::device::{
-    Detail, Device, Effort, Extent, HostRange, ZeroMode, check_range, push_extent,
+    Detail, Device, Extent, HostRange, Prefetch, ZeroMode, check_range, push_extent,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::word_offset;
-use crate::live::{Under, Writable, ZeroKind, words};
-use crate::storage::{Storage, Wait, read_blocks};
-use crate::types::{BLOCK_SIZE, Block, Word};
+use crate::live::{Under, Writable, ZeroKind};
+use crate::memory::{Gather, Scatter};
+use crate::storage::{Storage, read_blocks};
+use crate::types::{BLOCK_SIZE, Block};
+use crate::wait::{Attempt, Wait, unless_waiting, waited};
 
 impl Levels {
-    fn read(&self, offset: u64, buf: &mut [u8], wait: Wait) -> Result<bool> {
-        check_range(self.size, offset, buf.len() as u64)?;
-        let mut rest = buf;
-        for (word, from, to) in words(offset, rest.len() as u64) {
-            let (part, after) = rest.split_at_mut((to - from) as usize);
-            let done = self.split(word, from, to, |a, b, top| {
-                let part = &mut part[(a - from) as usize..(b - from) as usize];
-                match top {
-                    Some(top) => top.read(word, a, part, wait),
-                    None => self.view().read_word(word, a, part, wait),
-                }
-            })?;
-            if !done {
-                return Ok(false);
-            }
-            rest = after;
-        }
-        Ok(true)
+    /// Who answers for the bytes of a range that lies inside the device.
+    pub(super) fn walk(&self, offset: u64, length: u64, wait: Wait) -> Walk<'_> {
+        Walk::new(self.top.as_ref(), self.view(), offset, length, wait)
     }
 
-    fn host_range(&self, offset: u64, length: u64) -> Result<Option<HostRange>> {
+    fn read(&self, offset: u64, into: Scatter<'_>, wait: Wait) -> Attempt {
+        check_range(self.size, offset, into.len() as u64)?;
+        self.walk(offset, into.len() as u64, wait).read(into)
+    }
+
+    /// The bytes of a range as they stand side by side in one live layer's file, if both ends are in
+    /// the page cache.
+    fn host_range(&self, offset: u64, length: u64) -> Attempt<Option<HostRange>> {
         check_range(self.size, offset, length)?;
-        let mut piece = Piece::default();
-        for (word, from, to) in words(offset, length) {
-            let whole = self.split(word, from, to, |from, to, top| match top {
-                Some(top) => Ok(piece.append(top.file(), word, from, to)),
-                None => self.view().runs(word, from, to, |run| match run.owner {
-                    Some((_, Layer::Live(layer))) => {
-                        Ok(piece.append(layer.file(), word, run.from, run.to))
-                    }
-                    _ => Ok(false),
-                }),
-            })?;
-            if !whole {
-                return Ok(None);
-            }
+        let mut found: Option<(&dyn Storage, u64, u64)> = None;
+        for piece in self.walk(offset, length, Wait::Never) {
+            let piece = piece?;
+            let file = match piece.owner {
+                Owner::Top(top) => top.file(),
+                Owner::Layer(_, Layer::Live(layer)) => layer.file(),
+                _ => return Ok(None),
+            };
+            let at = word_offset(piece.word).0 + piece.from;
+            let start = match found {
+                None => at,
+                Some((known, start, end)) if std::ptr::addr_eq(known, file) && at == end => start,
+                Some(_) => return Ok(None),
+            };
+            found = Some((file, start, at + piece.length()));
         }
-        piece.host_range()
+        let Some((file, start, end)) = found else { return Ok(None) };
+        let Some(descriptor) = file.descriptor() else { return Ok(None) };
+        for at in [start, end - 1] {
+            read_blocks(file, at, (&mut [0]).into(), Wait::Never)?;
+        }
+        // Out of descriptors, the bytes are copied.
+        let file = descriptor.try_clone_to_owned().ok();
+        Ok(file.map(|file| HostRange { file, offset: start }))
     }
 
-    fn write(&self, offset: u64, data: &[u8], wait: Wait) -> Result<bool> {
+    fn write(&self, offset: u64, from: Gather<'_>, wait: Wait) -> Result<u64> {
         let top = self.top()?;
-        check_range(self.size, offset, data.len() as u64)?;
-        top.write(offset, data, &self.view(), wait)
+        check_range(self.size, offset, from.len() as u64)?;
+        top.write(offset, from, &self.view(), wait)
     }
 
     /// The whole blocks of a range, with the device's last block counted as whole: `first..end` in
@@ -100,48 +105,16 @@ impl Levels {
         while at < to {
             let block = Block(at / BLOCK_SIZE);
             let end = to.min((block.0 + 1) * BLOCK_SIZE);
-            let owned = top.owned(block.word())? | self.view().owned(block.word())?;
+            let (view, word) = (self.view(), block.word());
+            let owned =
+                waited(top.owned(word, Wait::Allowed))? | waited(view.owned(word, Wait::Allowed))?;
             if kind == ZeroKind::Allocate || owned & block.mask() != 0 {
-                top.write(at, &vec![0; (end - at) as usize], &self.view(), Wait::Yes)?;
+                let zeros = vec![0; (end - at) as usize];
+                top.write(at, (&zeros).into(), &view, Wait::Allowed)?;
             }
             at = end;
         }
         Ok(())
-    }
-}
-
-/// Bytes that stand side by side in one live layer's file.
-#[derive(Default)]
-struct Piece<'a> {
-    file: Option<&'a dyn Storage>,
-    start: u64,
-    end: u64,
-}
-
-impl<'a> Piece<'a> {
-    /// Takes in bytes of a word that `file` owns; false where they don't go on from the last ones.
-    fn append(&mut self, file: &'a dyn Storage, word: Word, from: u64, to: u64) -> bool {
-        let at = word_offset(word).0 + from;
-        match self.file {
-            None => (self.file, self.start) = (Some(file), at),
-            Some(known) if std::ptr::addr_eq(known, file) && at == self.end => {}
-            Some(_) => return false,
-        }
-        self.end = at + (to - from);
-        true
-    }
-
-    fn host_range(&self) -> Result<Option<HostRange>> {
-        let Some(file) = self.file else { return Ok(None) };
-        let Some(descriptor) = file.descriptor() else { return Ok(None) };
-        for end in [self.start, self.end - 1] {
-            if !read_blocks(file, end, &mut [0], Wait::No)? {
-                return Ok(None);
-            }
-        }
-        // Out of descriptors, the bytes are copied.
-        let file = descriptor.try_clone_to_owned().ok();
-        Ok(file.map(|file| HostRange { file, offset: self.start }))
     }
 }
 
@@ -154,28 +127,16 @@ impl Device for Chain {
         self.read_only
     }
 
-    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.levels().read(offset, buf, Wait::Yes).map(drop)
-    }
-
-    fn try_read(&self, offset: u64, buf: &mut [u8], effort: Effort) -> Result<bool> {
-        let wait = match effort {
-            Effort::Copy => Wait::No,
-            Effort::Decode => Wait::Decode,
-        };
-        self.levels().read(offset, buf, wait)
+    fn try_read(&self, offset: u64, into: Scatter<'_>, wait: Wait) -> Attempt {
+        self.levels().read(offset, into, wait)
     }
 
     fn host_range(&self, offset: u64, length: u64) -> Result<Option<HostRange>> {
-        self.levels().host_range(offset, length)
+        Ok(unless_waiting(self.levels().host_range(offset, length))?.flatten())
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        self.levels().write(offset, data, Wait::Yes).map(drop)
-    }
-
-    fn try_write(&self, offset: u64, data: &[u8]) -> Result<bool> {
-        self.levels().write(offset, data, Wait::No)
+    fn try_write(&self, offset: u64, from: Gather<'_>, wait: Wait) -> Result<u64> {
+        self.levels().write(offset, from, wait)
     }
 
     fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<()> {
@@ -195,36 +156,40 @@ impl Device for Chain {
         self.levels().top.as_ref().map_or(Ok(()), Writable::flush)
     }
 
-    fn extents(
+    fn try_extents(
         &self,
         offset: u64,
         length: u64,
         detail: Detail,
         limit: usize,
         out: &mut Vec<Extent>,
-    ) -> Result<()> {
-        self.map(offset, length, detail, &mut |extent| {
+        wait: Wait,
+    ) -> Attempt {
+        self.try_map(offset, length, detail, wait, &mut |extent| {
             let hole = extent.kind != Kind::Data;
-            push_extent(out, limit, Extent { length: extent.length, hole })
+            match push_extent(out, limit, Extent { length: extent.length, hole }) {
+                true => ControlFlow::Continue(()),
+                false => ControlFlow::Break(()),
+            }
         })
     }
 
-    fn prefetch(&self, offset: u64, length: u64) -> Result<bool> {
+    fn prefetch(&self, offset: u64, length: u64) -> Result<Prefetch> {
         let levels = self.levels();
-        let mut all = true;
         check_range(levels.size, offset, length)?;
-        for (word, from, to) in words(offset, length) {
-            levels.split(word, from, to, |from, to, top| match top {
-                Some(top) => prefetch(top.file(), word, from, to - from).map(|()| true),
-                None => levels.view().runs(word, from, to, |run| match run.owner {
-                    Some((_, layer)) => {
-                        all &= layer.prefetch(word, run.from, run.to - run.from)?;
-                        Ok(true)
-                    }
-                    None => Ok(true),
-                }),
-            })?;
+        let mut begun = Prefetch::All;
+        for piece in levels.walk(offset, length, Wait::Allowed) {
+            let piece = waited(piece)?;
+            match piece.owner {
+                Owner::Top(top) => prefetch(top.file(), piece.word, piece.from, piece.length())?,
+                Owner::Layer(_, Layer::Live(layer)) => {
+                    prefetch(layer.file(), piece.word, piece.from, piece.length())?;
+                }
+                // Small enough to wait until it is asked for.
+                Owner::Layer(_, Layer::Packed(_)) => begun = Prefetch::InPart,
+                Owner::Nobody => {}
+            }
         }
-        Ok(all)
+        Ok(begun)
     }
 }

@@ -1,5 +1,6 @@
 //! A sealed layer of either layout, as the stack sees it.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::Result;
@@ -7,9 +8,11 @@ use crate::format::bitmap::Bits;
 use crate::format::geometry::word_offset;
 use crate::format::header::ParentLink;
 use crate::live::Sealed;
+use crate::memory::Scatter;
 use crate::packed::Packed;
-use crate::storage::{Storage, Wait, failed};
+use crate::storage::{Storage, failed};
 use crate::types::{Group, Identity, Word};
+use crate::wait::{Attempt, Wait};
 
 /// A layer that is only read.
 #[derive(Debug)]
@@ -64,11 +67,11 @@ impl Layer {
         }
     }
 
-    /// The file.
-    pub fn file(&self) -> &dyn Storage {
+    /// What the layer is called in messages: its file, or where it comes from.
+    pub fn path(&self) -> &Path {
         match self {
-            Self::Live(layer) => layer.file(),
-            Self::Packed(layer) => layer.file(),
+            Self::Live(layer) => layer.file().path(),
+            Self::Packed(layer) => layer.path(),
         }
     }
 
@@ -88,21 +91,11 @@ impl Layer {
         }
     }
 
-    /// Reads owned bytes, `from` counted from the word's start; false as in
-    /// [`crate::live::Under::read`].
-    pub fn read(&self, word: Word, from: u64, buf: &mut [u8], wait: Wait) -> Result<bool> {
+    /// Reads owned bytes, `from` counted from the word's start.
+    pub fn read(&self, word: Word, from: u64, into: Scatter<'_>, wait: Wait) -> Attempt {
         match self {
-            Self::Live(layer) => layer.read(word, from, buf, wait),
-            Self::Packed(layer) => layer.read(word, from, buf, wait),
-        }
-    }
-
-    /// Starts to read owned bytes into the page cache. Those of a packed layer are small enough to
-    /// wait until they are asked for: false.
-    pub fn prefetch(&self, word: Word, from: u64, length: u64) -> Result<bool> {
-        match self {
-            Self::Live(layer) => prefetch(layer.file(), word, from, length).map(|()| true),
-            Self::Packed(_) => Ok(false),
+            Self::Live(layer) => layer.read(word, from, into, wait),
+            Self::Packed(layer) => layer.read(word, from, into, wait),
         }
     }
 }

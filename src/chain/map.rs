@@ -1,13 +1,16 @@
 //! Who owns what: the extents of a chain with their layers and holes.
 
+use std::ops::ControlFlow;
+
+use super::Chain;
 use super::layer::Layer;
-use super::{Chain, Levels};
+use super::walk::{Owner, Piece};
 use crate::device::{Detail, Device, check_range};
 use crate::error::Result;
 use crate::format::geometry::word_offset;
-use crate::live::words;
 use crate::storage::{Storage, failed};
-use crate::types::{BLOCK_SIZE, GROUP_BYTES, Group, WORD_BYTES, Word, touched};
+use crate::types::{BLOCK_SIZE, GROUP_BYTES, Group, WORD_BYTES, Word};
+use crate::wait::{Attempt, NotDone, Wait, waited};
 
 /// What an extent holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,24 +37,41 @@ pub struct MapExtent {
 }
 
 impl Chain {
-    /// Hands the extents of a range to `visit` in order, neighbours that say the same joined, for
-    /// as long as it answers true. [`Kind::Zero`] is found only under [`Detail::Files`].
+    /// Hands the extents of a range to `visit` in order, neighbours that say the same joined, until
+    /// it breaks off. [`Kind::Zero`] is found only under [`Detail::Files`].
     pub fn map(
         &self,
         offset: u64,
         length: u64,
         detail: Detail,
-        visit: &mut dyn FnMut(MapExtent) -> bool,
+        visit: &mut dyn FnMut(MapExtent) -> ControlFlow<()>,
     ) -> Result<()> {
+        waited(self.try_map(offset, length, detail, Wait::Allowed, visit))
+    }
+
+    /// [`Chain::map`] that may not wait unless `wait` says so.
+    pub(super) fn try_map(
+        &self,
+        offset: u64,
+        length: u64,
+        detail: Detail,
+        wait: Wait,
+        visit: &mut dyn FnMut(MapExtent) -> ControlFlow<()>,
+    ) -> Attempt {
+        // Where holes are, the file system may have to look up on the disk.
+        if detail == Detail::Files && wait != Wait::Allowed {
+            return Err(NotDone::WouldWait);
+        }
         let levels = self.levels();
         check_range(levels.size, offset, length)?;
-        let mut walk = Walk { holes: Holes::default(), detail, pending: None, visit };
-        for (word, from, to) in words(offset, length) {
-            if !levels.map_word(word, from, to, &mut walk)? {
+        let base = usize::from(levels.top.is_some());
+        let mut mapping = Mapping { holes: Holes::default(), detail, pending: None, visit };
+        for piece in levels.walk(offset, length, wait) {
+            if mapping.piece(&piece?, base, wait)?.is_break() {
                 return Ok(());
             }
         }
-        walk.finish();
+        mapping.finish();
         Ok(())
     }
 }
@@ -96,7 +116,10 @@ impl Chain {
             let mut pushed = Ok(());
             self.map(next, end - next, Detail::Files, &mut |extent| {
                 pushed = joined.push(extent);
-                pushed.is_ok()
+                match pushed {
+                    Ok(()) => ControlFlow::Continue(()),
+                    Err(_) => ControlFlow::Break(()),
+                }
             })?;
             pushed?;
             at = end;
@@ -123,136 +146,95 @@ impl Joined<'_> {
     }
 }
 
-impl Levels {
-    fn map_word(&self, word: Word, from: u64, to: u64, walk: &mut Walk<'_>) -> Result<bool> {
-        let base = usize::from(self.top.is_some());
-        self.split(word, from, to, |from, to, top| {
-            if let Some(top) = top {
-                return walk.owned(top.file(), 0, word, from, to);
-            }
-            self.view().runs(word, from, to, |run| match run.owner {
-                Some((owner, layer)) => {
-                    walk.layer(layer, base + usize::from(owner), word, run.from, run.to)
-                }
-                None => Ok(walk.push(
-                    word.guest_offset() + run.from,
-                    run.to - run.from,
-                    None,
-                    Kind::Absent,
-                )),
-            })
-        })
-    }
-
-    /// Cuts bytes `from..to` of a word into those that the top owns and those that it doesn't, in
-    /// order, for as long as `visit` answers true; false if it did not.
-    pub(super) fn split<'a>(
-        &'a self,
-        word: Word,
-        from: u64,
-        to: u64,
-        mut visit: impl FnMut(u64, u64, Option<&'a crate::live::Writable>) -> Result<bool>,
-    ) -> Result<bool> {
-        let Some(top) = &self.top else { return visit(from, to, None) };
-        let mask = touched(from, to);
-        let owned = top.owned(word)? & mask;
-        let mut at = from;
-        while at < to {
-            let bit = at / BLOCK_SIZE;
-            let here = owned >> bit & 1 == 1;
-            let same = if here { owned >> bit } else { !owned >> bit };
-            let end = to.min((bit + u64::from(same.trailing_ones())) * BLOCK_SIZE);
-            if !visit(at, end, here.then_some(top))? {
-                return Ok(false);
-            }
-            at = end;
-        }
-        Ok(true)
-    }
-}
-
-struct Walk<'a> {
+/// Pieces on their way to become extents.
+struct Mapping<'a> {
     holes: Holes,
     detail: Detail,
     /// The extent that the next one may still continue.
     pending: Option<MapExtent>,
-    visit: &'a mut dyn FnMut(MapExtent) -> bool,
+    visit: &'a mut dyn FnMut(MapExtent) -> ControlFlow<()>,
 }
 
-impl Walk<'_> {
-    fn push(&mut self, offset: u64, length: u64, depth: Option<usize>, kind: Kind) -> bool {
+impl Mapping<'_> {
+    fn push(
+        &mut self,
+        offset: u64,
+        length: u64,
+        depth: Option<usize>,
+        kind: Kind,
+    ) -> ControlFlow<()> {
         match &mut self.pending {
             Some(last) if last.depth == depth && last.kind == kind => {
                 last.length += length;
-                true
+                ControlFlow::Continue(())
             }
-            pending => {
-                let done = pending.replace(MapExtent { offset, length, depth, kind });
-                done.is_none_or(|extent| (self.visit)(extent))
-            }
+            pending => match pending.replace(MapExtent { offset, length, depth, kind }) {
+                Some(done) => (self.visit)(done),
+                None => ControlFlow::Continue(()),
+            },
         }
     }
 
     fn finish(mut self) {
         if let Some(extent) = self.pending.take() {
-            (self.visit)(extent);
+            let _ = (self.visit)(extent);
         }
     }
 
-    /// A run that a sealed layer owns.
-    fn layer(
-        &mut self,
-        layer: &Layer,
-        depth: usize,
-        word: Word,
-        from: u64,
-        to: u64,
-    ) -> Result<bool> {
-        let packed = match layer {
-            Layer::Packed(packed) if self.detail == Detail::Files => packed,
-            _ => return self.owned(layer.file(), depth, word, from, to),
+    /// Maps a piece. The stack's first layer is at depth `base`.
+    fn piece(&mut self, piece: &Piece<'_>, base: usize, wait: Wait) -> Attempt<ControlFlow<()>> {
+        let (depth, layer) = match piece.owner {
+            Owner::Nobody => {
+                return Ok(self.push(piece.offset(), piece.length(), None, Kind::Absent));
+            }
+            Owner::Top(top) => (0, Ok(top.file())),
+            Owner::Layer(place, Layer::Live(layer)) => (base + place, Ok(layer.file())),
+            Owner::Layer(place, Layer::Packed(layer)) => (base + place, Err(layer)),
         };
-        let data = packed.data(word)?;
-        let mut at = from;
-        while at < to {
+        match layer {
+            _ if self.detail == Detail::Bitmaps => {
+                Ok(self.push(piece.offset(), piece.length(), Some(depth), Kind::Data))
+            }
+            Ok(file) => Ok(self.in_file(file, depth, piece)?),
+            Err(packed) => Ok(self.in_packed(packed.data(piece.word, wait)?, depth, piece)),
+        }
+    }
+
+    /// A piece of a packed layer that has data for these blocks of the word.
+    fn in_packed(&mut self, data: u64, depth: usize, piece: &Piece<'_>) -> ControlFlow<()> {
+        let mut at = piece.from;
+        while at < piece.to {
             let bit = at / BLOCK_SIZE;
             let (kind, same) = match data >> bit & 1 {
                 1 => (Kind::Data, data >> bit),
                 _ => (Kind::Zero, !data >> bit),
             };
-            let end = to.min((bit + u64::from(same.trailing_ones())) * BLOCK_SIZE);
-            if !self.push(word.guest_offset() + at, end - at, Some(depth), kind) {
-                return Ok(false);
-            }
+            let end = piece.to.min((bit + u64::from(same.trailing_ones())) * BLOCK_SIZE);
+            self.push(piece.word.guest_offset() + at, end - at, Some(depth), kind)?;
             at = end;
         }
-        Ok(true)
+        ControlFlow::Continue(())
     }
 
-    /// A run that stands in a live layer's file.
-    fn owned(
+    /// A piece that stands in a live layer's file.
+    fn in_file(
         &mut self,
         file: &dyn Storage,
         depth: usize,
-        word: Word,
-        from: u64,
-        to: u64,
-    ) -> Result<bool> {
-        let (guest, host) = (word.guest_offset(), word_offset(word).0);
-        if self.detail == Detail::Bitmaps {
-            return Ok(self.push(guest + from, to - from, Some(depth), Kind::Data));
-        }
-        let mut at = from;
-        while at < to {
+        piece: &Piece<'_>,
+    ) -> Result<ControlFlow<()>> {
+        let (guest, host) = (piece.word.guest_offset(), word_offset(piece.word).0);
+        let mut at = piece.from;
+        while at < piece.to {
             let (end, hole) = self.holes.at(file, depth, host + at)?;
-            let end = (end - host).min(to);
+            let end = (end - host).min(piece.to);
             let kind = if hole { Kind::Zero } else { Kind::Data };
-            if !self.push(guest + at, end - at, Some(depth), kind) {
-                return Ok(false);
+            if self.push(guest + at, end - at, Some(depth), kind).is_break() {
+                return Ok(ControlFlow::Break(()));
             }
             at = end;
         }
-        Ok(true)
+        Ok(ControlFlow::Continue(()))
     }
 }
 

@@ -1,26 +1,22 @@
-//! The stack of layers as one block device: newest-first reads, copy-up, snapshots, and new layers
-//! made of what it shows.
+//! The stack of layers as one block device: newest-first reads, copy-up and snapshots.
 //!
 //! A [`Chain`] is a top layer, writable or not, over a [`Stack`] of sealed ones. Invariants:
 //! - only the top is ever written, and only by this object, under its exclusive lock;
 //! - what a layer shows of those below it ends at its visible parent size, to the byte.
 
-mod compare;
-mod derive;
 mod device;
-mod fold;
+mod gate;
 mod layer;
-mod layers;
 mod map;
 mod owners;
-mod pack;
-mod pair;
 mod setup;
 mod share;
 mod snapshot;
 mod stack;
+mod still;
+mod walk;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -31,17 +27,14 @@ use crate::planted::{Bug, planted};
 use crate::storage::{Access, Folder, sync_folder};
 use crate::sync::{RwLock, RwLockReadGuard};
 use crate::types::Identity;
-use layers::{Found, check_visible};
+use gate::{Found, check_visible};
+use snapshot::CutOff;
 use stack::View;
 
-pub use compare::{Mismatch, Rule, compare};
-pub use derive::Plan;
-pub use fold::Sink;
+pub use gate::{Layers, MAX_DEPTH};
 pub use layer::Layer;
-pub use layers::{Layers, MAX_DEPTH};
 pub use map::{Kind, MapExtent};
-pub use pack::PackOptions;
-pub use pair::{Content, Raw};
+pub(crate) use owners::shown;
 pub use setup::{Parent, create, finish_snapshot, seal};
 pub use share::Stored;
 pub use stack::Stack;
@@ -81,7 +74,7 @@ impl Levels {
         self.top.as_ref().ok_or_else(|| {
             let error = Error::new(ErrorKind::ReadOnly, "not open for writing");
             match self.stack.as_ref().and_then(|stack| stack.layers().next()) {
-                Some(layer) => error.in_file(layer.file().path()),
+                Some(layer) => error.in_file(layer.path()),
                 None => error,
             }
         })
@@ -129,9 +122,9 @@ impl Chain {
     /// The files of all layers, newest first.
     pub fn paths(&self) -> Vec<PathBuf> {
         let levels = self.levels();
-        let top = levels.top.iter().map(Writable::file);
-        let sealed = levels.stack.iter().flat_map(|stack| stack.layers()).map(Layer::file);
-        top.chain(sealed).map(|file| file.path().to_owned()).collect()
+        let top = levels.top.iter().map(|top| top.file().path());
+        let sealed = levels.stack.iter().flat_map(|stack| stack.layers()).map(Layer::path);
+        top.chain(sealed).map(Path::to_owned).collect()
     }
 
     /// Changes the virtual size of the top.
@@ -230,7 +223,7 @@ fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Resul
     }
     let mut header = newest_header(&*file)?;
     if matches!(header.state, State::Frozen(_))
-        && snapshot::finish(&**folder, name, header.identity())?
+        && snapshot::finish(&**folder, name, header.identity())? == CutOff::Finished
     {
         file = setup::open_file(&**folder, name, Access::Write)?;
         header = newest_header(&*file)?;

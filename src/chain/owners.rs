@@ -6,13 +6,13 @@ use crate::error::Result;
 use crate::types::{BLOCK_SIZE, GROUP_WORDS, Group, WORD_BLOCKS, Word, runs, touched};
 
 /// A layer's place in its stack, newest first.
-pub(super) type Owner = u16;
+pub(super) type Place = u16;
 /// No layer owns the block.
-pub(super) const NOBODY: Owner = 0x7fff;
+pub(super) const NOBODY: Place = 0x7fff;
 /// Marks a word whose blocks have several owners; the rest is an index into `mixed`.
 const MIXED: u16 = 0x8000;
 
-type MixedWord = [Owner; WORD_BLOCKS as usize];
+type MixedWord = [Place; WORD_BLOCKS as usize];
 
 /// The owners of one group's blocks.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ pub(super) enum GroupOwners {
 /// The owners of one word's blocks.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum WordOwners<'a> {
-    One(Owner),
+    One(Place),
     Mixed(&'a MixedWord),
 }
 
@@ -85,7 +85,7 @@ impl GroupOwners {
 }
 
 /// The blocks of a word that show at least one byte where `clip` bytes of the device show.
-pub(super) fn shown(word: Word, clip: u64) -> u64 {
+pub(crate) fn shown(word: Word, clip: u64) -> u64 {
     let start = word.guest_offset();
     let bytes = clip.saturating_sub(start).min(WORD_BLOCKS * BLOCK_SIZE);
     touched(0, bytes)
@@ -104,23 +104,15 @@ impl WordOwners<'_> {
         }
     }
 
-    /// The runs of blocks `first..end` with one owner each.
-    pub fn runs(self, first: u32, end: u32) -> impl Iterator<Item = (u32, u32, Owner)> {
-        let owner_of = move |bit: u32| match self {
-            Self::One(owner) => owner,
-            Self::Mixed(owners) => owners[bit as usize],
-        };
-        let mut at = first;
-        std::iter::from_fn(move || {
-            if at >= end {
-                return None;
+    /// The owner of block `first`, and the first block behind it, `end` at most, that has another.
+    pub fn run(self, first: u32, end: u32) -> (Place, u32) {
+        match self {
+            Self::One(owner) => (owner, end),
+            Self::Mixed(owners) => {
+                let owner = owners[first as usize];
+                let other = owners[first as usize..end as usize].iter().position(|o| *o != owner);
+                (owner, other.map_or(end, |other| first + other as u32))
             }
-            let (from, owner) = (at, owner_of(at));
-            at = match self {
-                Self::One(_) => end,
-                Self::Mixed(_) => (from..end).find(|&bit| owner_of(bit) != owner).unwrap_or(end),
-            };
-            Some((from, at, owner))
-        })
+        }
     }
 }

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::{Layers, snapshot};
+use super::Layers;
+use super::snapshot::{self, CutOff};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{ParentLink, State};
 use crate::live::{self, NewLayer, Sealed, Writable, durable_header};
@@ -52,7 +53,7 @@ pub fn seal(folder: &dyn Folder, name: &str) -> Result<Parent> {
     }
     let mut header = durable_header(&*file)?;
     if matches!(header.state, State::Frozen(_))
-        && snapshot::finish(folder, name, header.identity())?
+        && snapshot::finish(folder, name, header.identity())? == CutOff::Finished
     {
         file = open_file(folder, name, Access::Read)?;
         header = durable_header(&*file)?;

@@ -6,7 +6,7 @@ use super::{Chain, Kind, Layer, MapExtent};
 use crate::device::check_range;
 use crate::error::Result;
 use crate::format::geometry::block_offset;
-use crate::storage::Storage;
+use crate::storage::{Share, Storage};
 use crate::types::{BLOCK_SIZE, Block, GROUP_BLOCKS};
 
 /// Bytes of a disk that stand in a file as they are.
@@ -24,39 +24,45 @@ pub struct Stored<'a> {
 
 impl Chain {
     /// Makes the whole blocks of a range hold what stands in `source` from `from` on, by sharing its
-    /// space. False where that can't be done, or where the top owns one of them; a part may be shared
+    /// space. Refused where that can't be done, or where the top owns one of them; a part may be shared
     /// then, and all of it may be written. Waits for operations under way, and holds up those that
     /// come.
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::ReadOnly`], [`crate::error::ErrorKind::OutOfRange`]; host errors.
-    pub fn share(&self, offset: u64, length: u64, source: &dyn Storage, from: u64) -> Result<bool> {
+    pub fn share(
+        &self,
+        offset: u64,
+        length: u64,
+        source: &dyn Storage,
+        from: u64,
+    ) -> Result<Share> {
         let mut levels = self.state.write().unwrap_or_else(PoisonError::into_inner);
         levels.top()?;
         check_range(levels.size, offset, length)?;
         if !offset.is_multiple_of(BLOCK_SIZE) || !length.is_multiple_of(BLOCK_SIZE) {
-            return Ok(false);
+            return Ok(Share::Refused);
         }
-        let Some(top) = levels.top.as_mut() else { return Ok(false) };
+        let Some(top) = levels.top.as_mut() else { return Ok(Share::Refused) };
         let end = (offset + length) / BLOCK_SIZE;
         top.share(Block(offset / BLOCK_SIZE), Block(end), source, from)
     }
 
     /// Hands the whole blocks of a data extent of [`Chain::walk`] to `visit`, in order, as they stand
-    /// side by side in the file of a live layer, for as long as it answers true. False if it did
-    /// not, or where they don't stand so.
+    /// side by side in the file of a live layer, until it refuses one. Refused too where they don't
+    /// stand so.
     ///
     /// # Errors
     /// Those of `visit`.
     pub fn stored(
         &self,
         extent: &MapExtent,
-        visit: &mut dyn FnMut(&Stored<'_>) -> Result<bool>,
-    ) -> Result<bool> {
+        visit: &mut dyn FnMut(&Stored<'_>) -> Result<Share>,
+    ) -> Result<Share> {
         let levels = self.levels();
         let layer = levels.sealed().zip(extent.depth).and_then(|(s, depth)| s.layers().nth(depth));
         let Some(Layer::Live(layer)) = layer.filter(|_| extent.kind == Kind::Data) else {
-            return Ok(false);
+            return Ok(Share::Refused);
         };
         let end = (extent.offset + extent.length) / BLOCK_SIZE;
         let mut block = extent.offset.div_ceil(BLOCK_SIZE);
@@ -68,11 +74,11 @@ impl Chain {
                 offset: block * BLOCK_SIZE,
                 length: (stop - block) * BLOCK_SIZE,
             };
-            if !visit(&stored)? {
-                return Ok(false);
+            if visit(&stored)? == Share::Refused {
+                return Ok(Share::Refused);
             }
             block = stop;
         }
-        Ok(true)
+        Ok(Share::Done)
     }
 }

@@ -3,8 +3,8 @@
 
 use std::sync::{Arc, PoisonError};
 
+use super::gate::Found;
 use super::layer::Layer;
-use super::layers::Found;
 use super::setup::open_file;
 use super::{Chain, Levels, MAX_DEPTH, Stack};
 use crate::error::{Error, ErrorKind, Result};
@@ -22,31 +22,46 @@ fn failed(folder: &dyn Folder, operation: &'static str) -> impl FnOnce(std::io::
     move |error| Error::io(error, operation).in_file(folder.path())
 }
 
+/// What became of a snapshot that was cut off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CutOff {
+    /// The name leads to the new top now.
+    Finished,
+    /// There was none.
+    Nothing,
+}
+
 /// Finishes a snapshot that was cut off after `name` had been frozen under `identity`: its new top
-/// takes the name. False where there is none.
+/// takes the name.
 ///
 /// The new top's lock keeps out others who would do the same; whoever gets it second finds that the
 /// name has moved on.
-pub(super) fn finish(folder: &dyn Folder, name: &str, identity: Option<Identity>) -> Result<bool> {
+pub(super) fn finish(
+    folder: &dyn Folder,
+    name: &str,
+    identity: Option<Identity>,
+) -> Result<CutOff> {
     let new_top = new_top_name(name);
     // A killed process may have left the freeze in the page cache alone. It has to be durable
     // before a name says that there is a child.
-    let moved_on =
-        || Ok(durable_header(&*open_file(folder, name, Access::Read)?)?.identity() != identity);
+    let by_others = || {
+        let now = durable_header(&*open_file(folder, name, Access::Read)?)?.identity();
+        Ok(if now == identity { CutOff::Nothing } else { CutOff::Finished })
+    };
     let file = match open_file(folder, &new_top, Access::Write) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return moved_on(),
+        Err(error) if error.kind() == ErrorKind::NotFound => return by_others(),
         other => other?,
     };
     take_lock(&*file, Lock::Exclusive)?;
-    if moved_on()? {
-        return Ok(true);
+    if by_others()? == CutOff::Finished {
+        return Ok(CutOff::Finished);
     }
     if newest_header(&*file)?.parent.map(|link| link.identity) != identity {
-        return Ok(false);
+        return Ok(CutOff::Nothing);
     }
     folder.rename(&new_top, name).map_err(failed(folder, "renaming the new top"))?;
     sync_folder(folder)?;
-    Ok(true)
+    Ok(CutOff::Finished)
 }
 
 impl Chain {

@@ -2,15 +2,16 @@
 
 use std::sync::Arc;
 
+use super::gate::Found;
 use super::layer::Layer;
-use super::layers::Found;
-use super::owners::{GroupOwners, NOBODY, Owner, WordOwners, shown};
-use crate::error::Result;
+use super::owners::{GroupOwners, WordOwners, shown};
+use super::walk::Walk;
 use crate::format::geometry::group_count;
-use crate::live::{Under, words};
-use crate::storage::Wait;
+use crate::live::Under;
+use crate::memory::Scatter;
 use crate::sync::LazyTable;
-use crate::types::{BLOCK_SIZE, Word};
+use crate::types::Word;
+use crate::wait::{Attempt, Wait};
 
 /// Sealed layers, newest first, with their owner map.
 #[derive(Debug)]
@@ -50,12 +51,16 @@ impl Stack {
         self.clips[0]
     }
 
-    fn owners(&self, word: Word) -> Result<WordOwners<'_>> {
+    /// The layer at a place, and how many bytes of it show.
+    pub(super) fn layer(&self, place: usize) -> (&Layer, u64) {
+        (&self.layers[place].layer, self.clips[place])
+    }
+
+    /// Who owns the blocks of a word.
+    pub(super) fn owners(&self, word: Word, wait: Wait) -> Attempt<WordOwners<'_>> {
         let group = word.group();
-        let owners = self
-            .owners
-            .get_or_try_make(group.0, || GroupOwners::build(group, self.layers(), &self.clips))?;
-        Ok(owners.word(word))
+        let build = || GroupOwners::build(group, self.layers(), &self.clips);
+        Ok(self.owners.get(group.0, wait, build)?.word(word))
     }
 }
 
@@ -67,86 +72,17 @@ pub(super) struct View<'a> {
     pub clip: u64,
 }
 
-/// A run of bytes of one word with one owner below.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Run<'a> {
-    /// First byte, counted from the word's start.
-    pub from: u64,
-    /// End, likewise.
-    pub to: u64,
-    /// The owner's place in the stack and the layer, or nobody: zeros.
-    pub owner: Option<(Owner, &'a Layer)>,
-}
-
-impl<'a> View<'a> {
-    fn owners(&self, word: Word) -> Result<WordOwners<'a>> {
-        match self.stack {
-            Some(stack) if word.guest_offset() < self.clip => stack.owners(word),
-            _ => Ok(WordOwners::One(NOBODY)),
-        }
-    }
-
-    /// Cuts bytes `from..to` of a word into runs and hands them to `visit` in order, for as long as
-    /// it answers true; false if it did not.
-    pub fn runs(
-        &self,
-        word: Word,
-        from: u64,
-        to: u64,
-        mut visit: impl FnMut(Run<'a>) -> Result<bool>,
-    ) -> Result<bool> {
-        let blocks = ((from / BLOCK_SIZE) as u32, to.div_ceil(BLOCK_SIZE) as u32);
-        for (first, end, owner) in self.owners(word)?.runs(blocks.0, blocks.1) {
-            let from = from.max(u64::from(first) * BLOCK_SIZE);
-            let to = to.min(u64::from(end) * BLOCK_SIZE);
-            let (layer, clip) = match self.stack {
-                Some(stack) if owner != NOBODY => {
-                    let place = usize::from(owner);
-                    (Some((owner, &stack.layers[place].layer)), stack.clips[place].min(self.clip))
-                }
-                _ => (None, 0),
-            };
-            let cut = clip.saturating_sub(word.guest_offset()).clamp(from, to);
-            if cut > from && !visit(Run { from, to: cut, owner: layer })? {
-                return Ok(false);
-            }
-            if cut < to && !visit(Run { from: cut, to, owner: None })? {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
-    /// Fills `buf` from byte `from` of a word; false as in [`Under::read`].
-    pub fn read_word(&self, word: Word, from: u64, buf: &mut [u8], wait: Wait) -> Result<bool> {
-        let to = from + buf.len() as u64;
-        self.runs(word, from, to, |run| {
-            let part = &mut buf[(run.from - from) as usize..(run.to - from) as usize];
-            match run.owner {
-                Some((_, layer)) => layer.read(word, run.from, part, wait),
-                None => {
-                    part.fill(0);
-                    Ok(true)
-                }
-            }
-        })
-    }
-}
-
 impl Under for View<'_> {
-    fn owned(&self, word: Word) -> Result<u64> {
-        Ok(self.owners(word)?.owned() & shown(word, self.clip))
+    fn owned(&self, word: Word, wait: Wait) -> Attempt<u64> {
+        match self.stack {
+            Some(stack) if word.guest_offset() < self.clip => {
+                Ok(stack.owners(word, wait)?.owned() & shown(word, self.clip))
+            }
+            _ => Ok(0),
+        }
     }
 
-    fn read(&self, offset: u64, buf: &mut [u8], wait: Wait) -> Result<bool> {
-        let mut rest = buf;
-        for (word, from, to) in words(offset, rest.len() as u64) {
-            let (part, after) = rest.split_at_mut((to - from) as usize);
-            if !self.read_word(word, from, part, wait)? {
-                return Ok(false);
-            }
-            rest = after;
-        }
-        Ok(true)
+    fn read(&self, offset: u64, into: Scatter<'_>, wait: Wait) -> Attempt {
+        Walk::new(None, *self, offset, into.len() as u64, wait).read(into)
     }
 }

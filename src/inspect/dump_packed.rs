@@ -126,10 +126,10 @@ pub fn dump_packed(
 }
 
 fn dump_groups(layer: &Packed, visit: &mut dyn FnMut(PackedPart) -> Result<()>) -> Result<()> {
-    for entry in layer.entries() {
-        let content = unless_host(layer.read_map(entry))?;
+    for (place, entry) in layer.entries().iter().enumerate() {
+        let content = unless_host(layer.read_map(place, entry))?;
         if let Ok(map) = &content {
-            dump_chunks(layer, map, visit)?;
+            dump_chunks(layer, place, map, visit)?;
         }
         let (offset, group) = (entry.map_offset, entry.group);
         visit(PackedPart::Map(MapPart { offset, group, content: content.map(Box::new) }))?;
@@ -143,6 +143,7 @@ fn dump_groups(layer: &Packed, visit: &mut dyn FnMut(PackedPart) -> Result<()>) 
 
 fn dump_chunks(
     layer: &Packed,
+    group: usize,
     map: &Map,
     visit: &mut dyn FnMut(PackedPart) -> Result<()>,
 ) -> Result<()> {
@@ -150,7 +151,7 @@ fn dump_chunks(
     let mut begin = Some(map.frames_offset);
     for number in (0..).take(map.chunks.len()) {
         let place = ChunkPlace::new(number, map.data_blocks, in_frame);
-        let chunk = unless_host(layer.read_chunk(map, number))?;
+        let chunk = unless_host(layer.read_chunk(group, map, number))?;
         let end = |chunk: &Chunk| chunk.frames.last().map(|frame| frame.end);
         let next = chunk.as_ref().ok().and_then(end);
         let frames = |chunk: Chunk| {

@@ -9,6 +9,7 @@ use crate::format::geometry::{JOURNAL_OFFSET, JOURNAL_RECORDS, SLOT_OFFSETS, bit
 use crate::format::header::{Header, SlotBytes, has_magic};
 use crate::format::journal::{self, Record, RecordBytes};
 use crate::format::layouts;
+use crate::memory::Scatter;
 use crate::storage::{Storage, failed};
 use crate::types::{BLOCK_SIZE, Block, Group, Uuid, Word, runs};
 
@@ -335,7 +336,7 @@ pub(super) fn each_data(
 pub(super) fn read_padded(file: &dyn Storage, buf: &mut [u8], offset: u64) -> Result<()> {
     let (mut rest, mut at) = (buf, offset);
     while !rest.is_empty() {
-        match file.read_at(rest, at) {
+        match file.read_at(Scatter::from(&mut *rest), at) {
             Ok(0) => break,
             Ok(n) => {
                 rest = rest.get_mut(n..).unwrap_or_default();

@@ -1,6 +1,6 @@
 //! Commits: making what was written durable with one sync (`format-spec.md`, "Durability").
 
-use super::pages::write_page;
+use super::pages::{Page, write_page};
 use super::pending::BlockSet;
 use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
@@ -173,7 +173,7 @@ impl Writable {
             return Ok(());
         }
         for group in groups {
-            let mut bits = self.pages.get(&*self.file, group)?.copy();
+            let mut bits = self.page(group)?.copy();
             // The copy comes first: every bit in it is in the fresh set too if its data is newer
             // than the sync above.
             for (word, mask) in guard(&self.pending).fresh.in_group(group) {
@@ -214,10 +214,8 @@ impl Writable {
 
     /// Records that blocks became owned. The caller holds the word's stripe lock, and their data is
     /// written. The bit comes last: whoever sees it finds the block in the set.
-    pub(super) fn own(&self, word: Word, mask: u64) -> Result<()> {
-        let page = self.pages.get(&*self.file, word.group())?;
+    pub(super) fn own(&self, page: &Page, word: Word, mask: u64) {
         guard(&self.pending).fresh.insert(word, mask);
         page.set(word, mask);
-        Ok(())
     }
 }

@@ -21,9 +21,9 @@ mod turn;
 mod writable;
 mod write;
 
-use crate::error::Result;
-use crate::storage::Wait;
+use crate::memory::Scatter;
 use crate::types::Word;
+use crate::wait::{Attempt, Wait};
 
 pub use create::{NewLayer, create, random};
 pub use journal::{RingSlot, read_ring};
@@ -36,9 +36,8 @@ pub use write::{ZeroKind, words};
 /// What a layer's reader sees where the layer owns nothing.
 pub trait Under {
     /// The blocks of a word that somebody below owns and that show at least one byte.
-    fn owned(&self, word: Word) -> Result<u64>;
+    fn owned(&self, word: Word, wait: Wait) -> Attempt<u64>;
 
-    /// Fills `buf` with what shows at the guest offset; zeros where nobody owns anything. False
-    /// where `wait` is [`Wait::No`] and the bytes are not in the page cache.
-    fn read(&self, offset: u64, buf: &mut [u8], wait: Wait) -> Result<bool>;
+    /// Fills `into` with what shows at the guest offset; zeros where nobody owns anything.
+    fn read(&self, offset: u64, into: Scatter<'_>, wait: Wait) -> Attempt;
 }

@@ -9,6 +9,7 @@ use crate::format::geometry::{GROUP_STRIDE, GROUPS_OFFSET, bitmap_offset};
 use crate::storage::{Storage, failed, read_exact_at, write_all_at};
 use crate::sync::LazyTable;
 use crate::types::{BLOCK_SIZE, GROUP_WORDS, Group, Uuid, Word};
+use crate::wait::{Attempt, NotDone, Wait};
 
 /// The bits of a group as the file has them; `None` for an empty page.
 pub(super) fn read_page(file: &dyn Storage, uuid: Uuid, group: Group) -> Result<Option<Box<Bits>>> {
@@ -74,8 +75,11 @@ impl Page {
     }
 
     /// Allocates the page on disk, so that a later checkpoint can't run out of space.
-    pub fn allocate(&self, file: &dyn Storage, group: Group) -> Result<()> {
+    pub fn allocate(&self, file: &dyn Storage, group: Group, wait: Wait) -> Attempt {
         if !self.allocated.load(Ordering::Acquire) {
+            if wait != Wait::Allowed {
+                return Err(NotDone::WouldWait);
+            }
             let offset = bitmap_offset(group).0;
             file.allocate(offset, BLOCK_SIZE).map_err(failed(
                 file,
@@ -105,8 +109,8 @@ impl Pages {
     }
 
     /// A group's page, read from the file on first touch.
-    pub fn get(&self, file: &dyn Storage, group: Group) -> Result<&Page> {
-        self.table.get_or_try_make(group.0, || {
+    pub fn get(&self, file: &dyn Storage, group: Group, wait: Wait) -> Attempt<&Page> {
+        self.table.get(group.0, wait, || {
             let page = Page::default();
             if let Some(bits) = read_page(file, self.uuid, group)? {
                 let atomic = Box::new(bits.map(AtomicU64::new));

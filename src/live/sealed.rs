@@ -10,8 +10,10 @@ use crate::format::bitmap::Bits;
 use crate::format::geometry::{file_length, word_offset};
 use crate::format::header::{Header, State};
 use crate::live::slots::newest_header;
-use crate::storage::{Lock, Storage, Wait, failed, read_blocks, take_lock};
+use crate::memory::Scatter;
+use crate::storage::{Lock, Storage, failed, read_blocks, take_lock};
 use crate::types::{Group, Word};
+use crate::wait::{Attempt, Wait};
 
 /// A layer open for reading, under a shared lock. The file is not changed, not even where it was
 /// not closed cleanly: then the journal is replayed in memory.
@@ -75,8 +77,8 @@ impl Sealed {
         Ok(replayed.into_iter().chain(stored).min())
     }
 
-    /// Reads owned bytes, `from` counted from the word's start; false as in [`super::Under::read`].
-    pub fn read(&self, word: Word, from: u64, buf: &mut [u8], wait: Wait) -> Result<bool> {
-        read_blocks(&*self.file, word_offset(word).0 + from, buf, wait)
+    /// Reads owned bytes, `from` counted from the word's start.
+    pub fn read(&self, word: Word, from: u64, into: Scatter<'_>, wait: Wait) -> Attempt {
+        read_blocks(&*self.file, word_offset(word).0 + from, into, wait)
     }
 }

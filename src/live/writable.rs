@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::create::random;
 use super::journal::Journal;
-use super::pages::{Pages, write_page};
+use super::pages::{Page, Pages, write_page};
 use super::pending::Pending;
 use super::recover::recover;
 use super::sealed::Sealed;
@@ -16,12 +16,12 @@ use crate::format::geometry::{
     word_offset,
 };
 use crate::format::header::{Header, ParentLink, State};
+use crate::memory::Scatter;
 use crate::planted::{Bug, planted};
-use crate::storage::{
-    Lock, Storage, Wait, Writeback, failed, read_blocks, take_lock, write_all_at,
-};
+use crate::storage::{Lock, Storage, Writeback, failed, read_blocks, take_lock, write_all_at};
 use crate::sync::{Mutex, guard};
-use crate::types::{BLOCK_SIZE, Block, FreezeId, Identity, Uuid, Word};
+use crate::types::{BLOCK_SIZE, Block, FreezeId, Group, Identity, Uuid, Word};
+use crate::wait::{Attempt, Wait, waited};
 
 const STRIPES: usize = 64;
 
@@ -109,14 +109,19 @@ impl Writable {
         &*self.file
     }
 
-    /// The owned blocks of a word.
-    pub fn owned(&self, word: Word) -> Result<u64> {
-        Ok(self.pages.get(&*self.file, word.group())?.word(word))
+    /// A group's page, read if it is not known yet.
+    pub(super) fn page(&self, group: Group) -> Result<&Page> {
+        waited(self.pages.get(&*self.file, group, Wait::Allowed))
     }
 
-    /// Reads owned bytes, `from` counted from the word's start; false as in [`super::Under::read`].
-    pub fn read(&self, word: Word, from: u64, buf: &mut [u8], wait: Wait) -> Result<bool> {
-        read_blocks(&*self.file, word_offset(word).0 + from, buf, wait)
+    /// The owned blocks of a word.
+    pub fn owned(&self, word: Word, wait: Wait) -> Attempt<u64> {
+        Ok(self.pages.get(&*self.file, word.group(), wait)?.word(word))
+    }
+
+    /// Reads owned bytes, `from` counted from the word's start.
+    pub fn read(&self, word: Word, from: u64, into: Scatter<'_>, wait: Wait) -> Attempt {
+        read_blocks(&*self.file, word_offset(word).0 + from, into, wait)
     }
 
     /// Makes everything durable and marks the layer as closed. On an error it stays *in use*, to be
@@ -215,7 +220,7 @@ impl Writable {
     fn zero_tail(&self) -> Result<()> {
         let used = self.virtual_size % BLOCK_SIZE;
         let block = Block(self.virtual_size / BLOCK_SIZE);
-        if used == 0 || self.owned(block.word())? & block.mask() == 0 {
+        if used == 0 || self.page(block.word().group())?.word(block.word()) & block.mask() == 0 {
             return Ok(());
         }
         let offset = block_offset(block).0 + used;

@@ -5,12 +5,14 @@ use super::pending::Standing;
 use super::writable::Writable;
 use crate::error::Result;
 use crate::format::geometry::{block_offset, word_offset};
+use crate::memory::Gather;
 use crate::planted::{Bug, planted};
-use crate::storage::{Storage, Wait, failed, write_all_at};
+use crate::storage::{Share, Storage, failed, write_all_at};
 use crate::sync::guard;
 use crate::types::{
     BLOCK_SIZE, Block, GROUP_BLOCKS, Group, WORD_BYTES, Word, covered, runs, touched,
 };
+use crate::wait::{Attempt, NotDone, Wait, waited};
 
 /// Most words in the fresh set; bounds its memory to a few MiB. Beyond, a writer commits first.
 const FRESH_WORDS: usize = 1 << 18;
@@ -25,58 +27,63 @@ pub enum ZeroKind {
 }
 
 impl Writable {
-    /// Writes `data` at a guest offset inside the device. False where `wait` is [`Wait::No`] and it
-    /// would have to wait; a part may be written then.
-    pub fn write(&self, offset: u64, data: &[u8], under: &dyn Under, wait: Wait) -> Result<bool> {
+    /// Writes `from` at a guest offset inside the device. Answers how many bytes went in before it
+    /// would have had to wait: all of them with [`Wait::Allowed`].
+    pub fn write(
+        &self,
+        offset: u64,
+        from: Gather<'_>,
+        under: &dyn Under,
+        wait: Wait,
+    ) -> Result<u64> {
         self.check_poison()?;
-        let mut rest = data;
-        for (word, from, to) in words(offset, data.len() as u64) {
-            let (part, after) = rest.split_at((to - from) as usize);
-            if !self.write_word(word, from, part, under, wait)? {
-                return Ok(false);
+        let mut done = 0;
+        for (word, start, to) in words(offset, from.len() as u64) {
+            let part = from.range(done as usize, (done + to - start) as usize);
+            match self.write_word(word, start, part, under, wait) {
+                Ok(()) => done += to - start,
+                Err(NotDone::WouldWait) => break,
+                Err(NotDone::Failed(error)) => return Err(error),
             }
-            rest = after;
         }
-        self.writeback.count(&self.file, data.len() as u64);
-        Ok(true)
+        self.writeback.count(&self.file, done);
+        Ok(done)
     }
 
     fn write_word(
         &self,
         word: Word,
         from: u64,
-        data: &[u8],
+        data: Gather<'_>,
         under: &dyn Under,
         wait: Wait,
-    ) -> Result<bool> {
+    ) -> Attempt {
         let to = from + data.len() as u64;
         let mask = touched(from, to);
-        let page = self.pages.get(&*self.file, word.group())?;
+        let page = self.pages.get(&*self.file, word.group(), wait)?;
         loop {
             if page.word(word) & mask == mask
                 && guard(&self.pending).standing(word, mask) == Standing::Settled
             {
-                self.write_data(word, from, data)?;
-                return Ok(true);
+                self.bring_ends(word, from, to, wait)?;
+                return Ok(self.write_data(word, from, data)?);
             }
             let stripe = guard(self.stripe(word));
             if !self.must_wait(word, mask) {
                 let absent = mask & !page.word(word);
                 if absent != 0 {
-                    page.allocate(&*self.file, word.group())?;
+                    page.allocate(&*self.file, word.group(), wait)?;
                 }
                 if planted(Bug::BitBeforeItsWrite) {
-                    self.own(word, absent)?;
+                    self.own(page, word, absent);
                 }
-                if !self.write_absent(word, from, data, absent, under, wait)? {
-                    return Ok(false);
-                }
-                self.own(word, absent)?;
-                return Ok(true);
+                self.write_absent(word, from, data, absent, under, wait)?;
+                self.own(page, word, absent);
+                return Ok(());
             }
             drop(stripe);
-            if wait == Wait::No {
-                return Ok(false);
+            if wait != Wait::Allowed {
+                return Err(NotDone::WouldWait);
             }
             self.confirm()?;
         }
@@ -90,41 +97,51 @@ impl Writable {
             || pending.fresh.words() >= FRESH_WORDS
     }
 
+    /// Sees to it that the kernel need not read from the disk for a write that covers the blocks at
+    /// its ends only partly.
+    fn bring_ends(&self, word: Word, from: u64, to: u64, wait: Wait) -> Attempt {
+        if wait == Wait::Allowed {
+            return Ok(());
+        }
+        for end in [from, to].into_iter().filter(|end| end % BLOCK_SIZE != 0) {
+            self.read(word, end, (&mut [0]).into(), wait)?;
+        }
+        Ok(())
+    }
+
     /// Writes data whose first or last block may be absent and only partly covered: such a block is
     /// written whole, with what shows below around the data.
     fn write_absent(
         &self,
         word: Word,
         from: u64,
-        data: &[u8],
+        data: Gather<'_>,
         absent: u64,
         under: &dyn Under,
         wait: Wait,
-    ) -> Result<bool> {
+    ) -> Attempt {
         let to = from + data.len() as u64;
+        let part = |a: u64, b: u64| data.range((a - from) as usize, (b - from) as usize);
         let partial = absent & !covered(from, to);
         let mut copied = 0;
         for (bit, end) in runs(partial).flat_map(|(first, end)| (first..end).map(|b| (b, b + 1))) {
             let (start, end) = (u64::from(bit) * BLOCK_SIZE, u64::from(end) * BLOCK_SIZE);
             let mut block = [0; BLOCK_SIZE as usize];
-            if !under.read(word.guest_offset() + start, &mut block, wait)? {
-                return Ok(false);
-            }
+            under.read(word.guest_offset() + start, (&mut block).into(), wait)?;
             let (a, b) = (from.max(start), to.min(end));
-            block[(a - start) as usize..(b - start) as usize]
-                .copy_from_slice(&data[(a - from) as usize..(b - from) as usize]);
-            self.write_data(word, start, &block)?;
+            part(a, b).copy_to(&mut block[(a - start) as usize..(b - start) as usize]);
+            self.write_data(word, start, (&block).into())?;
             copied |= touched(start, end);
         }
         for (first, end) in runs(touched(from, to) & !copied) {
             let a = from.max(u64::from(first) * BLOCK_SIZE);
             let b = to.min(u64::from(end) * BLOCK_SIZE);
-            self.write_data(word, a, &data[(a - from) as usize..(b - from) as usize])?;
+            self.write_data(word, a, part(a, b))?;
         }
-        Ok(true)
+        Ok(())
     }
 
-    fn write_data(&self, word: Word, from: u64, data: &[u8]) -> Result<()> {
+    fn write_data(&self, word: Word, from: u64, data: Gather<'_>) -> Result<()> {
         let offset = word_offset(word).0 + from;
         write_all_at(&*self.file, data, offset).map_err(failed(
             &*self.file,
@@ -154,23 +171,23 @@ impl Writable {
     }
 
     fn zero_word(&self, word: Word, mask: u64, kind: ZeroKind, under: &dyn Under) -> Result<()> {
-        let page = self.pages.get(&*self.file, word.group())?;
+        let page = self.page(word.group())?;
         loop {
             let stripe = guard(self.stripe(word));
             if !self.must_wait(word, mask) {
                 let absent = mask & !page.word(word);
                 let newly = match kind {
                     ZeroKind::Punch if absent == 0 => 0,
-                    ZeroKind::Punch => absent & under.owned(word)?,
+                    ZeroKind::Punch => absent & waited(under.owned(word, Wait::Allowed))?,
                     ZeroKind::Allocate => absent,
                 };
                 if newly != 0 {
-                    page.allocate(&*self.file, word.group())?;
+                    waited(page.allocate(&*self.file, word.group(), Wait::Allowed))?;
                 }
                 let punched = mask & page.word(word) | newly;
                 let late = planted(Bug::PunchAfterItsBit);
                 if late {
-                    self.own(word, newly)?;
+                    self.own(page, word, newly);
                     drop(stripe);
                 }
                 for (first, end) in runs(punched) {
@@ -182,7 +199,10 @@ impl Writable {
                     }
                     .map_err(failed(&*self.file, "zeroing blocks", offset))?;
                 }
-                return if late { Ok(()) } else { self.own(word, newly) };
+                if !late {
+                    self.own(page, word, newly);
+                }
+                return Ok(());
             }
             drop(stripe);
             self.confirm()?;
@@ -190,7 +210,7 @@ impl Writable {
     }
 
     /// Makes whole blocks hold what stands in `source` from `from` on, by sharing its space, and owns
-    /// them. False where that can't be done, or the layer owns one of them already; a part may be
+    /// them. Refused where that can't be done, or the layer owns one of them already; a part may be
     /// shared then.
     pub fn share(
         &mut self,
@@ -198,19 +218,19 @@ impl Writable {
         end: Block,
         source: &dyn Storage,
         from: u64,
-    ) -> Result<bool> {
+    ) -> Result<Share> {
         self.check_poison()?;
         let mut at = first;
         while at.0 < end.0 {
             let group = at.word().group();
             let stop = Block(end.0.min((group.0 + 1) * GROUP_BLOCKS));
             let from = from + (at.0 - first.0) * BLOCK_SIZE;
-            if !self.share_in_group(group, at, stop, source, from)? {
-                return Ok(false);
+            if self.share_in_group(group, at, stop, source, from)? == Share::Refused {
+                return Ok(Share::Refused);
             }
             at = stop;
         }
-        Ok(true)
+        Ok(Share::Done)
     }
 
     /// [`Writable::share`] of blocks that stand side by side.
@@ -221,24 +241,25 @@ impl Writable {
         end: Block,
         source: &dyn Storage,
         from: u64,
-    ) -> Result<bool> {
+    ) -> Result<Share> {
         let length = (end.0 - first.0) * BLOCK_SIZE;
-        let page = self.pages.get(&*self.file, group)?;
+        let page = self.page(group)?;
         let parts =
             || words(first.0 * BLOCK_SIZE, length).map(|(w, from, to)| (w, touched(from, to)));
         if parts().any(|(word, mask)| page.word(word) & mask != 0) {
-            return Ok(false);
+            return Ok(Share::Refused);
         }
-        page.allocate(&*self.file, group)?;
+        waited(page.allocate(&*self.file, group, Wait::Allowed))?;
         let offset = block_offset(first).0;
         let shared = self.file.clone_range(offset, length, source, from);
-        if !shared.map_err(failed(&*self.file, "sharing blocks", offset))? {
-            return Ok(false);
+        if shared.map_err(failed(&*self.file, "sharing blocks", offset))? == Share::Refused {
+            return Ok(Share::Refused);
         }
         if guard(&self.pending).fresh.words() >= FRESH_WORDS {
             self.confirm()?;
         }
-        parts().try_for_each(|(word, mask)| self.own(word, mask)).map(|()| true)
+        parts().for_each(|(word, mask)| self.own(page, word, mask));
+        Ok(Share::Done)
     }
 }
 

@@ -8,8 +8,8 @@ use quick_cache::sync::Cache;
 
 use crate::error::Result;
 use crate::format::packed::Chunk;
-use crate::storage::Wait;
 use crate::types::{Group, Root};
+use crate::wait::{Attempt, NotDone, Wait};
 
 /// Bytes of decoded frames that are kept.
 const FRAME_BYTES: u64 = 16 << 20;
@@ -59,15 +59,15 @@ pub(super) fn keep_frame(key: FrameKey, frame: Decoded) {
     FRAMES.insert(key, frame);
 }
 
-/// The chunk, made by `make` unless it is known; `None` where that would be waiting.
+/// The chunk, made by `make`, which may have to wait, unless it is known.
 pub(super) fn chunk(
     key: ChunkKey,
     wait: Wait,
     make: impl FnOnce() -> Result<Arc<Chunk>>,
-) -> Result<Option<Arc<Chunk>>> {
+) -> Attempt<Arc<Chunk>> {
     match wait {
-        Wait::Yes => CHUNKS.get_or_insert_with(&key, make).map(Some),
-        Wait::Decode | Wait::No => Ok(CHUNKS.get(&key)),
+        Wait::Allowed => Ok(CHUNKS.get_or_insert_with(&key, make)?),
+        Wait::Decode | Wait::Never => CHUNKS.get(&key).ok_or(NotDone::WouldWait),
     }
 }
 

@@ -1,65 +1,58 @@
 //! Reading a packed layer.
 
-use std::cell::RefCell;
-use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use zstd::bulk::Decompressor;
-
 use super::cache::{self, Decoded};
 use super::opening::Opening;
+use super::origin::Origin;
+use super::part::Part;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap::Bits;
 use crate::format::header::ParentLink;
 use crate::format::packed::{
-    CHUNK_FRAMES, Chunk, ChunkPlace, Entry, Footer, Frame, Map, PackedHeader, frame_hash, has_magic,
+    CHUNK_FRAMES, Chunk, ChunkPlace, Entry, Footer, Map, PackedHeader, has_magic,
 };
-use crate::storage::{Lock, Storage, Wait, failed, read_blocks, read_exact_at, take_lock};
+use crate::memory::Scatter;
+use crate::storage::{Lock, Storage, failed, read_exact_at, take_lock};
 use crate::sync::LazyTable;
 use crate::types::{BLOCK_SIZE, GROUP_WORDS, Group, Identity, Root, Word, runs, touched};
+use crate::wait::{Attempt, NotDone, Wait, waited};
 
 /// A group whose map has been read.
 #[derive(Debug)]
 struct Loaded {
     map: Map,
+    /// Its place in the directory.
+    place: usize,
     /// Blocks whose checksum held since the open.
     checked: Box<[AtomicU64; GROUP_WORDS as usize]>,
     /// Frames whose hash held since the open, a bit for each.
     hashed: Box<[AtomicU64]>,
 }
 
-/// A number that tells open files apart.
-pub(super) fn next_serial() -> u64 {
+/// A number that tells open layers apart.
+fn next_serial() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// A packed layer open for reading, under a shared lock.
+/// A packed layer open for reading: a file under a shared lock, or one that is far away.
 ///
-/// Opening reads header, footer and directory; maps and chunks come on first touch. What it keeps of
-/// them follows what is touched; decoded frames and chunks are shared by all layers of the process.
+/// Opening reads header, footer and directory; maps, chunks and frames come on first touch. What it
+/// keeps of them follows what is touched; decoded frames and chunks are shared by all layers of the
+/// process.
 #[derive(Debug)]
 pub struct Packed {
-    file: Arc<dyn Storage>,
-    /// Tells open files apart in the cache of chunks.
+    origin: Origin,
+    /// Tells open layers apart in the cache of chunks.
     serial: u64,
     header: PackedHeader,
     footer: Footer,
     entries: Vec<Entry>,
     /// By the entry's place in the directory.
     loaded: LazyTable<Loaded>,
-}
-
-/// A frame and where it stands.
-pub(super) struct Part {
-    pub chunk: Arc<Chunk>,
-    /// The frame's number in its group.
-    pub frame: u32,
-    /// Its stored bytes in the file.
-    pub stored: (u64, u64),
-    /// Its length when decoded.
-    pub decoded: u64,
 }
 
 impl Packed {
@@ -77,7 +70,7 @@ impl Packed {
         Ok(has_magic(&magic))
     }
 
-    /// Opens a layer.
+    /// Opens the layer in a file.
     ///
     /// # Errors
     /// [`ErrorKind::NotAnImage`], [`ErrorKind::Unsupported`]; [`ErrorKind::Corrupt`], for a file
@@ -85,13 +78,17 @@ impl Packed {
     pub fn open(file: Arc<dyn Storage>) -> Result<Self> {
         take_lock(&*file, Lock::Shared)?;
         let length = file.length().map_err(failed(&*file, "reading the length", 0))?;
-        let Opening { header, footer, entries } =
-            Opening::read(length, &mut |operation, at, buf| {
-                read_exact_at(&*file, buf, at).map_err(failed(&*file, operation, at))
-            })
-            .map_err(|error| error.in_file(file.path()))?;
+        let opening = Opening::read(length, &mut |operation, at, buf| {
+            read_exact_at(&*file, buf, at).map_err(failed(&*file, operation, at))
+        })
+        .map_err(|error| error.in_file(file.path()))?;
+        Ok(Self::new(Origin::File(file), opening))
+    }
+
+    pub(super) fn new(origin: Origin, opening: Opening) -> Self {
+        let Opening { header, footer, entries } = opening;
         let loaded = LazyTable::new(entries.len() as u64);
-        Ok(Self { file, serial: next_serial(), header, footer, entries, loaded })
+        Self { origin, serial: next_serial(), header, footer, entries, loaded }
     }
 
     /// The header.
@@ -119,19 +116,24 @@ impl Packed {
         &self.footer
     }
 
-    /// The file below.
-    pub fn file(&self) -> &dyn Storage {
-        &*self.file
+    /// What the layer is called in messages: its file, or where it comes from.
+    pub fn path(&self) -> &Path {
+        self.origin.name()
+    }
+
+    pub(super) fn origin(&self) -> &Origin {
+        &self.origin
     }
 
     /// The present blocks of a group; `None` where there are none.
     pub fn bits(&self, group: Group) -> Result<Option<Box<Bits>>> {
-        Ok(self.loaded(group)?.map(|loaded| loaded.map.present.clone()))
+        let loaded = waited(self.loaded(group, Wait::Allowed))?;
+        Ok(loaded.map(|loaded| loaded.map.present.clone()))
     }
 
     /// The blocks of a word that have data; the other present ones are zeros.
-    pub fn data(&self, word: Word) -> Result<u64> {
-        Ok(self.loaded(word.group())?.map_or(0, |loaded| loaded.map.data_in(word)))
+    pub fn data(&self, word: Word, wait: Wait) -> Attempt<u64> {
+        Ok(self.loaded(word.group(), wait)?.map_or(0, |loaded| loaded.map.data_in(word)))
     }
 
     /// The first group at or after `from` with a present block.
@@ -140,19 +142,19 @@ impl Packed {
         self.entries.get(place).map(|entry| entry.group)
     }
 
-    fn loaded(&self, group: Group) -> Result<Option<&Loaded>> {
+    fn loaded(&self, group: Group, wait: Wait) -> Attempt<Option<&Loaded>> {
         let Ok(place) = self.entries.binary_search_by_key(&group, |entry| entry.group) else {
             return Ok(None);
         };
         let Some(entry) = self.entries.get(place) else { return Ok(None) };
         let load = || {
-            let map = self.read_map(entry)?;
+            let map = self.read_map(place, entry)?;
             let checked = Box::new(std::array::from_fn(|_| AtomicU64::new(0)));
             let frames = map.data_blocks.div_ceil(self.header.frame_blocks);
             let hashed = (0..frames.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-            Ok(Loaded { map, checked, hashed })
+            Ok(Loaded { map, place, checked, hashed })
         };
-        self.loaded.get_or_try_make(place as u64, load).map(Some)
+        self.loaded.get(place as u64, wait, load).map(Some)
     }
 
     /// The directory.
@@ -160,16 +162,13 @@ impl Packed {
         &self.entries
     }
 
-    pub(crate) fn read_map(&self, entry: &Entry) -> Result<Map> {
-        let at = entry.map_offset;
-        let mut bytes = vec![0; entry.map_length as usize];
-        read_exact_at(&*self.file, &mut bytes, at).map_err(failed(
-            &*self.file,
-            "reading the map of a group",
-            at,
-        ))?;
-        Map::decode(entry, &self.header, &bytes)
-            .map_err(|error| error.at(at).in_file(self.file.path()))
+    /// The map of the group at this place of the directory.
+    pub(crate) fn read_map(&self, place: usize, entry: &Entry) -> Result<Map> {
+        let (at, length) = (entry.map_offset, entry.map_length.into());
+        let number = self.origin.map_part(place, entry, &self.header);
+        waited(self.origin.part(number, (at, length), Wait::Allowed, |bytes| {
+            Map::decode(entry, &self.header, bytes)
+        }))
     }
 
     fn chunk_place(&self, map: &Map, number: u32) -> ChunkPlace {
@@ -180,41 +179,37 @@ impl Packed {
         self.chunk_place(map, number).length.into()
     }
 
-    pub(crate) fn read_chunk(&self, map: &Map, number: u32) -> Result<Chunk> {
+    /// The chunk with this number of the group at this place of the directory.
+    pub(crate) fn read_chunk(&self, group: usize, map: &Map, number: u32) -> Result<Chunk> {
         let place = self.chunk_place(map, number);
         let at = map.chunks_offset + u64::from(place.offset);
-        let mut bytes = vec![0; place.length as usize];
-        read_exact_at(&*self.file, &mut bytes, at).map_err(failed(
-            &*self.file,
-            "reading a chunk",
-            at,
-        ))?;
-        Chunk::decode(map, number, place, &bytes)
-            .map_err(|error| error.at(at).in_file(self.file.path()))
+        let frames = map.data_blocks.div_ceil(self.header.frame_blocks);
+        let part = self.origin.first_part(group) + u64::from(frames + number);
+        waited(self.origin.part(part, (at, place.length.into()), Wait::Allowed, |bytes| {
+            Chunk::decode(map, number, place, bytes)
+        }))
     }
 
-    /// The frame that holds the data block of this rank; `None` where it would take waiting.
-    fn part(&self, map: &Map, rank: u32, wait: Wait) -> Result<Option<Part>> {
+    /// The frame that holds the data block of this rank.
+    fn part(&self, loaded: &Loaded, rank: u32, wait: Wait) -> Attempt<Part> {
+        let map = &loaded.map;
         let frame = rank / self.header.frame_blocks;
         let number = frame / CHUNK_FRAMES;
         let chunk_at = |number| {
             let key = (self.serial, map.group, number);
-            cache::chunk(key, wait, || self.read_chunk(map, number).map(Arc::new))
+            cache::chunk(key, wait, || self.read_chunk(loaded.place, map, number).map(Arc::new))
         };
-        let Some(chunk) = chunk_at(number)? else { return Ok(None) };
+        let chunk = chunk_at(number)?;
         let place = (frame % CHUNK_FRAMES) as usize;
         // A frame begins where the one before it ends, which may be in the chunk before.
         let before = match place {
             0 if number == 0 => None,
-            0 => match chunk_at(number - 1)? {
-                Some(chunk) => chunk.frames.last().copied(),
-                None => return Ok(None),
-            },
+            0 => chunk_at(number - 1)?.frames.last().copied(),
             _ => chunk.frames.get(place - 1).copied(),
         };
         let start = before.map_or(0, |frame| frame.end);
         let end = chunk.frames.get(place).map_or(start, |frame| frame.end);
-        self.frame_part(map, chunk, frame, (start, end)).map(Some)
+        Ok(self.frame_part(map, chunk, frame, (start, end))?)
     }
 
     /// A frame whose stored bytes are at `start..end` of its group's.
@@ -226,36 +221,33 @@ impl Packed {
         (start, end): (u32, u32),
     ) -> Result<Part> {
         Part::new(&self.header, map, chunk, frame, (start, end))
-            .map_err(|error| error.in_file(self.file.path()))
+            .map_err(|error| error.in_file(self.path()))
     }
 
-    /// Reads present bytes, `from` counted from the word's start; false where `wait` forbids what it
-    /// would take.
+    /// Reads present bytes, `from` counted from the word's start.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] for a block (compressed: a frame) that is not what was packed.
-    pub fn read(&self, word: Word, from: u64, buf: &mut [u8], wait: Wait) -> Result<bool> {
-        let Some(loaded) = self.loaded(word.group())? else {
-            buf.fill(0);
-            return Ok(true);
+    /// [`ErrorKind::Corrupt`] for a block (compressed or far away: a frame) that is not what was
+    /// packed; those of the origin. The next read of the same bytes tries again.
+    pub fn read(&self, word: Word, from: u64, mut into: Scatter<'_>, wait: Wait) -> Attempt {
+        let Some(loaded) = self.loaded(word.group(), wait)? else {
+            into.clear();
+            return Ok(());
         };
-        let to = from + buf.len() as u64;
+        let to = from + into.len() as u64;
         let data = loaded.map.data_in(word) & touched(from, to);
-        let mut rest = buf;
-        let mut at = from;
+        let (mut rest, mut at) = (into, from);
         for (first, end) in runs(data) {
             let start = at.max(u64::from(first) * BLOCK_SIZE);
             let stop = to.min(u64::from(end) * BLOCK_SIZE);
-            let (zeros, after) = rest.split_at_mut((start - at) as usize);
-            zeros.fill(0);
-            let (run, after) = after.split_at_mut((stop - start) as usize);
-            if !self.read_data(loaded, word, start, run, wait)? {
-                return Ok(false);
-            }
+            let (mut zeros, after) = rest.split_at((start - at) as usize);
+            zeros.clear();
+            let (run, after) = after.split_at((stop - start) as usize);
+            self.read_data(loaded, word, start, run, wait)?;
             (rest, at) = (after, stop);
         }
-        rest.fill(0);
-        Ok(true)
+        rest.clear();
+        Ok(())
     }
 
     /// Reads bytes of neighbouring data blocks of a word.
@@ -264,267 +256,172 @@ impl Packed {
         loaded: &Loaded,
         word: Word,
         from: u64,
-        buf: &mut [u8],
+        into: Scatter<'_>,
         wait: Wait,
-    ) -> Result<bool> {
-        let (mut at, mut rest) = (from, buf);
+    ) -> Attempt {
+        let (mut at, mut rest) = (from, into);
         while !rest.is_empty() {
             let rank = loaded.map.rank(word.block((at / BLOCK_SIZE) as u32));
-            let Some(part) = self.part(&loaded.map, rank, wait)? else { return Ok(false) };
+            let part = self.part(loaded, rank, wait)?;
             let within = u64::from(rank % self.header.frame_blocks) * BLOCK_SIZE + at % BLOCK_SIZE;
-            let raw = part.raw_length(&self.header, loaded.map.data_blocks);
-            let length = (rest.len() as u64).min(raw.unwrap_or(part.decoded) - within);
-            let (piece, after) = rest.split_at_mut(length as usize);
-            let done = match raw {
-                Some(_) => {
-                    let stored = part.stored.0 + within;
-                    self.read_raw(loaded, &part, word, rank, (at, stored), piece, wait)?
-                }
-                None => self.read_decoded(loaded, &part, within, piece, wait)?,
+            let raw = match &self.origin {
+                Origin::File(file) => part
+                    .raw_length(&self.header, loaded.map.data_blocks)
+                    .map(|length| (&**file, length)),
+                // What comes from afar is verified by whole frames.
+                Origin::Far(_) => None,
             };
-            if !done {
-                return Ok(false);
+            let there = raw.map_or(part.decoded, |(_, length)| length);
+            let length = (rest.len() as u64).min(there - within);
+            let (mut piece, after) = rest.split_at(length as usize);
+            match raw {
+                Some((file, _)) => {
+                    let raw = Raw { file, part: &part, stored: part.stored.0 + within, word, rank };
+                    self.read_raw(loaded, &raw, at, piece, wait)?;
+                }
+                None => {
+                    let frame = self.frame(loaded, &part, wait)?;
+                    let bytes = frame.get(within as usize..).unwrap_or_default();
+                    let bytes = bytes.get(..length as usize).ok_or_else(|| {
+                        self.corrupt("a frame that is cut short".into(), part.stored.0)
+                    })?;
+                    piece.copy_from(bytes);
+                }
             }
             (rest, at) = (after, at + length);
         }
-        Ok(true)
+        Ok(())
     }
 
-    /// Reads bytes that are stored as they are and checks the blocks that were not checked yet.
-    /// `rank` is that of the first block, `at` the place in the word and in the file.
-    #[expect(clippy::too_many_arguments, reason = "one read's coordinates")]
+    /// Reads bytes that are stored as they are, from byte `at` of the word on, and checks the blocks
+    /// that were not checked yet.
     fn read_raw(
         &self,
         loaded: &Loaded,
-        part: &Part,
-        word: Word,
-        rank: u32,
-        (at, stored): (u64, u64),
-        buf: &mut [u8],
+        raw: &Raw<'_>,
+        at: u64,
+        mut into: Scatter<'_>,
         wait: Wait,
-    ) -> Result<bool> {
-        let mask = touched(at, at + buf.len() as u64);
-        let Some(checked) = loaded.checked.get(word.index()) else { return Ok(false) };
-        if checked.load(Ordering::Relaxed) & mask == mask {
-            return read_blocks(&*self.file, stored, buf, wait);
-        }
-        let skip = at % BLOCK_SIZE;
-        let whole = (skip + buf.len() as u64).next_multiple_of(BLOCK_SIZE);
-        let mut room = Vec::new();
-        let blocks = if whole == buf.len() as u64 {
-            &mut *buf
-        } else {
-            room.resize(whole as usize, 0);
-            &mut room
+    ) -> Attempt {
+        let mask = touched(at, at + into.len() as u64);
+        let Some(checked) = loaded.checked.get(raw.word.index()) else {
+            return Err(self.corrupt("a word beyond its group".into(), raw.stored).into());
         };
-        if !read_blocks(&*self.file, stored - skip, blocks, wait)? {
-            return Ok(false);
+        if checked.load(Ordering::Relaxed) & mask == mask {
+            return raw.read(raw.stored, into, wait);
         }
-        let expected = part.checksums(&self.header);
-        let expected = expected.skip((rank % self.header.frame_blocks) as usize);
-        for (number, (block, expected)) in
-            (0..).zip(blocks.chunks_exact(BLOCK_SIZE as usize).zip(expected))
-        {
+        let (skip, length) = (at % BLOCK_SIZE, into.len() as u64);
+        let whole = (skip + length).next_multiple_of(BLOCK_SIZE);
+        let from = raw.stored - skip;
+        // Checked are bytes that nobody else can change meanwhile.
+        if let Some(blocks) = into.own().filter(|_| whole == length) {
+            raw.read(from, Scatter::from(&mut *blocks), wait)?;
+            self.check_raw(raw, at - skip, from, blocks)?;
+        } else {
+            let mut room = vec![0; whole as usize];
+            raw.read(from, (&mut room).into(), wait)?;
+            self.check_raw(raw, at - skip, from, &room)?;
+            into.copy_from(room.get(skip as usize..).unwrap_or_default());
+        }
+        checked.fetch_or(mask, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Compares blocks, the first at byte `at` of the word and `from` of the file, with their
+    /// checksums.
+    fn check_raw(&self, raw: &Raw<'_>, at: u64, from: u64, blocks: &[u8]) -> Result<()> {
+        let expected = raw.part.checksums(&self.header);
+        let expected = expected.skip((raw.rank % self.header.frame_blocks) as usize);
+        let blocks = blocks.chunks_exact(BLOCK_SIZE as usize);
+        for (number, (block, expected)) in (0..).zip(blocks.zip(expected)) {
             let found = crc32fast::hash(block);
             if found != expected {
-                let guest = word.guest_offset() + at - skip + number * BLOCK_SIZE;
+                let guest = raw.word.guest_offset() + at + number * BLOCK_SIZE;
                 let detail = format!(
                     "the block at guest offset {guest} has checksum {found:#010x}, expected \
                      {expected:#010x}"
                 );
-                return Err(self.corrupt(detail, stored - skip + number * BLOCK_SIZE));
+                return Err(self.corrupt(detail, from + number * BLOCK_SIZE));
             }
         }
-        checked.fetch_or(mask, Ordering::Relaxed);
-        let wanted = room.get(skip as usize..).and_then(|rest| rest.get(..buf.len()));
-        if let Some(wanted) = wanted {
-            buf.copy_from_slice(wanted);
-        }
-        Ok(true)
+        Ok(())
     }
 
-    /// Reads bytes of a compressed frame.
-    fn read_decoded(
-        &self,
-        loaded: &Loaded,
-        part: &Part,
-        within: u64,
-        buf: &mut [u8],
-        wait: Wait,
-    ) -> Result<bool> {
-        let Some(frame) = self.frame(loaded, part, wait)? else { return Ok(false) };
-        let wanted = frame.get(within as usize..).and_then(|rest| rest.get(..buf.len()));
-        match wanted {
-            Some(bytes) => buf.copy_from_slice(bytes),
-            None => return Err(self.corrupt("a frame that is cut short".into(), part.stored.0)),
-        }
-        Ok(true)
-    }
-
-    /// The decoded bytes of a frame; `None` where `wait` forbids what it takes.
-    fn frame(&self, loaded: &Loaded, part: &Part, wait: Wait) -> Result<Option<Decoded>> {
+    /// The decoded bytes of a frame.
+    fn frame(&self, loaded: &Loaded, part: &Part, wait: Wait) -> Attempt<Decoded> {
         let key = (self.root(), loaded.map.group, part.frame);
         match wait {
-            Wait::Yes => {
-                let decode = || match self.decode_once(loaded, part, wait)? {
-                    Some(frame) => Ok(frame),
-                    None => Err(self.corrupt("no frame".into(), part.stored.0)),
-                };
-                cache::frame(key, decode).map(Some)
+            Wait::Allowed => {
+                Ok(cache::frame(key, || waited(self.decode_once(loaded, part, wait)))?)
             }
-            Wait::No => Ok(cache::known_frame(key)),
+            Wait::Never => cache::known_frame(key).ok_or(NotDone::WouldWait),
             Wait::Decode => match cache::known_frame(key) {
-                Some(frame) => Ok(Some(frame)),
+                Some(frame) => Ok(frame),
                 None => {
                     let frame = self.decode_once(loaded, part, wait)?;
-                    frame.iter().for_each(|frame| cache::keep_frame(key, frame.clone()));
+                    cache::keep_frame(key, frame.clone());
                     Ok(frame)
                 }
             },
         }
     }
 
-    /// The decoded bytes of a frame, verified: against its hash the first time, and against the
-    /// checksum of what is stored from then on, which makes the same bytes. `None` where the page
-    /// cache lacks a byte and `wait` is not [`Wait::Yes`].
-    fn decode_once(&self, loaded: &Loaded, part: &Part, wait: Wait) -> Result<Option<Decoded>> {
-        let Some(stored) = self.stored(part, wait)? else { return Ok(None) };
+    /// The decoded bytes of a frame, verified: against its hash, and for a file from the second time
+    /// on against the checksum of what is stored, which makes the same bytes.
+    fn decode_once(&self, loaded: &Loaded, part: &Part, wait: Wait) -> Attempt<Decoded> {
         let bit = 1 << (part.frame % 64);
         let hashed = loaded.hashed.get(part.frame as usize / 64);
-        let decoded = if hashed.is_some_and(|word| word.load(Ordering::Relaxed) & bit != 0) {
-            part.expand(&stored)
-        } else {
-            part.decode(&stored)
-        };
-        let frame = decoded.map_err(|what| self.unlike(loaded.map.group, part, &what))?;
+        let again = matches!(self.origin, Origin::File(_))
+            && hashed.is_some_and(|word| word.load(Ordering::Relaxed) & bit != 0);
+        let frame = self.stored(loaded.place, &loaded.map, part, wait, |stored| {
+            if again { part.expand(stored) } else { part.decode(stored) }
+        })?;
         hashed.map(|word| word.fetch_or(bit, Ordering::Relaxed));
-        Ok(Some(Arc::new(frame)))
+        Ok(Arc::new(frame))
     }
 
-    /// The decoded bytes of a frame, verified against its hash.
-    pub(super) fn decode(&self, group: Group, part: &Part) -> Result<Vec<u8>> {
-        let stored = self.stored(part, Wait::Yes)?.unwrap_or_default();
-        part.decode(&stored).map_err(|what| self.unlike(group, part, &what))
+    /// The decoded bytes of a frame of the group at this place of the directory, verified against
+    /// its hash.
+    pub(super) fn decode(&self, group: usize, map: &Map, part: &Part) -> Result<Vec<u8>> {
+        waited(self.stored(group, map, part, Wait::Allowed, |stored| part.decode(stored)))
     }
 
-    fn stored(&self, part: &Part, wait: Wait) -> Result<Option<Vec<u8>>> {
+    /// What `decode` makes of a frame's stored bytes.
+    fn stored(
+        &self,
+        group: usize,
+        map: &Map,
+        part: &Part,
+        wait: Wait,
+        decode: impl Fn(&[u8]) -> std::result::Result<Vec<u8>, String>,
+    ) -> Attempt<Vec<u8>> {
         let (from, to) = part.stored;
-        let mut stored = vec![0; (to - from) as usize];
-        let all = read_blocks(&*self.file, from, &mut stored, wait)?;
-        Ok(all.then_some(stored))
-    }
-
-    fn unlike(&self, group: Group, part: &Part, what: &str) -> Error {
-        self.corrupt(format!("group {}: {what}", group.0), part.stored.0)
+        let number = self.origin.first_part(group) + u64::from(part.frame);
+        self.origin.part(number, (from, to - from), wait, |stored| {
+            let unlike = |what| self.corrupt(format!("group {}: {what}", map.group.0), from);
+            decode(stored).map_err(unlike)
+        })
     }
 
     pub(super) fn corrupt(&self, detail: String, offset: u64) -> Error {
-        Error::new(ErrorKind::Corrupt, detail).at(offset).in_file(self.file.path())
+        Error::new(ErrorKind::Corrupt, detail).at(offset).in_file(self.path())
     }
 }
 
-/// Decompresses a frame that takes at most `room` bytes then, with a context that each thread keeps:
-/// to make one costs as much as to decode a frame.
-fn decompress(stored: &[u8], room: usize) -> io::Result<Vec<u8>> {
-    thread_local! {
-        static KEPT: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
-    }
-    KEPT.with_borrow_mut(|kept| match kept {
-        Some(decompressor) => decompressor.decompress(stored, room),
-        None => kept.insert(Decompressor::new()?).decompress(stored, room),
-    })
+/// Where bytes stand that are stored as they are.
+struct Raw<'a> {
+    file: &'a dyn Storage,
+    /// The frame of the first of them.
+    part: &'a Part,
+    /// Their place in the file.
+    stored: u64,
+    word: Word,
+    /// That of the first block.
+    rank: u32,
 }
 
-impl Part {
-    /// A frame whose stored bytes are at `start..end` of its group's.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Corrupt`] for a place that cannot be.
-    pub fn new(
-        header: &PackedHeader,
-        map: &Map,
-        chunk: Arc<Chunk>,
-        frame: u32,
-        (start, end): (u32, u32),
-    ) -> Result<Self> {
-        let first = frame * header.frame_blocks;
-        let blocks = header.frame_blocks.min(map.data_blocks - first);
-        let stored = (map.frames_offset + u64::from(start), map.frames_offset + u64::from(end));
-        let decoded = u64::from(blocks) * BLOCK_SIZE;
-        if start >= end || stored.1 - stored.0 > decoded {
-            let detail = format!(
-                "frame {frame} of group {} takes bytes {start} to {end} of the group's, expected 1 \
-                 to {decoded} of them",
-                map.group.0
-            );
-            return Err(Error::new(ErrorKind::Corrupt, detail).at(stored.0));
-        }
-        Ok(Self { chunk, frame, stored, decoded })
-    }
-
-    /// The decoded bytes, verified against the hash; else what is wrong.
-    pub fn decode(&self, stored: &[u8]) -> std::result::Result<Vec<u8>, String> {
-        let decoded = self.expand(stored)?;
-        if self.entry().map(|frame| frame.hash) != Some(frame_hash(&decoded)) {
-            return Err(format!("frame {} is not what its hash says", self.frame));
-        }
-        Ok(decoded)
-    }
-
-    /// The decoded bytes if what is stored has its checksum; else what is wrong.
-    fn expand(&self, stored: &[u8]) -> std::result::Result<Vec<u8>, String> {
-        let number = self.frame;
-        if self.entry().map(|frame| frame.checksum) != Some(crc32fast::hash(stored)) {
-            return Err(format!("frame {number} does not have its checksum"));
-        }
-        if self.is_raw() {
-            return Ok(stored.to_vec());
-        }
-        // The room is exact, so a frame that would grow beyond it is refused.
-        let decoded = decompress(stored, self.decoded as usize)
-            .map_err(|error| format!("frame {number} can't be decompressed: {error}"))?;
-        if decoded.len() as u64 != self.decoded {
-            let found = decoded.len();
-            return Err(format!("frame {number} has {found} bytes, expected {}", self.decoded));
-        }
-        Ok(decoded)
-    }
-
-    fn entry(&self) -> Option<&Frame> {
-        self.chunk.frames.get(self.place())
-    }
-
-    fn place(&self) -> usize {
-        (self.frame % CHUNK_FRAMES) as usize
-    }
-
-    /// Whether the frame is stored as it is.
-    pub fn is_raw(&self) -> bool {
-        self.stored.1 - self.stored.0 == self.decoded
-    }
-
-    /// The checksums of its blocks.
-    pub fn checksums(&self, header: &PackedHeader) -> impl Iterator<Item = u32> {
-        let first = self.place() * header.frame_blocks as usize;
-        self.chunk.checksums.iter().skip(first).copied()
-    }
-
-    /// How many bytes from the frame's start on are stored as they are, to the end of its chunk at
-    /// most; `None` where the frame itself is compressed.
-    fn raw_length(&self, header: &PackedHeader, data_blocks: u32) -> Option<u64> {
-        if !self.is_raw() {
-            return None;
-        }
-        let mut length = self.decoded;
-        let frames = self.chunk.frames.iter().skip(self.place());
-        let pairs = frames.clone().zip(frames.skip(1));
-        for (number, (frame, next)) in (self.frame + 1..).zip(pairs) {
-            let blocks = header.frame_blocks.min(data_blocks - number * header.frame_blocks);
-            if u64::from(next.end - frame.end) != u64::from(blocks) * BLOCK_SIZE {
-                break;
-            }
-            length += u64::from(blocks) * BLOCK_SIZE;
-        }
-        Some(length)
+impl Raw<'_> {
+    fn read(&self, from: u64, into: Scatter<'_>, wait: Wait) -> Attempt {
+        crate::storage::read_blocks(self.file, from, into, wait)
     }
 }

@@ -7,8 +7,9 @@ use super::{Compression, Damage, Packed, Summary, Writer};
 use crate::error::{ErrorKind, Result};
 use crate::format::header::ParentLink;
 use crate::format::packed::{CHUNK_FRAMES, FOOTER_SIZE, FRAME_BLOCKS, Footer, HEADER_SIZE};
-use crate::storage::{Folder, MemoryFolder, Storage, Wait, write_all_at};
+use crate::storage::{Folder, MemoryFolder, Storage, write_all_at};
 use crate::types::{BLOCK_SIZE, Block, GROUP_BLOCKS, Identity, Root};
+use crate::wait::{Wait, waited};
 
 type Bytes = [u8; BLOCK_SIZE as usize];
 /// What a layer should hold: bytes, or nothing for a zero block.
@@ -43,7 +44,7 @@ fn read(layer: &Packed, block: u64) -> Result<Bytes> {
     let mut bytes = [0xee; BLOCK_SIZE as usize];
     let block = Block(block);
     let from = (block.0 - block.word().block(0).0) * BLOCK_SIZE;
-    layer.read(block.word(), from, &mut bytes, Wait::Yes)?;
+    waited(layer.read(block.word(), from, (&mut bytes).into(), Wait::Allowed))?;
     Ok(bytes)
 }
 
@@ -120,7 +121,7 @@ fn flip(content: &Content, compression: Compression, chosen: impl Fn(usize) -> b
     let stored: Vec<_> = whole
         .entries()
         .iter()
-        .map(|entry| whole.read_map(entry).unwrap())
+        .map(|entry| whole.read_map(0, entry).unwrap())
         .map(|map| map.frames_offset as usize..map.chunks_offset as usize)
         .collect();
     let is_stored = |at: usize| stored.iter().any(|range| range.contains(&at));
@@ -189,7 +190,7 @@ fn what_a_damaged_chunk_takes_with_it_is_named() {
     let content = two_chunks();
     let (_, bytes) = pack(&content, Compression::Zstd(1));
     let layer = open(&bytes).unwrap();
-    let map = layer.read_map(&layer.entries()[0]).unwrap();
+    let map = layer.read_map(0, &layer.entries()[0]).unwrap();
     let chunk = map.chunks_offset as usize..map.chunks_offset as usize + 4;
     flip(&content, Compression::Zstd(1), |bit| chunk.contains(&(bit / 8)));
 }

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::Packed;
+use super::part::Part;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::packed::{CHUNK_FRAMES, Chunk, Entry, HEADER_SIZE, Map};
-use crate::storage::{Wait, read_blocks};
+use crate::format::packed::{CHUNK_FRAMES, Entry, HEADER_SIZE, Map};
 use crate::types::{BLOCK_SIZE, Block, GROUP_BYTES, Word, runs};
 
 /// Something that is not as it was packed.
@@ -43,13 +43,13 @@ impl Packed {
     /// Host errors, which end the verification.
     pub fn verify(&self, watch: &mut dyn Watch) -> Result<()> {
         let (mut end, mut present) = (HEADER_SIZE, 0);
-        for entry in self.entries() {
+        for (place, entry) in self.entries().iter().enumerate() {
             let guest = (entry.group.first_word().guest_offset(), GROUP_BYTES);
-            let map = tell(watch, Some(guest), self.read_map(entry))?;
+            let map = tell(watch, Some(guest), self.read_map(place, entry))?;
             if let Some(map) = map {
                 present += map.present.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
                 tell(watch, None, self.check_gap(end, map.frames_offset))?;
-                self.verify_group(entry, &map, watch)?;
+                self.verify_group(place, entry, &map, watch)?;
             }
             end = entry.map_offset + u64::from(entry.map_length);
         }
@@ -80,7 +80,7 @@ impl Packed {
             return Err(self.corrupt(format!("frames that should begin at byte {from}"), to));
         }
         let mut gap = vec![0; (to - from) as usize];
-        read_blocks(self.file(), from, &mut gap, Wait::Yes)?;
+        self.origin().read(from, &mut gap)?;
         match gap.iter().position(|&byte| byte != 0) {
             Some(place) => Err(self.corrupt("a byte in the padding".into(), from + place as u64)),
             None => Ok(()),
@@ -88,7 +88,13 @@ impl Packed {
     }
 
     /// Chunks and frames of a group, which must fill the room between its first frame and its map.
-    fn verify_group(&self, entry: &Entry, map: &Map, watch: &mut dyn Watch) -> Result<()> {
+    fn verify_group(
+        &self,
+        place: usize,
+        entry: &Entry,
+        map: &Map,
+        watch: &mut dyn Watch,
+    ) -> Result<()> {
         let blocks: Vec<Block> = (entry.group.first_word().0..)
             .zip(map.data.iter())
             .flat_map(|(word, &data)| {
@@ -103,7 +109,7 @@ impl Packed {
             let blocks = || frames.clone().take(in_chunk).flatten();
             let guest = blocks().next().zip(blocks().last());
             let guest = guest.map(|(first, last)| span(first, last));
-            let chunk = tell(watch, guest, self.read_chunk(map, chunk_number))?;
+            let chunk = tell(watch, guest, self.read_chunk(place, map, chunk_number))?;
             chunk_end += self.chunk_length(map, chunk_number);
             let Some(chunk) = chunk.map(Arc::new) else {
                 frames.by_ref().take(in_chunk).for_each(drop);
@@ -113,8 +119,9 @@ impl Packed {
             for (frame, blocks) in chunk.frames.iter().zip(frames.by_ref()) {
                 match start {
                     Some(start) => {
-                        let place = (start, frame.end);
-                        self.verify_frame(map, &chunk, number, place, blocks, watch)?;
+                        let stored = (start, frame.end);
+                        let part = self.frame_part(map, chunk.clone(), number, stored);
+                        self.verify_frame(place, map, part, blocks, watch)?;
                     }
                     // The chunk before says where it begins.
                     None => {
@@ -144,22 +151,20 @@ impl Packed {
 
     fn verify_frame(
         &self,
+        place: usize,
         map: &Map,
-        chunk: &Arc<Chunk>,
-        number: u32,
-        place: (u32, u32),
+        part: Result<Part>,
         blocks: &[Block],
         watch: &mut dyn Watch,
     ) -> Result<()> {
         let guest = blocks.first().zip(blocks.last()).map(|(first, last)| span(first, last));
-        let part = self.frame_part(map, chunk.clone(), number, place);
         let Some(part) = tell(watch, guest, part)? else { return Ok(()) };
-        let (bytes, unlike) = match self.decode(map.group, &part) {
+        let (bytes, unlike) = match self.decode(place, map, &part) {
             Ok(decoded) => (decoded, None),
             // Blocks that are stored as they are can be told apart by their checksums.
             Err(error) if error.kind() == ErrorKind::Corrupt && part.is_raw() => {
                 let mut stored = vec![0; part.decoded as usize];
-                read_blocks(self.file(), part.stored.0, &mut stored, Wait::Yes)?;
+                self.origin().read(part.stored.0, &mut stored)?;
                 (stored, Some(error))
             }
             Err(error) => return tell(watch, guest, Err::<(), _>(error)).map(drop),

@@ -10,9 +10,10 @@ use std::sync::Arc;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom, fadvise, fallocate, fstatfs, seek};
-use rustix::io::{Errno, ReadWriteFlags, preadv2};
+use rustix::io::Errno;
 
-use super::{Access, Folder, Lock, Storage, write_zeros};
+use super::{Access, Folder, Lock, Share, Storage, write_zeros};
+use crate::memory::{Gather, Scatter};
 
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
@@ -33,14 +34,29 @@ impl HostFile {
         opened(path, file)
     }
 
-    /// Runs `fallocate`; false where the file system does not know that mode.
-    fn fallocate(&self, mode: FallocateFlags, offset: u64, length: u64) -> io::Result<bool> {
+    /// Runs `fallocate`; none where the file system does not know that mode.
+    fn fallocate(&self, mode: FallocateFlags, offset: u64, length: u64) -> io::Result<Option<()>> {
         match fallocate(&self.file, mode, offset, length) {
-            Ok(()) => Ok(true),
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(false),
+            Ok(()) => Ok(Some(())),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(None),
             Err(error) => Err(error.into()),
         }
     }
+
+    /// Reads once, with these flags of `preadv2`.
+    fn read_parts(&self, mut into: Scatter<'_>, offset: u64, flags: i32) -> io::Result<usize> {
+        let at = as_offset(offset)?;
+        // SAFETY: the descriptor lives as long as `self`, and the addresses stand for memory that is
+        // writable as long as `into` and that no reference leads into. The kernel fills it.
+        let read = into.with_iovecs(|parts| unsafe {
+            libc::preadv2(self.file.as_raw_fd(), parts.as_ptr(), parts.len() as i32, at, flags)
+        });
+        usize::try_from(read).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+fn as_offset(offset: u64) -> io::Result<i64> {
+    i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
 /// A regular file that is open already, called `path` in messages.
@@ -72,24 +88,35 @@ impl Storage for HostFile {
         self.file.set_len(length)
     }
 
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.file.read_at(buf, offset)
+    fn read_at(&self, mut into: Scatter<'_>, offset: u64) -> io::Result<usize> {
+        match into.own() {
+            Some(bytes) => self.file.read_at(bytes, offset),
+            None => self.read_parts(into, offset, 0),
+        }
     }
 
-    fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    fn read_cached_at(&self, into: Scatter<'_>, offset: u64) -> io::Result<usize> {
         if self.in_memory {
-            return self.file.read_at(buf, offset);
+            return self.read_at(into, offset);
         }
-        let mut parts = [io::IoSliceMut::new(buf)];
-        match preadv2(&self.file, &mut parts, offset, ReadWriteFlags::NOWAIT) {
+        match self.read_parts(into, offset, libc::RWF_NOWAIT) {
             // A file system that can't tell is asked in the way that may wait.
-            Err(Errno::OPNOTSUPP) => Err(io::ErrorKind::WouldBlock.into()),
-            other => Ok(other?),
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+            other => other,
         }
     }
 
-    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
-        self.file.write_at(buf, offset)
+    fn write_at(&self, from: Gather<'_>, offset: u64) -> io::Result<usize> {
+        let at = as_offset(offset)?;
+        // SAFETY: the descriptor lives as long as `self`, and the addresses stand for memory that is
+        // readable as long as `from`. The kernel copies it; that it may change meanwhile is no
+        // matter to it.
+        let written = from.with_iovecs(|parts| unsafe {
+            libc::pwritev(self.file.as_raw_fd(), parts.as_ptr(), parts.len() as i32, at)
+        });
+        usize::try_from(written).map_err(|_| io::Error::last_os_error())
     }
 
     fn clone_range(
@@ -98,11 +125,11 @@ impl Storage for HostFile {
         length: u64,
         source: &dyn Storage,
         from: u64,
-    ) -> io::Result<bool> {
-        let Some(descriptor) = source.descriptor() else { return Ok(false) };
+    ) -> io::Result<Share> {
+        let Some(descriptor) = source.descriptor() else { return Ok(Share::Refused) };
         if length == 0 {
             // To the kernel that means everything.
-            return Ok(true);
+            return Ok(Share::Done);
         }
         let range = libc::file_clone_range {
             src_fd: descriptor.as_raw_fd().into(),
@@ -115,13 +142,13 @@ impl Storage for HostFile {
         // structure that the pointer leads to, which is of the type that FICLONERANGE takes.
         let answer = unsafe { libc::ioctl(file, libc::FICLONERANGE, &raw const range) };
         if answer == 0 {
-            return Ok(true);
+            return Ok(Share::Done);
         }
         let error = io::Error::last_os_error();
         match error.raw_os_error() {
             // Another file system, one without shared extents, or offsets that don't suit it.
             Some(libc::EXDEV | libc::EOPNOTSUPP | libc::ENOTTY | libc::ENOSYS | libc::EINVAL) => {
-                Ok(false)
+                Ok(Share::Refused)
             }
             _ => Err(error),
         }
@@ -133,23 +160,22 @@ impl Storage for HostFile {
 
     fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
         let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        if self.fallocate(mode, offset, length)? {
-            return Ok(());
+        match self.fallocate(mode, offset, length)? {
+            Some(()) => Ok(()),
+            None => write_zeros(self, offset, length),
         }
-        write_zeros(self, offset, length)
     }
 
     fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
         let mode = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-        if self.fallocate(mode, offset, length)? {
-            return Ok(());
+        match self.fallocate(mode, offset, length)? {
+            Some(()) => Ok(()),
+            None => write_zeros(self, offset, length),
         }
-        write_zeros(self, offset, length)
     }
 
     fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.fallocate(FallocateFlags::KEEP_SIZE, offset, length)?;
-        Ok(())
+        self.fallocate(FallocateFlags::KEEP_SIZE, offset, length).map(drop)
     }
 
     fn sync_data(&self) -> io::Result<()> {
@@ -299,7 +325,8 @@ pub fn holders(path: &Path) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::{read_exact_at, read_exact_cached_at, write_all_at};
+    use crate::storage::{read_blocks, read_exact_at, write_all_at};
+    use crate::wait::Wait;
 
     fn folder() -> (tempfile::TempDir, FileFolder) {
         let dir = tempfile::tempdir().unwrap();
@@ -322,7 +349,7 @@ mod tests {
         assert_eq!(file.next_data(0).unwrap(), Some(4096));
         assert_eq!(file.next_hole(4096).unwrap(), 8192);
         assert_eq!(file.next_data(1 << 19).unwrap(), None);
-        assert!(read_exact_cached_at(&*file, &mut buf, 0).unwrap());
+        read_blocks(&*file, 0, (&mut buf).into(), Wait::Never).unwrap();
         assert!(read_exact_at(&*file, &mut buf, (1 << 20) - 1).is_err());
     }
 

@@ -9,7 +9,8 @@ use std::sync::{Arc, PoisonError};
 use bitvec::vec::BitVec;
 use memmap2::MmapMut;
 
-use super::{Access, Folder, Lock, Storage, read_exact_at, write_all_at};
+use super::{Access, Folder, Lock, Share, Storage, read_exact_at, write_all_at};
+use crate::memory::{Gather, Scatter};
 use crate::sync::{Mutex, RwLock, RwLockReadGuard, guard};
 
 const PAGE: u64 = 4096;
@@ -58,21 +59,21 @@ impl Content {
         }
     }
 
-    fn read(&self, buf: &mut [u8], offset: u64) -> usize {
-        let end = self.length.min(offset.saturating_add(buf.len() as u64));
+    fn read(&self, mut into: Scatter<'_>, offset: u64) -> usize {
+        let end = self.length.min(offset.saturating_add(into.len() as u64));
         let count = end.saturating_sub(offset) as usize;
         if count > 0 {
-            buf[..count].copy_from_slice(&self.map[offset as usize..][..count]);
+            into.copy_from(&self.map[offset as usize..][..count]);
         }
         count
     }
 
-    fn write(&mut self, buf: &[u8], offset: u64) -> io::Result<()> {
-        let end = offset + buf.len() as u64;
+    fn write(&mut self, from: Gather<'_>, offset: u64) -> io::Result<()> {
+        let end = offset + from.len() as u64;
         if end > self.length {
             self.set_length(end)?;
         }
-        self.map[offset as usize..end as usize].copy_from_slice(buf);
+        from.copy_to(&mut self.map[offset as usize..end as usize]);
         self.data[(offset / PAGE) as usize..end.div_ceil(PAGE) as usize].fill(true);
         Ok(())
     }
@@ -140,17 +141,17 @@ impl Storage for Handle {
         self.change(|content| content.set_length(length))
     }
 
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        Ok(self.content().read(buf, offset))
+    fn read_at(&self, into: Scatter<'_>, offset: u64) -> io::Result<usize> {
+        Ok(self.content().read(into, offset))
     }
 
-    fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.read_at(buf, offset)
+    fn read_cached_at(&self, into: Scatter<'_>, offset: u64) -> io::Result<usize> {
+        self.read_at(into, offset)
     }
 
-    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
-        self.change(|content| content.write(buf, offset))?;
-        Ok(buf.len())
+    fn write_at(&self, from: Gather<'_>, offset: u64) -> io::Result<usize> {
+        self.change(|content| content.write(from, offset))?;
+        Ok(from.len())
     }
 
     fn clone_range(
@@ -159,10 +160,10 @@ impl Storage for Handle {
         length: u64,
         source: &dyn Storage,
         from: u64,
-    ) -> io::Result<bool> {
+    ) -> io::Result<Share> {
         let mut bytes = vec![0; length as usize];
         read_exact_at(source, &mut bytes, from)?;
-        write_all_at(self, &bytes, offset).map(|()| true)
+        write_all_at(self, &bytes, offset).map(|()| Share::Done)
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

@@ -16,6 +16,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::memory::{Gather, Scatter};
+use crate::wait::{Attempt, NotDone, Wait};
 
 pub use buffer::Buffer;
 pub use file::{FileFolder, holders, opened};
@@ -40,6 +42,15 @@ pub enum Access {
     Write,
 }
 
+/// Whether space was shared instead of copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Share {
+    /// All of it was.
+    Done,
+    /// It can't be: the bytes have to be copied.
+    Refused,
+}
+
 /// An open file with byte addresses.
 pub trait Storage: Send + Sync + Debug {
     /// The file's name for messages.
@@ -55,17 +66,17 @@ pub trait Storage: Send + Sync + Debug {
     fn set_length(&self, length: u64) -> io::Result<()>;
 
     /// Reads once; 0 only at the end of the file.
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+    fn read_at(&self, into: Scatter<'_>, offset: u64) -> io::Result<usize>;
 
     /// [`Storage::read_at`] without waiting for a disk: [`io::ErrorKind::WouldBlock`], or fewer
     /// bytes, where the page cache lacks them.
-    fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+    fn read_cached_at(&self, into: Scatter<'_>, offset: u64) -> io::Result<usize>;
 
     /// Writes once.
-    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize>;
+    fn write_at(&self, from: Gather<'_>, offset: u64) -> io::Result<usize>;
 
     /// Makes the range hold what stands in `source` from `from` on, by sharing its space instead of
-    /// copying it. False, with nothing changed, where that can't be done: not on this file system,
+    /// copying it. Refused, with nothing changed, where that can't be done: not on this file system,
     /// not between these files, or not at these offsets. It counts as a write: durable after the
     /// next sync, the source's bytes with it.
     fn clone_range(
@@ -74,7 +85,7 @@ pub trait Storage: Send + Sync + Debug {
         length: u64,
         source: &dyn Storage,
         from: u64,
-    ) -> io::Result<bool>;
+    ) -> io::Result<Share>;
 
     /// The host's descriptor, where the file is one of the host's.
     fn descriptor(&self) -> Option<BorrowedFd<'_>>;
@@ -156,33 +167,47 @@ pub fn sync_folder(folder: &dyn Folder) -> Result<()> {
     folder.sync().map_err(|error| Error::io(error, "syncing the folder").in_file(folder.path()))
 }
 
-/// Whether an operation may wait for a disk or for a commit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wait {
-    /// Do all that it takes.
-    Yes,
-    /// Answer `false` instead, but take the time to decompress.
-    Decode,
-    /// Answer `false` instead, also where decompressing would take long.
-    No,
+/// Fills `into`. Without leave to wait only from the page cache.
+pub fn read_blocks(file: &dyn Storage, offset: u64, into: Scatter<'_>, wait: Wait) -> Attempt {
+    match wait {
+        Wait::Allowed => read_exact_at(file, into, offset)
+            .map_err(|error| failed(file, "reading blocks", offset)(error).into()),
+        Wait::Decode | Wait::Never => read_cached(file, offset, into),
+    }
 }
 
-/// Fills `buf`; false unless `wait` is [`Wait::Yes`] where the page cache lacks a byte.
-pub fn read_blocks(file: &dyn Storage, offset: u64, buf: &mut [u8], wait: Wait) -> Result<bool> {
-    let result = match wait {
-        Wait::Yes => read_exact_at(file, buf, offset).map(|()| true),
-        Wait::Decode | Wait::No => read_exact_cached_at(file, buf, offset),
-    };
-    result.map_err(failed(file, "reading blocks", offset))
+fn read_cached(file: &dyn Storage, mut offset: u64, into: Scatter<'_>) -> Attempt {
+    let mut left = into;
+    while !left.is_empty() {
+        match file.read_cached_at(left.again(), offset) {
+            Ok(0) => return Err(NotDone::WouldWait),
+            Ok(n) => {
+                (_, left) = left.split_at(n);
+                offset += n as u64;
+            }
+            Err(error) => match error.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => {
+                    return Err(NotDone::WouldWait);
+                }
+                _ => return Err(failed(file, "reading blocks", offset)(error).into()),
+            },
+        }
+    }
+    Ok(())
 }
 
-/// Fills `buf`, or fails with [`io::ErrorKind::UnexpectedEof`].
-pub fn read_exact_at(storage: &dyn Storage, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
-    while !buf.is_empty() {
-        match storage.read_at(buf, offset) {
+/// Fills `into`, or fails with [`io::ErrorKind::UnexpectedEof`].
+pub fn read_exact_at<'a>(
+    storage: &dyn Storage,
+    into: impl Into<Scatter<'a>>,
+    mut offset: u64,
+) -> io::Result<()> {
+    let mut left = into.into();
+    while !left.is_empty() {
+        match storage.read_at(left.again(), offset) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(n) => {
-                buf = buf.get_mut(n..).unwrap_or_default();
+                (_, left) = left.split_at(n);
                 offset += n as u64;
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -192,30 +217,18 @@ pub fn read_exact_at(storage: &dyn Storage, mut buf: &mut [u8], mut offset: u64)
     Ok(())
 }
 
-/// Fills `buf` from the page cache; false where that lacks a byte.
-pub fn read_exact_cached_at(
+/// Writes all of `from`.
+pub fn write_all_at<'a>(
     storage: &dyn Storage,
-    buf: &mut [u8],
-    offset: u64,
-) -> io::Result<bool> {
-    match storage.read_cached_at(buf, offset) {
-        Ok(n) => Ok(n == buf.len()),
-        Err(error)
-            if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) =>
-        {
-            Ok(false)
-        }
-        Err(error) => Err(error),
-    }
-}
-
-/// Writes all of `buf`.
-pub fn write_all_at(storage: &dyn Storage, mut buf: &[u8], mut offset: u64) -> io::Result<()> {
-    while !buf.is_empty() {
-        match storage.write_at(buf, offset) {
+    from: impl Into<Gather<'a>>,
+    mut offset: u64,
+) -> io::Result<()> {
+    let mut left = from.into();
+    while !left.is_empty() {
+        match storage.write_at(left, offset) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(n) => {
-                buf = buf.get(n..).unwrap_or_default();
+                left = left.range(n, left.len());
                 offset += n as u64;
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use sha2::{Digest as _, Sha256};
 
 use super::{Store, json};
-use crate::chain::{Chain, PackOptions, Parent, create, seal};
+use crate::chain::{Chain, Parent, create, seal};
+use crate::derive::PackOptions;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::packed::Compression;
@@ -131,7 +132,7 @@ impl Sink {
 
 impl Write for Sink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = self.file.write_at(bytes, self.at)?;
+        let count = self.file.write_at(bytes.into(), self.at)?;
         self.hasher.update(bytes.get(..count).unwrap_or_default());
         self.at += count as u64;
         Ok(count)

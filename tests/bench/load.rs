@@ -14,11 +14,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use thinply::chain::Chain;
-use thinply::device::{Detail, Device, Effort, Extent, HostRange, ZeroMode, push_extent};
+use thinply::device::{Detail, Device, Extent, HostRange, Prefetch, ZeroMode, push_extent};
+use thinply::memory::{Gather, Scatter};
 use thinply::nbd::server::{Export, ExportTable, Listener, Server, ServerConfig};
-use thinply::storage::{
-    self, Access, FileFolder, Folder, Storage, Wait, read_blocks, write_all_at,
-};
+use thinply::storage::{self, Access, FileFolder, Folder, Storage, read_blocks, write_all_at};
+use thinply::wait::{Attempt, Wait, unless_waiting};
 
 const USAGE: &str = "usage: load SOCKET RW[/fresh|/same] BLOCK DEPTH CONNECTIONS SECONDS OPS SEED
        serve SOCKET SIZE [FILE]
@@ -342,17 +342,14 @@ impl Device for Raw {
         false
     }
 
-    fn read(&self, offset: u64, buf: &mut [u8]) -> Answer<()> {
-        read_blocks(&*self.file, offset, buf, Wait::Yes).map(drop)
-    }
-
-    fn try_read(&self, offset: u64, buf: &mut [u8], _: Effort) -> Answer<bool> {
-        read_blocks(&*self.file, offset, buf, Wait::No)
+    fn try_read(&self, offset: u64, into: Scatter<'_>, wait: Wait) -> Attempt {
+        read_blocks(&*self.file, offset, into, wait)
     }
 
     fn host_range(&self, offset: u64, length: u64) -> Answer<Option<HostRange>> {
         for end in [offset, offset + length - 1] {
-            if !read_blocks(&*self.file, end, &mut [0], Wait::No)? {
+            let there = read_blocks(&*self.file, end, (&mut [0]).into(), Wait::Never);
+            if unless_waiting(there)?.is_none() {
                 return Ok(None);
             }
         }
@@ -360,12 +357,8 @@ impl Device for Raw {
         Ok(host(file.transpose())?.map(|file| HostRange { file, offset }))
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Answer<()> {
-        host(write_all_at(&*self.file, data, offset))
-    }
-
-    fn try_write(&self, offset: u64, data: &[u8]) -> Answer<bool> {
-        self.write(offset, data).map(|()| true)
+    fn try_write(&self, offset: u64, from: Gather<'_>, _: Wait) -> Answer<u64> {
+        host(write_all_at(&*self.file, from, offset)).map(|()| from.len() as u64)
     }
 
     fn zero(&self, offset: u64, length: u64, _: ZeroMode) -> Answer<()> {
@@ -380,20 +373,21 @@ impl Device for Raw {
         host(self.file.sync_data())
     }
 
-    fn extents(
+    fn try_extents(
         &self,
         _: u64,
         length: u64,
         _: Detail,
         limit: usize,
         out: &mut Vec<Extent>,
-    ) -> Answer<()> {
+        _: Wait,
+    ) -> Attempt {
         push_extent(out, limit, Extent { length, hole: false });
         Ok(())
     }
 
-    fn prefetch(&self, offset: u64, length: u64) -> Answer<bool> {
-        host(self.file.prefetch(offset, length)).map(|()| true)
+    fn prefetch(&self, offset: u64, length: u64) -> Answer<Prefetch> {
+        host(self.file.prefetch(offset, length)).map(|()| Prefetch::All)
     }
 }
 
@@ -409,21 +403,13 @@ impl Device for Null {
         false
     }
 
-    fn read(&self, _: u64, buf: &mut [u8]) -> Answer<()> {
-        buf.fill(0);
+    fn try_read(&self, _: u64, mut into: Scatter<'_>, _: Wait) -> Attempt {
+        into.clear();
         Ok(())
     }
 
-    fn try_read(&self, offset: u64, buf: &mut [u8], _: Effort) -> Answer<bool> {
-        self.read(offset, buf).map(|()| true)
-    }
-
-    fn write(&self, _: u64, _: &[u8]) -> Answer<()> {
-        Ok(())
-    }
-
-    fn try_write(&self, _: u64, _: &[u8]) -> Answer<bool> {
-        Ok(true)
+    fn try_write(&self, _: u64, from: Gather<'_>, _: Wait) -> Answer<u64> {
+        Ok(from.len() as u64)
     }
 
     fn zero(&self, _: u64, _: u64, _: ZeroMode) -> Answer<()> {
@@ -438,19 +424,20 @@ impl Device for Null {
         Ok(())
     }
 
-    fn extents(
+    fn try_extents(
         &self,
         _: u64,
         length: u64,
         _: Detail,
         limit: usize,
         out: &mut Vec<Extent>,
-    ) -> Answer<()> {
+        _: Wait,
+    ) -> Attempt {
         push_extent(out, limit, Extent { length, hole: false });
         Ok(())
     }
 
-    fn prefetch(&self, _: u64, _: u64) -> Answer<bool> {
-        Ok(true)
+    fn prefetch(&self, _: u64, _: u64) -> Answer<Prefetch> {
+        Ok(Prefetch::All)
     }
 }

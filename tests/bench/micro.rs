@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use criterion::Criterion;
 use thinply::chain::{Chain, Layers, create, seal};
-use thinply::device::{Detail, Device, Effort};
+use thinply::device::{Detail, Device};
 use thinply::nbd::proto::{self, Request, Terms};
 use thinply::storage::{Access, Folder, MemoryFolder};
+use thinply::wait::Wait;
 
 const SIZE: u64 = 64 << 20;
 const BLOCK: u64 = 4096;
@@ -123,7 +124,7 @@ fn lookup(chain: &'static Chain) -> Operation {
 fn read(chain: &'static Chain) -> Operation {
     let mut buffer = [0; BLOCK as usize];
     Box::new(move |number| {
-        chain.try_read(offset(number), &mut buffer, Effort::Copy).unwrap();
+        chain.try_read(offset(number), (&mut buffer).into(), Wait::Never).unwrap();
         black_box(&buffer);
     })
 }
@@ -131,7 +132,7 @@ fn read(chain: &'static Chain) -> Operation {
 fn write(chain: Chain, commit: bool) -> Operation {
     let data = [7; BLOCK as usize];
     Box::new(move |number| {
-        chain.try_write(offset(number), &data).unwrap();
+        chain.try_write(offset(number), (&data).into(), Wait::Never).unwrap();
         if commit {
             chain.flush().unwrap();
         }

@@ -1,21 +1,24 @@
 //! What a chain promises, on real files.
 
 use std::fs::{self, File};
+use std::ops::ControlFlow;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use testkit::bench::{BLOCK, Bench, Disk};
 use testkit::hooked::{Call, Hooked};
 use thinply::chain::{Chain, Kind, Layers, MAX_DEPTH, MapExtent, seal};
-use thinply::device::{Detail, Device, Effort, ZeroMode};
+use thinply::device::{Detail, Device, Prefetch, ZeroMode};
 use thinply::error::ErrorKind;
 use thinply::format::geometry::{block_offset, file_length};
 use thinply::packed::Compression;
 use thinply::storage::{Access, FileFolder, Folder, MemoryFolder};
 use thinply::types::{Block, WORD_BYTES};
+use thinply::wait::{NotDone, Wait};
 
 const MIB: u64 = 1 << 20;
 
@@ -50,7 +53,7 @@ fn extents(chain: &Chain, offset: u64, length: u64, detail: Detail) -> Vec<MapEx
     let mut found = Vec::new();
     let mut visit = |extent| {
         found.push(extent);
-        true
+        ControlFlow::Continue(())
     };
     chain.map(offset, length, detail, &mut visit).unwrap();
     found
@@ -554,6 +557,11 @@ fn bytes_that_stand_side_by_side_in_one_file_are_handed_out_as_its_range() {
         assert!(found == read(chain, offset, length as usize), "{length} bytes at {offset}");
     };
     let end = 64 * MIB + WORD_BYTES;
+    // Who owns a group's blocks below takes reading once; before that nothing is handed out.
+    check(&top, end, 512, false);
+    for group in [MIB, 199 * MIB] {
+        read(&top, group, 512);
+    }
     for (offset, length, whole) in [
         (64 * MIB + 5, 100, true),
         (64 * MIB, WORD_BYTES, true),
@@ -577,6 +585,8 @@ fn bytes_that_stand_side_by_side_in_one_file_are_handed_out_as_its_range() {
     drop(top);
     let still = files.bench.read("top");
     assert!(still.read_only());
+    check(&still, 64 * MIB, WORD_BYTES, false);
+    read(&still, MIB, 512);
     check(&still, 64 * MIB, WORD_BYTES, true);
     // What is no file of the host has no range.
     assert!(half_covered(&Bench::default()).host_range(64 * MIB, 512).unwrap().is_none());
@@ -586,16 +596,71 @@ fn bytes_that_stand_side_by_side_in_one_file_are_handed_out_as_its_range() {
 fn what_is_cached_is_read_and_what_is_settled_written_without_waiting() {
     let top = half_covered(&Bench::default());
     let mut data = [0; 512];
-    assert!(top.try_read(64 * MIB, &mut data, Effort::Copy).unwrap());
+    top.try_read(64 * MIB, (&mut data).into(), Wait::Never).unwrap();
     assert_eq!(data, [9; 512]);
-    assert!(top.try_write(64 * MIB, &[8; 512]).unwrap());
+    assert_eq!(top.try_write(64 * MIB, (&[8; 512]).into(), Wait::Never).unwrap(), 512);
     assert_eq!(read(&top, 64 * MIB, 1024), [[8; 512], [9; 512]].concat());
     top.flush().unwrap();
     top.write(100 * MIB, &[7; 4096]).unwrap();
     top.flush().unwrap();
     // Named by the last record, so it has to wait for another one.
-    assert!(!top.try_write(100 * MIB, &[6; 512]).unwrap());
+    assert_eq!(top.try_write(100 * MIB, (&[6; 512]).into(), Wait::Never).unwrap(), 0);
     assert_eq!(read(&top, 100 * MIB, 512), [7; 512]);
+}
+
+/// A disk whose calls a try may not make: maps of any layout and copy-up included.
+#[test]
+fn what_may_not_wait_asks_no_disk_for_what_it_does_not_know() {
+    let hooked = Arc::new(Hooked::new(Arc::new(MemoryFolder::new("m"))));
+    let bench = Bench::in_folder(hooked.clone());
+    half_covered(&bench).close().unwrap();
+    bench.pack(&bench.read("base"), "packed", Compression::Zstd(1));
+    bench.overlay("over", "packed", None);
+    for name in ["top", "over"] {
+        let chain = bench.write(name);
+        let calls = Arc::new(AtomicUsize::new(0));
+        let counted = calls.clone();
+        hooked.on_calls(move |call| {
+            if let Call::Read { .. } | Call::Write { .. } | Call::Allocate { .. } = call {
+                counted.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(usize::MAX)
+        });
+        let none = |what: &str| assert_eq!(calls.swap(0, Ordering::Relaxed), 0, "{name}: {what}");
+        let mut data = [0; 512];
+        for wait in [Wait::Never, Wait::Decode] {
+            let tried = chain.try_read(60 * MIB, (&mut data).into(), wait);
+            assert!(matches!(tried, Err(NotDone::WouldWait)), "{name}: {wait:?}");
+            let mut extents = Vec::new();
+            let mut ask = |chain: &Chain, detail| {
+                let tried = chain.try_extents(60 * MIB, MIB, detail, 9, &mut extents, wait);
+                matches!(tried, Err(NotDone::WouldWait))
+            };
+            assert!(ask(&chain, Detail::Bitmaps) && ask(&chain, Detail::Files));
+            none("nothing is known yet");
+        }
+        assert_eq!(chain.try_write(61 * MIB, (&[1; 512]).into(), Wait::Never).unwrap(), 0);
+        assert!(chain.host_range(60 * MIB, 512).unwrap().is_none());
+        none("nothing is known yet");
+        // Known now: but a block that is absent in its group's first page takes space for the page,
+        // and a part of a block the bytes around it.
+        chain.read(60 * MIB, &mut data).unwrap();
+        calls.store(0, Ordering::Relaxed);
+        assert_eq!(chain.try_write(61 * MIB, (&[1; 512]).into(), Wait::Never).unwrap(), {
+            // The page of this group has its space where the top wrote before.
+            if name == "top" { 512 } else { 0 }
+        });
+        hooked.on_calls(|_| Ok(usize::MAX));
+        chain.write(61 * MIB, &[1; 512]).unwrap();
+        assert_eq!(read(&chain, 61 * MIB, 512), [1; 512]);
+        // Up to where it would wait, and no further: the next group's page is not known.
+        let both = vec![2; 2 * WORD_BYTES as usize];
+        let seam = 127 * MIB - WORD_BYTES;
+        let written = chain.try_write(seam, (&both).into(), Wait::Never).unwrap();
+        assert_eq!(written, WORD_BYTES, "{name}");
+        assert_eq!(read(&chain, seam, 512), [2; 512]);
+        assert_ne!(read(&chain, 127 * MIB, 512), [2; 512]);
+    }
 }
 
 #[test]
@@ -611,7 +676,7 @@ fn each_layer_is_told_which_of_its_bytes_will_be_read() {
         }
         Ok(usize::MAX)
     });
-    assert!(top.prefetch(64 * MIB - 4096, WORD_BYTES + 2 * 4096).unwrap());
+    assert_eq!(top.prefetch(64 * MIB - 4096, WORD_BYTES + 2 * 4096).unwrap(), Prefetch::All);
     let at = |offset: u64| block_offset(Block(offset / 4096)).0;
     let end = 64 * MIB + WORD_BYTES;
     let expected = [
@@ -620,19 +685,19 @@ fn each_layer_is_told_which_of_its_bytes_will_be_read() {
         ("base".to_owned(), at(end), 4096),
     ];
     assert_eq!(*asked.lock().unwrap(), expected);
-    assert!(top.prefetch(64 * MIB + 4096, 8192).unwrap());
+    assert_eq!(top.prefetch(64 * MIB + 4096, 8192).unwrap(), Prefetch::All);
     let inside = ("top".to_owned(), at(64 * MIB + 4096), 8192);
     assert_eq!(asked.lock().unwrap()[expected.len()..], [inside]);
-    assert!(top.prefetch(MIB, 4096).unwrap(), "zeros take no reading");
+    assert_eq!(top.prefetch(MIB, 4096).unwrap(), Prefetch::All, "zeros take no reading");
     assert_eq!(asked.lock().unwrap().len(), expected.len() + 1);
     // A packed layer is read when it is asked for.
     bench.pack(&bench.read("base"), "packed", Compression::None);
     bench.overlay("over", "packed", None);
     let over = bench.write("over");
     over.write(64 * MIB, &[1; 4096]).unwrap();
-    assert!(over.prefetch(64 * MIB, 4096).unwrap());
-    assert!(!over.prefetch(64 * MIB, 2 * 4096).unwrap());
-    assert!(!over.prefetch(64 * MIB - 4096, 2 * 4096).unwrap());
+    assert_eq!(over.prefetch(64 * MIB, 4096).unwrap(), Prefetch::All);
+    assert_eq!(over.prefetch(64 * MIB, 2 * 4096).unwrap(), Prefetch::InPart);
+    assert_eq!(over.prefetch(64 * MIB - 4096, 2 * 4096).unwrap(), Prefetch::InPart);
 }
 
 /// The second reader, written from the specification alone, reads the same bytes.

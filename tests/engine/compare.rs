@@ -3,15 +3,13 @@
 use std::sync::Arc;
 
 use testkit::bench::Bench;
-use thinply::chain::{
-    Chain, Kind, Layer, MapExtent, Mismatch, PackOptions, Plan, Raw, Rule, Sink, Stored, compare,
-    seal,
-};
+use thinply::chain::{Chain, Kind, Layer, MapExtent, Stored, seal};
+use thinply::derive::{Mismatch, PackOptions, Plan, Raw, Rule, Sink, compare};
 use thinply::device::{Device, ZeroMode};
 use thinply::error::Result;
 use thinply::format::geometry::block_offset;
 use thinply::packed::Compression;
-use thinply::storage::{Access, write_all_at};
+use thinply::storage::{Access, Share, write_all_at};
 use thinply::types::Block;
 
 const BLOCK: u64 = 4096;
@@ -145,7 +143,7 @@ impl Sink for Notes {
         Ok(())
     }
 
-    fn share(&mut self, _: &MapExtent) -> Result<bool> {
+    fn share(&mut self, _: &MapExtent) -> Result<Share> {
         panic!("changes are compared, not shared");
     }
 
@@ -275,31 +273,32 @@ fn data_stands_in_a_live_file_group_by_group() {
             let name = part.file.path().file_name().unwrap().to_str().unwrap().to_owned();
             assert_eq!(part.at, block_offset(Block(part.offset / BLOCK)).0);
             found.push((name, part.offset, part.length));
-            Ok(found.len() < most)
+            Ok(if found.len() < most { Share::Done } else { Share::Refused })
         });
         (all.unwrap(), found)
     };
     let base = |from, length| ("base".to_owned(), from, length);
     let whole = extent(group - 2 * BLOCK, 3 * BLOCK, Some(1), Kind::Data);
     let parts = vec![base(group - 2 * BLOCK, 2 * BLOCK), base(group, BLOCK)];
-    assert_eq!(stored(&whole, usize::MAX), (true, parts.clone()));
-    assert_eq!(stored(&whole, 1), (false, parts[..1].to_vec()));
+    assert_eq!(stored(&whole, usize::MAX), (Share::Done, parts.clone()));
+    assert_eq!(stored(&whole, 1), (Share::Refused, parts[..1].to_vec()));
     // Only whole blocks.
     let cut = extent(group - 2 * BLOCK + 512, 2 * BLOCK, Some(1), Kind::Data);
-    assert_eq!(stored(&cut, usize::MAX), (true, vec![base(group - BLOCK, BLOCK)]));
+    assert_eq!(stored(&cut, usize::MAX), (Share::Done, vec![base(group - BLOCK, BLOCK)]));
     for other in [
         extent(BLOCK, BLOCK, None, Kind::Absent),
         extent(BLOCK, BLOCK, Some(1), Kind::Zero),
         extent(0, BLOCK, Some(2), Kind::Data),
     ] {
-        assert_eq!(stored(&other, usize::MAX), (false, vec![]));
+        assert_eq!(stored(&other, usize::MAX), (Share::Refused, vec![]));
     }
-    let mut never = |_: &Stored<'_>| -> Result<bool> { panic!("nothing to show") };
+    let mut never = |_: &Stored<'_>| -> Result<Share> { panic!("nothing to show") };
     bench.pack(&bench.read("base"), "packed", Compression::None);
     let packed = bench.read("packed");
     let here = extent(group, BLOCK, Some(0), Kind::Data);
-    assert!(!packed.stored(&here, &mut never).unwrap());
+    assert_eq!(packed.stored(&here, &mut never).unwrap(), Share::Refused);
     drop(top);
     let open = bench.open("top", Access::Write).unwrap();
-    assert!(!open.stored(&extent(0, BLOCK, Some(0), Kind::Data), &mut never).unwrap());
+    let first = extent(0, BLOCK, Some(0), Kind::Data);
+    assert_eq!(open.stored(&first, &mut never).unwrap(), Share::Refused);
 }

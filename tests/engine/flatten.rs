@@ -1,12 +1,14 @@
 //! Flatten: what it promises beyond what the model test compares, and power losses inside it.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use testkit::bench::Bench;
 use testkit::crash::Random;
 use testkit::crash::disk::Disk;
 use testkit::crash::folder::CrashFolder;
-use thinply::chain::{Chain, Kind, Layer, MapExtent, Parent, Plan, seal};
+use thinply::chain::{Chain, Kind, Layer, MapExtent, Parent, seal};
+use thinply::derive::Plan;
 use thinply::device::{Detail, Device, ZeroMode};
 use thinply::error::{ErrorKind, Result};
 use thinply::format::header::ParentLink;
@@ -88,7 +90,7 @@ fn a_hole_hides_the_ancestor_and_sizes_are_kept() {
                 if extent.depth == Some(0) {
                     owned.push((extent.offset / BLOCK, extent.length.div_ceil(BLOCK), extent.kind));
                 }
-                true
+                ControlFlow::Continue(())
             })
             .unwrap();
         owned

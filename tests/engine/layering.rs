@@ -4,10 +4,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Level of each module; a module may name those of lower levels, and itself.
-const LEVELS: [(&str, u32); 13] = [
+const LEVELS: [(&str, u32); 16] = [
     ("error", 0),
     ("types", 0),
     ("sync", 0),
+    ("wait", 0),
+    ("memory", 0),
     ("planted", 0),
     ("format", 1),
     ("storage", 1),
@@ -15,9 +17,10 @@ const LEVELS: [(&str, u32); 13] = [
     ("live", 2),
     ("packed", 2),
     ("chain", 3),
-    ("inspect", 3),
-    ("nbd", 4),
-    ("store", 4),
+    ("derive", 4),
+    ("inspect", 4),
+    ("nbd", 5),
+    ("store", 5),
 ];
 
 fn level(module: &str) -> u32 {

@@ -5,11 +5,14 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use testkit::bench::{BLOCK, Bench, Disk};
-use thinply::chain::{Chain, Layer, Mismatch, Parent, Plan, Rule, compare as compare_disks, seal};
-use thinply::device::{Detail, Device, Effort, ZeroMode};
+use thinply::chain::{Chain, Layer, Parent, seal};
+
+use thinply::derive::{Mismatch, Plan, Rule, compare as compare_disks};
+use thinply::device::{Detail, Device, ZeroMode};
 use thinply::error::ErrorKind;
 use thinply::packed::Compression;
 use thinply::storage::{Access, write_all_at};
+use thinply::wait::{Wait, unless_waiting};
 
 /// One group, and a bit of a second one that doesn't end at a block.
 const SIZE: u64 = GROUP + 40 * BLOCK as u64 + 512;
@@ -161,9 +164,8 @@ impl Run {
             Op::Write { offset, length, fill } => {
                 let (offset, length) = clip(&self.disk, offset, length);
                 let data = pattern(offset, length, fill);
-                if !self.chain().try_write(offset, &data).unwrap() {
-                    self.chain().write(offset, &data).unwrap();
-                }
+                let done = self.chain().try_write(offset, (&data).into(), Wait::Never).unwrap();
+                self.chain().write(offset + done, &data[done as usize..]).unwrap();
                 self.disk.write(offset, &data);
             }
             Op::Zero { offset, length, allocate } => {
@@ -180,8 +182,9 @@ impl Run {
             Op::Read { offset, length } => {
                 let (offset, length) = clip(&self.disk, offset, length);
                 let mut found = vec![0xee; length as usize];
-                let effort = if length % 2 == 0 { Effort::Copy } else { Effort::Decode };
-                if !self.chain().try_read(offset, &mut found, effort).unwrap() {
+                let wait = if length % 2 == 0 { Wait::Never } else { Wait::Decode };
+                let tried = self.chain().try_read(offset, (&mut found).into(), wait);
+                if unless_waiting(tried).unwrap().is_none() {
                     self.chain().read(offset, &mut found).unwrap();
                 }
                 assert!(found == self.disk.read(offset, length as usize), "read at {offset}");

@@ -12,8 +12,9 @@ use thinply::format::packed::{
     encode_directory, frame_hash,
 };
 use thinply::packed::{Compression, Packed, Writer};
-use thinply::storage::{Access, FileFolder, Folder, MemoryFolder, Wait, write_all_at};
+use thinply::storage::{Access, FileFolder, Folder, MemoryFolder, write_all_at};
 use thinply::types::{BLOCK_SIZE, Block, GROUP_BLOCKS, Group, Word};
+use thinply::wait::{Wait, waited};
 
 /// A file's bytes in a folder that counts the reads.
 fn counting(bytes: &[u8]) -> (Arc<dyn Folder>, Arc<AtomicU64>) {
@@ -49,7 +50,7 @@ fn opening_takes_three_reads_whatever_the_size() {
         if groups > 0 {
             let mut block = [0; BLOCK_SIZE as usize];
             let word = Block((groups - 1) * GROUP_BLOCKS).word();
-            layer.read(word, 0, &mut block, Wait::Yes).unwrap();
+            layer.read(word, 0, (&mut block).into(), Wait::Allowed).unwrap();
             assert_eq!(block, [1; BLOCK_SIZE as usize]);
             assert_eq!(reads.load(Ordering::Relaxed), expected + 3, "{groups} groups");
         }
@@ -114,7 +115,7 @@ fn error_of(file: Arc<dyn thinply::storage::Storage>) -> Error {
         Err(error) => return error,
     };
     let mut block = [0; BLOCK_SIZE as usize];
-    layer.read(Word(0), 0, &mut block, Wait::Yes).unwrap_err()
+    waited(layer.read(Word(0), 0, (&mut block).into(), Wait::Allowed)).unwrap_err()
 }
 
 #[test]
@@ -132,7 +133,7 @@ fn a_frame_that_decompresses_to_a_gibibyte_is_refused_and_takes_no_memory() {
     let right = forged(&zstd::bulk::compress(&other, 3).unwrap(), &other);
     let right = Packed::open(counting(&right).0.open("layer", Access::Read).unwrap()).unwrap();
     let mut block = [0; BLOCK_SIZE as usize];
-    right.read(Word(0), 0, &mut block, Wait::Yes).unwrap();
+    right.read(Word(0), 0, (&mut block).into(), Wait::Allowed).unwrap();
     assert_eq!(block, [2; BLOCK_SIZE as usize], "the forgery is right but for the frame");
 
     let (folder, _) = counting(&forged(&bomb, &decoded));

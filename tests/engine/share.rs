@@ -6,7 +6,7 @@ use testkit::bench::Bench;
 use thinply::chain::Chain;
 use thinply::device::Device;
 use thinply::error::ErrorKind;
-use thinply::storage::{Access, Storage, write_all_at};
+use thinply::storage::{Access, Share, Storage, write_all_at};
 
 const BLOCK: u64 = 4096;
 /// Into the third group.
@@ -36,7 +36,10 @@ fn shared_blocks_are_owned_durably_and_nothing_else_is() {
     let chain = bench.write("a");
     let (from, end) = (100, SIZE / BLOCK - 7);
     // From another place of the source than that of the disk.
-    assert!(chain.share(from * BLOCK, (end - from) * BLOCK, &*file, 3 * BLOCK).unwrap());
+    assert_eq!(
+        chain.share(from * BLOCK, (end - from) * BLOCK, &*file, 3 * BLOCK).unwrap(),
+        Share::Done
+    );
     chain.flush().unwrap();
     // A crash: neither closed nor flushed again.
     drop(chain);
@@ -59,11 +62,11 @@ fn what_is_owned_or_not_whole_is_not_shared() {
     bench.create("a", SIZE);
     let chain = bench.write("a");
     chain.write(200 * BLOCK, &[1; 10]).unwrap();
-    assert!(!chain.share(190 * BLOCK, 20 * BLOCK, &*file, 0).unwrap());
-    assert!(!chain.share(512, BLOCK, &*file, 0).unwrap());
-    assert!(!chain.share(0, 512, &*file, 0).unwrap());
+    assert_eq!(chain.share(190 * BLOCK, 20 * BLOCK, &*file, 0).unwrap(), Share::Refused);
+    assert_eq!(chain.share(512, BLOCK, &*file, 0).unwrap(), Share::Refused);
+    assert_eq!(chain.share(0, 512, &*file, 0).unwrap(), Share::Refused);
     assert_eq!((number(&chain, 195), number(&chain, 0)), (0, 0), "nothing changed");
-    assert!(chain.share(0, 0, &*file, 0).unwrap());
+    assert_eq!(chain.share(0, 0, &*file, 0).unwrap(), Share::Done);
     let error = chain.share(SIZE, BLOCK, &*file, 0).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::OutOfRange);
     chain.close().unwrap();
@@ -78,7 +81,7 @@ fn a_few_shared_blocks_take_the_way_of_a_record() {
     let file = source(&bench);
     bench.create("a", SIZE);
     let chain = bench.write("a");
-    assert!(chain.share(7 * BLOCK, 3 * BLOCK, &*file, 0).unwrap());
+    assert_eq!(chain.share(7 * BLOCK, 3 * BLOCK, &*file, 0).unwrap(), Share::Done);
     chain.flush().unwrap();
     // Named by the record, so this waits for the next one.
     chain.write(8 * BLOCK, &[5; 8]).unwrap();

@@ -19,6 +19,7 @@ use thinply::chain::{Chain, create, seal};
 use thinply::device::{Device, ZeroMode};
 use thinply::inspect;
 use thinply::storage::{Access, Folder};
+use thinply::wait::Wait;
 
 const THREADS: usize = 6;
 /// Copies of the disk in a round.
@@ -56,9 +57,9 @@ fn step(chain: &Chain, history: &History, taste: &mut Taste) -> Result<(), Strin
         WRITE => {
             let mut content = Vec::new();
             History::content(range, version, &mut content);
-            if !chain.try_write(offset, &content).map_err(failed)? {
-                chain.write(offset, &content).map_err(failed)?;
-            }
+            let tried = chain.try_write(offset, (&content).into(), Wait::Never);
+            let done = tried.map_err(failed)?;
+            chain.write(offset + done, &content[done as usize..]).map_err(failed)?;
         }
         TRIM => chain.trim(offset, length).map_err(failed)?,
         _ => {

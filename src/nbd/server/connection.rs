@@ -21,10 +21,11 @@ use super::buffer::{Received, Replies};
 use super::export::Export;
 use super::handshake;
 use super::link::{Gone, Link, Ticket, Want, failure};
-use super::work::{Job, Payload, Read, Wait, Work, device_failure};
-use crate::device::{Effort, Extent};
+use super::work::{Job, Payload, Read, Work, device_failure};
+use crate::device::Extent;
 use crate::nbd::proto::{self, Command, Errno, Refusal, Request, Terms};
 use crate::storage::Buffer;
+use crate::wait::Wait;
 
 /// Replies are sent once this much has come together, even if more requests wait.
 const SEND_AT: usize = 256 << 10;
@@ -197,7 +198,7 @@ impl Connection<'_> {
         // Nobody waits for this thread then, and to hand the read on would cost as much.
         let alone = !self.busy && self.received.bytes().is_empty();
         let small = length <= SMALL_READ;
-        let wait = Wait::Never(if alone && small { Effort::Decode } else { Effort::Copy });
+        let wait = if alone && small { Wait::Decode } else { Wait::Never };
         let done = read.reply(device, wait, &mut self.replies, &mut self.extents, |error| {
             link.log(&format!("read failed: {error}"));
         });
@@ -241,12 +242,16 @@ impl Connection<'_> {
             self.receive_payload(length)?;
         }
         let data = if buffered { &self.received.bytes()[..length] } else { &self.payload[..] };
-        let result =
-            if length == 0 { Ok(true) } else { self.export.device().try_write(offset, data) };
+        let result = match length {
+            0 => Ok(0),
+            _ => self.export.device().try_write(offset, data.into(), Wait::Never),
+        };
+        // What is left has to wait. All of it is written then, as one piece of memory is handed on.
         let moved = match result {
-            Ok(false) if buffered => Some(Box::new(data.to_vec()) as Payload),
-            Ok(false) => Some(Box::new(std::mem::take(&mut self.payload)) as Payload),
-            _ => None,
+            Ok(written) if written == length as u64 => None,
+            Ok(_) if buffered => Some(Box::new(data.to_vec()) as Payload),
+            Ok(_) => Some(Box::new(std::mem::take(&mut self.payload)) as Payload),
+            Err(_) => None,
         };
         if buffered {
             self.received.take(length);

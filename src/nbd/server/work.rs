@@ -9,11 +9,12 @@ use std::time::Duration;
 use super::buffer::Replies;
 use super::export::Export;
 use super::link::Ticket;
-use crate::device::{Detail, Device, Effort, Extent, ZeroMode};
+use crate::device::{Detail, Device, Extent, Prefetch, ZeroMode};
 use crate::error::{Error, ErrorKind};
 use crate::nbd::proto::{self, Command, Errno};
 use crate::sync::guard;
 use crate::types::BLOCK_SIZE;
+use crate::wait::{NotDone, Wait};
 
 /// Stack of every thread of the server, in bytes; only what is touched costs memory.
 pub(super) const STACK: usize = 512 << 10;
@@ -41,13 +42,6 @@ pub(super) fn out_of_range(command: Command) -> Errno {
         Command::Write { .. } | Command::WriteZeroes { .. } => Errno::NoSpace,
         _ => Errno::Invalid,
     }
-}
-
-/// Whether a call may wait for a disk, and what it may spend if not.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Wait {
-    Never(Effort),
-    Allowed,
 }
 
 /// A read, with what its reply depends on.
@@ -122,9 +116,11 @@ impl Read {
         // To ask about a single block costs more than to send its zeros.
         if !self.whole && u64::from(length) > BLOCK_SIZE {
             let (range, limit) = (u64::from(length), MAX_READ_EXTENTS);
-            device
-                .extents(offset, range, Detail::Bitmaps, limit, extents)
-                .map_err(|error| (error, offset))?;
+            match device.try_extents(offset, range, Detail::Bitmaps, limit, extents, wait) {
+                Ok(()) => {}
+                Err(NotDone::WouldWait) => return Ok(false),
+                Err(NotDone::Failed(error)) => return Err((error, offset)),
+            }
         }
         let mut at = 0u32;
         for (i, extent) in extents.iter().enumerate() {
@@ -165,16 +161,18 @@ impl Read {
         let total = header.len() + length as usize;
         let (head, data) = out.spare(total).split_at_mut(header.len());
         head.copy_from_slice(header);
-        let done = match wait {
-            _ if length == 0 => Ok(true),
-            Wait::Never(effort) => device.try_read(offset, data, effort),
-            Wait::Allowed => device.read(offset, data).map(|()| true),
+        let done = match length {
+            0 => Ok(()),
+            _ => device.try_read(offset, data.into(), wait),
         };
-        let done = done.map_err(|error| (error, offset))?;
-        if done {
-            out.built(total);
+        match done {
+            Ok(()) => {
+                out.built(total);
+                Ok(true)
+            }
+            Err(NotDone::WouldWait) => Ok(false),
+            Err(NotDone::Failed(error)) => Err((error, offset)),
         }
-        Ok(done)
     }
 }
 
@@ -231,7 +229,8 @@ impl Job {
 fn prefetch(reads: &mut Vec<(Ticket, Read)>, export: &Arc<Export>, pool: &Arc<Pool>) {
     let told = |(_, read): &mut (Ticket, Read)| {
         // An error shows again in the read.
-        export.device().prefetch(read.offset, read.length.into()).unwrap_or(true)
+        let begun = export.device().prefetch(read.offset, read.length.into());
+        begun.unwrap_or(Prefetch::All) == Prefetch::All
     };
     for read in reads.extract_if(.., |read| !told(read)) {
         pool.add(Job { export: Arc::clone(export), work: Work::Reads(vec![read]) });
@@ -247,7 +246,7 @@ fn answer(reads: Vec<(Ticket, Read)>, device: &dyn Device) {
                 ticket.log(&format!("read failed: {error}"));
             })
         };
-        if answered.is_empty() || !reply(Wait::Never(Effort::Copy), &mut out) {
+        if answered.is_empty() || !reply(Wait::Never, &mut out) {
             Ticket::answer_all(
                 std::mem::take(&mut answered),
                 std::mem::take(&mut out).into_bytes(),

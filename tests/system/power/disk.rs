@@ -5,8 +5,10 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use fastrand::Rng;
-use thinply::device::{Detail, Device, Effort, Extent, ZeroMode, push_extent};
+use thinply::device::{Detail, Device, Extent, Prefetch, ZeroMode, push_extent};
 use thinply::error::Result;
+use thinply::memory::{Gather, Scatter};
+use thinply::wait::{Attempt, Wait};
 
 const SECTOR: usize = 512;
 type Sector = [u8; SECTOR];
@@ -87,16 +89,16 @@ impl Device for Disk {
         false
     }
 
-    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.state().read(offset, buf);
+    fn try_read(&self, offset: u64, mut into: Scatter<'_>, _: Wait) -> Attempt {
+        let mut bytes = vec![0; into.len()];
+        self.state().read(offset, &mut bytes);
+        into.copy_from(&bytes);
         Ok(())
     }
 
-    fn try_read(&self, offset: u64, buf: &mut [u8], _: Effort) -> Result<bool> {
-        self.read(offset, buf).map(|()| true)
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+    fn try_write(&self, offset: u64, from: Gather<'_>, _: Wait) -> Result<u64> {
+        let mut data = vec![0; from.len()];
+        from.copy_to(&mut data);
         let mut state = self.state();
         if !state.dark {
             let numbers = offset / SECTOR as u64..;
@@ -104,11 +106,7 @@ impl Device for Disk {
                 state.cache.entry(number).or_default().push(*sector);
             }
         }
-        Ok(())
-    }
-
-    fn try_write(&self, offset: u64, data: &[u8]) -> Result<bool> {
-        self.write(offset, data).map(|()| true)
+        Ok(data.len() as u64)
     }
 
     fn zero(&self, offset: u64, length: u64, _: ZeroMode) -> Result<()> {
@@ -129,20 +127,21 @@ impl Device for Disk {
         Ok(())
     }
 
-    fn extents(
+    fn try_extents(
         &self,
         _: u64,
         length: u64,
         _: Detail,
         limit: usize,
         out: &mut Vec<Extent>,
-    ) -> Result<()> {
+        _: Wait,
+    ) -> Attempt {
         push_extent(out, limit, Extent { length, hole: false });
         Ok(())
     }
 
-    fn prefetch(&self, _: u64, _: u64) -> Result<bool> {
-        Ok(false)
+    fn prefetch(&self, _: u64, _: u64) -> Result<Prefetch> {
+        Ok(Prefetch::InPart)
     }
 }
 

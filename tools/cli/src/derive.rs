@@ -2,7 +2,8 @@
 //! have in common.
 
 use serde::Serialize;
-use thinply::chain::{Chain, Layer, Parent, Plan, seal};
+use thinply::chain::{Chain, Layer, Parent, seal};
+use thinply::derive::Plan;
 use thinply::device::Device;
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::format::header::{ParentLink, State, check_hint};

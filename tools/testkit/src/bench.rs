@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use thinply::chain::{Chain, Layers, PackOptions, create, seal};
+use thinply::chain::{Chain, Layers, create, seal};
+use thinply::derive::PackOptions;
 use thinply::packed::Compression;
 use thinply::storage::{Access, Folder, MemoryFolder, write_all_at};
 

@@ -6,8 +6,10 @@ use std::ops::Range;
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
-use thinply::device::{Detail, Device, Effort, Extent, ZeroMode, check_range, push_extent};
+use thinply::device::{Detail, Device, Extent, Prefetch, ZeroMode, check_range, push_extent};
 use thinply::error::{Error, ErrorKind, Result};
+use thinply::memory::{Gather, Scatter};
+use thinply::wait::{Attempt, NotDone, Wait};
 
 const BLOCK: u64 = 4096;
 /// A wait this long means that the test has failed.
@@ -178,41 +180,38 @@ impl Device for TestDevice {
         self.read_only
     }
 
-    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        check_range(self.size, offset, buf.len() as u64)?;
-        self.enter(Op::Read)?;
-        self.fill(offset, buf);
+    fn try_read(&self, offset: u64, mut into: Scatter<'_>, wait: Wait) -> Attempt {
+        check_range(self.size, offset, into.len() as u64)?;
+        let mut bytes = vec![0xee; into.len()];
+        if wait == Wait::Allowed {
+            self.enter(Op::Read)?;
+        } else {
+            self.enter(Op::TryRead)?;
+            if self.cold {
+                into.copy_from(&bytes);
+                return Err(NotDone::WouldWait);
+            }
+            if let Some(&kind) = self.state.lock().unwrap().faults.get(&Op::Read) {
+                return Err(Error::new(kind, "planned to fail").into());
+            }
+        }
+        self.fill(offset, &mut bytes);
+        into.copy_from(&bytes);
         Ok(())
     }
 
-    fn try_read(&self, offset: u64, buf: &mut [u8], _: Effort) -> Result<bool> {
-        check_range(self.size, offset, buf.len() as u64)?;
-        self.enter(Op::TryRead)?;
-        if self.cold {
-            buf.fill(0xee);
-            return Ok(false);
+    fn try_write(&self, offset: u64, from: Gather<'_>, wait: Wait) -> Result<u64> {
+        if self.cold && wait != Wait::Allowed {
+            return Ok(0);
         }
-        if let Some(&kind) = self.state.lock().unwrap().faults.get(&Op::Read) {
-            return Err(Error::new(kind, "planned to fail"));
-        }
-        self.fill(offset, buf);
-        Ok(true)
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        check_range(self.size, offset, data.len() as u64)?;
+        check_range(self.size, offset, from.len() as u64)?;
         assert!(!self.read_only, "a write reached a read-only device");
         self.enter(Op::Write)?;
-        self.store(offset, data);
+        let mut data = vec![0; from.len()];
+        from.copy_to(&mut data);
+        self.store(offset, &data);
         self.state.lock().unwrap().written += 1;
-        Ok(())
-    }
-
-    fn try_write(&self, offset: u64, data: &[u8]) -> Result<bool> {
-        if self.cold {
-            return Ok(false);
-        }
-        self.write(offset, data).map(|()| true)
+        Ok(data.len() as u64)
     }
 
     fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<()> {
@@ -245,14 +244,15 @@ impl Device for TestDevice {
         Ok(())
     }
 
-    fn extents(
+    fn try_extents(
         &self,
         offset: u64,
         length: u64,
         detail: Detail,
         limit: usize,
         out: &mut Vec<Extent>,
-    ) -> Result<()> {
+        _: Wait,
+    ) -> Attempt {
         check_range(self.size, offset, length)?;
         if detail == Detail::Files {
             self.enter(Op::Extents)?;
@@ -278,8 +278,9 @@ impl Device for TestDevice {
         Ok(())
     }
 
-    fn prefetch(&self, offset: u64, length: u64) -> Result<bool> {
+    fn prefetch(&self, offset: u64, length: u64) -> Result<Prefetch> {
         check_range(self.size, offset, length)?;
-        self.enter(Op::Prefetch).map(|()| !self.untold)
+        self.enter(Op::Prefetch)?;
+        Ok(if self.untold { Prefetch::InPart } else { Prefetch::All })
     }
 }

@@ -8,7 +8,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use thinply::storage::{Access, Folder, Lock, Storage, read_exact_at, write_all_at};
+use thinply::memory::{Gather, Scatter};
+use thinply::storage::{Access, Folder, Lock, Share, Storage, read_exact_at, write_all_at};
 
 /// A call on the folder or a file.
 #[derive(Clone, Copy, Debug)]
@@ -170,19 +171,19 @@ impl Storage for File {
         self.inner.set_length(length)
     }
 
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let allowed = self.shared.ask(Call::Read { name: self.name(), offset })?.min(buf.len());
-        self.inner.read_at(&mut buf[..allowed], offset)
+    fn read_at(&self, mut into: Scatter<'_>, offset: u64) -> io::Result<usize> {
+        let allowed = self.shared.ask(Call::Read { name: self.name(), offset })?.min(into.len());
+        self.inner.read_at(into.range(0, allowed), offset)
     }
 
-    fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let allowed = self.shared.ask(Call::Read { name: self.name(), offset })?.min(buf.len());
-        self.inner.read_cached_at(&mut buf[..allowed], offset)
+    fn read_cached_at(&self, mut into: Scatter<'_>, offset: u64) -> io::Result<usize> {
+        let allowed = self.shared.ask(Call::Read { name: self.name(), offset })?.min(into.len());
+        self.inner.read_cached_at(into.range(0, allowed), offset)
     }
 
-    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
-        let allowed = self.shared.ask(Call::Write { name: self.name(), offset })?.min(buf.len());
-        self.inner.write_at(&buf[..allowed], offset)
+    fn write_at(&self, from: Gather<'_>, offset: u64) -> io::Result<usize> {
+        let allowed = self.shared.ask(Call::Write { name: self.name(), offset })?.min(from.len());
+        self.inner.write_at(from.range(0, allowed), offset)
     }
 
     fn clone_range(
@@ -191,10 +192,10 @@ impl Storage for File {
         length: u64,
         source: &dyn Storage,
         from: u64,
-    ) -> io::Result<bool> {
+    ) -> io::Result<Share> {
         let mut bytes = vec![0; length as usize];
         read_exact_at(source, &mut bytes, from)?;
-        write_all_at(self, &bytes, offset).map(|()| true)
+        write_all_at(self, &bytes, offset).map(|()| Share::Done)
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

@@ -11,7 +11,7 @@ use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 use rustix::io::Errno;
 use thinply::chain::Chain;
 use thinply::error::{Error, ErrorKind, Result};
-use thinply::storage::{Storage, opened};
+use thinply::storage::{Share, Storage, opened};
 use thinply::types::BLOCK_SIZE;
 
 use super::format::{Format, check_raw};
@@ -124,10 +124,9 @@ impl RawDisk {
             at = data;
             if let Some((chain, file)) = &shares {
                 let whole = (end - at) / BLOCK_SIZE * BLOCK_SIZE;
-                if chain.share(at, whole, &**file, at)? {
-                    at += whole;
-                } else {
-                    shares = None;
+                match chain.share(at, whole, &**file, at)? {
+                    Share::Done => at += whole,
+                    Share::Refused => shares = None,
                 }
             }
             while at < end {

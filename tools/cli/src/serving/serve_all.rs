@@ -14,11 +14,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use thinply::chain::Chain;
-use thinply::device::{Detail, Device, Effort, Extent, HostRange, ZeroMode};
+use thinply::device::{Detail, Device, Extent, HostRange, Prefetch, ZeroMode};
 use thinply::error::{Error, ErrorKind, Result};
+use thinply::memory::{Gather, Scatter};
 use thinply::nbd::server::{Export, Exports, Log};
 use thinply::storage::Access;
 use thinply::store::{Disk, DiskKind, Reference, Store};
+use thinply::wait::{Attempt, Wait};
 
 use crate::io::paths::closing;
 use crate::serving::control::{self, Request};
@@ -263,28 +265,22 @@ impl Device for OpenDisk {
         self.chain.read_only()
     }
 
-    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.chain.read(offset, buf)
-    }
-
-    fn try_read(&self, offset: u64, buf: &mut [u8], effort: Effort) -> Result<bool> {
-        self.chain.try_read(offset, buf, effort)
+    fn try_read(&self, offset: u64, into: Scatter<'_>, wait: Wait) -> Attempt {
+        self.chain.try_read(offset, into, wait)
     }
 
     fn host_range(&self, offset: u64, length: u64) -> Result<Option<HostRange>> {
         self.chain.host_range(offset, length)
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        let _permit = self.moments.before_change(&self.chain, offset, data.len() as u64);
-        self.chain.write(offset, data)
-    }
-
-    fn try_write(&self, offset: u64, data: &[u8]) -> Result<bool> {
-        match self.moments.idle() {
-            Some(_permit) => self.chain.try_write(offset, data),
-            None => Ok(false),
-        }
+    fn try_write(&self, offset: u64, from: Gather<'_>, wait: Wait) -> Result<u64> {
+        let permit = match wait {
+            Wait::Allowed => {
+                Some(self.moments.before_change(&self.chain, offset, from.len() as u64))
+            }
+            _ => self.moments.idle(),
+        };
+        permit.map_or(Ok(0), |_permit| self.chain.try_write(offset, from, wait))
     }
 
     fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<()> {
@@ -301,18 +297,19 @@ impl Device for OpenDisk {
         self.chain.flush()
     }
 
-    fn extents(
+    fn try_extents(
         &self,
         offset: u64,
         length: u64,
         detail: Detail,
         limit: usize,
         out: &mut Vec<Extent>,
-    ) -> Result<()> {
-        self.chain.extents(offset, length, detail, limit, out)
+        wait: Wait,
+    ) -> Attempt {
+        self.chain.try_extents(offset, length, detail, limit, out, wait)
     }
 
-    fn prefetch(&self, offset: u64, length: u64) -> Result<bool> {
+    fn prefetch(&self, offset: u64, length: u64) -> Result<Prefetch> {
         self.chain.prefetch(offset, length)
     }
 }

@@ -103,7 +103,7 @@ impl Check {
         }
         let mut layers = vec![Layer::new(place.path().display().to_string(), report)];
         for layer in below.iter().flat_map(|stack| stack.layers()) {
-            let path = layer.file().path().display().to_string();
+            let path = layer.path().display().to_string();
             let report = match layer {
                 chain::Layer::Live(layer) => inspect::check(layer.file())?,
                 chain::Layer::Packed(layer) => inspect::verify(layer)?,

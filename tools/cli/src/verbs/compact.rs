@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use thinply::chain::Plan;
+use thinply::derive::Plan;
 use thinply::storage::Access;
 
 use crate::derive::{Form, Maker};

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use thinply::chain::{Content, Mismatch, Raw, Rule, compare};
+use thinply::derive::{Content, Mismatch, Raw, Rule, compare};
 use thinply::error::Result;
 use thinply::storage::Access;
 

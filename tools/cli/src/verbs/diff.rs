@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
-use thinply::chain::{Chain, MapExtent, Plan, Sink};
+use thinply::chain::{Chain, MapExtent};
+use thinply::derive::{Plan, Sink};
 use thinply::device::Device;
 use thinply::error::Result;
-use thinply::storage::Access;
+use thinply::storage::{Access, Share};
 
 use crate::derive::{Form, Maker, sealed};
 use crate::io::output::Output;
@@ -96,8 +97,8 @@ impl Sink for Extents<'_> {
         self.push(offset, bytes.len() as u64, false)
     }
 
-    fn share(&mut self, _: &MapExtent) -> Result<bool> {
-        Ok(false)
+    fn share(&mut self, _: &MapExtent) -> Result<Share> {
+        Ok(Share::Refused)
     }
 
     fn zero(&mut self, offset: u64, length: u64) -> Result<()> {

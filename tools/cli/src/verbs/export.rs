@@ -13,7 +13,7 @@ use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use thinply::chain::{Chain, Kind};
 use thinply::device::Device;
 use thinply::error::{Error, ErrorKind, Result};
-use thinply::storage::{Access, Buffer, Storage, Writeback, opened};
+use thinply::storage::{Access, Buffer, Share, Storage, Writeback, opened};
 
 use crate::io::crew::{Turns, spread};
 use crate::io::draft::{Draft, Replace};
@@ -179,13 +179,14 @@ fn list(
         if let Some(shared) = shared.filter(|_| shares) {
             chain.stored(&extent, &mut |part| {
                 let target = |error| Error::io(error, "sharing blocks").at(part.offset);
-                shares = shared
+                let answer = shared
                     .clone_range(part.offset, part.length, part.file, part.at)
                     .map_err(|error| target(error).in_file(shared.path()))?;
-                if shares {
-                    at = part.offset + part.length;
+                match answer {
+                    Share::Done => at = part.offset + part.length,
+                    Share::Refused => shares = false,
                 }
-                Ok(shares)
+                Ok(answer)
             })?;
         }
         while open && at < end {

@@ -171,6 +171,6 @@ fn packed_facts(layer: &Packed) -> Result<Facts> {
         data_blocks: Some(layer.footer().data_blocks),
         zero_blocks: Some(layer.footer().zero_blocks),
         compatible_features: header.compatible,
-        ..common_facts(layer.file().path(), layer.parent(), header.visible_parent_size)?
+        ..common_facts(layer.path(), layer.parent(), header.visible_parent_size)?
     })
 }

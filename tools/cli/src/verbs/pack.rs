@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
-use thinply::chain::{Chain, PackOptions};
+use thinply::chain::Chain;
+use thinply::derive::PackOptions;
 use thinply::error::Result;
 use thinply::packed::Summary;
 use thinply::storage::Access;

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use thinply::chain::{Chain, Plan};
+use thinply::chain::Chain;
+use thinply::derive::Plan;
 use thinply::error::{Error, ErrorKind};
 use thinply::storage::Access;
 

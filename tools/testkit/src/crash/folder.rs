@@ -6,7 +6,8 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use thinply::storage::{Access, Folder, Lock, Storage, read_exact_at, write_all_at};
+use thinply::memory::{Gather, Scatter};
+use thinply::storage::{Access, Folder, Lock, Share, Storage, read_exact_at, write_all_at};
 
 use super::Random;
 use super::disk::{Change, Data, Disk, Names};
@@ -329,17 +330,22 @@ impl Storage for CrashFile {
         Ok(())
     }
 
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    fn read_at(&self, mut into: Scatter<'_>, offset: u64) -> io::Result<usize> {
         let (mut state, short) = self.enter(Kind::Read)?;
-        let length = if short { state.some_sectors_of(buf.len()) } else { buf.len() };
-        Ok(state.disk.read(self.file, &mut buf[..length], offset))
+        let length = if short { state.some_sectors_of(into.len()) } else { into.len() };
+        let mut bytes = vec![0; length];
+        let count = state.disk.read(self.file, &mut bytes, offset);
+        into.copy_from(&bytes[..count]);
+        Ok(count)
     }
 
-    fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.read_at(buf, offset)
+    fn read_cached_at(&self, into: Scatter<'_>, offset: u64) -> io::Result<usize> {
+        self.read_at(into, offset)
     }
 
-    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
+    fn write_at(&self, from: Gather<'_>, offset: u64) -> io::Result<usize> {
+        let mut buf = vec![0; from.len()];
+        from.copy_to(&mut buf);
         let mut state = self.folder.called();
         let is_on = state.power != Some(0);
         let entered = state.enter(Kind::Write);
@@ -363,10 +369,10 @@ impl Storage for CrashFile {
         length: u64,
         source: &dyn Storage,
         from: u64,
-    ) -> io::Result<bool> {
+    ) -> io::Result<Share> {
         let mut bytes = vec![0; length as usize];
         read_exact_at(source, &mut bytes, from)?;
-        write_all_at(self, &bytes, offset).map(|()| true)
+        write_all_at(self, &bytes, offset).map(|()| Share::Done)
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

@@ -1,5 +1,6 @@
 //! `thinply container diff`
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use clap::Args;
@@ -124,7 +125,7 @@ fn changed(chain: &Chain, own: usize) -> Result<Vec<Extent>> {
                 _ => extents.push(Extent { offset: extent.offset, length: extent.length, zero }),
             }
         }
-        true
+        ControlFlow::Continue(())
     })?;
     Ok(extents)
 }

@@ -43,7 +43,7 @@ struct Blob {
 
 impl Read for Blob {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let count = self.file.read_at(buf, self.at)?;
+        let count = self.file.read_at(buf.into(), self.at)?;
         self.at += count as u64;
         Ok(count)
     }

@@ -5,15 +5,13 @@ use std::io::Write;
 use std::sync::Arc;
 
 use super::fold::{Sink, Take, fold};
-use super::stack::Stack;
-use super::{Chain, Layers, Levels, MapExtent, Parent, stack_below};
+use crate::chain::{Chain, Layers, MapExtent, Parent};
 use crate::device::{Device, ZeroMode};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::format::header::ParentLink;
 use crate::live::{self, NewLayer};
 use crate::packed::{Compression, Summary, Writer};
-use crate::storage::{Access, Folder};
-use crate::sync::RwLock;
+use crate::storage::{Access, Folder, Share};
 use crate::types::{BLOCK_SIZE, Block};
 
 /// What a new layer shall be.
@@ -58,7 +56,7 @@ impl Plan {
     /// on reading as zeros; elsewhere it becomes absent.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] where `onto` is no ancestor.
+    /// [`crate::error::ErrorKind::InvalidInput`] where `onto` is no ancestor.
     pub fn flatten(chain: &Chain, onto: Option<&ParentLink>) -> Result<Self> {
         let parent = onto.map(|link| Ok((link.clone(), chain.shown_of(link)?))).transpose()?;
         Ok(Self { parent, take: Take::Owned })
@@ -66,54 +64,18 @@ impl Plan {
 }
 
 impl Chain {
-    /// Opens a layer without those below it, which need not be there: what it doesn't own reads as
-    /// zeros.
-    ///
-    /// # Errors
-    /// Those of [`super::Layer::open`].
-    pub fn open_alone(folder: Arc<dyn Folder>, name: &str, layers: Arc<Layers>) -> Result<Self> {
-        let levels = super::sealed_levels(&folder, name, None)?;
-        Ok(Self::still(folder, name, layers, levels))
-    }
-
-    fn still(folder: Arc<dyn Folder>, name: &str, layers: Arc<Layers>, levels: Levels) -> Self {
-        Self { folder, name: name.to_owned(), layers, read_only: true, state: RwLock::new(levels) }
-    }
-
     /// The parent link of the newest layer, and how many bytes of the parent it shows; none for a
     /// chain that is open for writing.
     fn newest(&self) -> Option<(Option<ParentLink>, u64)> {
-        let levels = self.levels();
-        let newest = levels.sealed()?.layers().next()?;
+        let stack = self.sealed()?;
+        let newest = stack.layers().next()?;
         Some((newest.parent().cloned(), newest.visible_parent_size()))
-    }
-
-    /// How many bytes show of an ancestor.
-    fn shown_of(&self, ancestor: &ParentLink) -> Result<u64> {
-        let levels = self.levels();
-        let layers = || levels.stack.iter().flat_map(|stack: &Arc<Stack>| stack.layers());
-        let is_ancestor = |parent: &ParentLink| parent.identity == ancestor.identity;
-        let child = layers().position(|layer| layer.parent().is_some_and(is_ancestor));
-        let Some(child) = child else {
-            let detail = format!("does not stand on {}", ancestor.identity);
-            let path = self.folder.path().join(&self.name);
-            return Err(Error::new(ErrorKind::InvalidInput, detail).in_file(path));
-        };
-        let shows = layers().take(child + 1).map(|layer| layer.visible_parent_size());
-        Ok(shows.min().unwrap_or(0))
     }
 
     /// What a new layer in `folder` stands on, as a disk of this one's size.
     fn base(&self, plan: &Plan, folder: &Arc<dyn Folder>, layers: Arc<Layers>) -> Result<Self> {
-        if self.levels().top.is_some() {
-            let detail = "a disk must not be open for writing while a layer is made of it";
-            let path = self.folder.path().join(&self.name);
-            return Err(Error::new(ErrorKind::InvalidInput, detail).in_file(path));
-        }
         let visible = plan.parent.as_ref().map_or(0, |(_, visible)| *visible);
-        let stack = stack_below(plan.parent(), visible, folder, &layers)?;
-        let levels = Levels { top: None, stack, clip: visible, size: self.size() };
-        Ok(Self::still(folder.clone(), &self.name, layers, levels))
+        self.below(plan.parent(), visible, folder, layers)
     }
 
     /// Hands to `sink` the blocks in which this disk reads differently from another one, as far as
@@ -142,7 +104,7 @@ impl Chain {
     /// later open will look for it. `progress` is told how many bytes of the device are done.
     ///
     /// # Errors
-    /// Before anything is made, [`ErrorKind::InvalidInput`] for a chain that is open for writing and
+    /// Before anything is made, [`crate::error::ErrorKind::InvalidInput`] for a chain that is open for writing and
     /// what [`Layers::stack`] refuses; those of [`live::create`]. After any other error the file may
     /// be there, half-made: it is the caller's to remove.
     pub fn derive_live(
@@ -193,7 +155,7 @@ impl Sink for LiveSink<'_> {
         self.new.write(offset, bytes)
     }
 
-    fn share(&mut self, extent: &MapExtent) -> Result<bool> {
+    fn share(&mut self, extent: &MapExtent) -> Result<Share> {
         self.source.stored(extent, &mut |part| {
             self.new.share(part.offset, part.length, part.file, part.at)
         })
@@ -223,8 +185,8 @@ impl<W: Write> Sink for PackedSink<W> {
         Ok(())
     }
 
-    fn share(&mut self, _: &MapExtent) -> Result<bool> {
-        Ok(false)
+    fn share(&mut self, _: &MapExtent) -> Result<Share> {
+        Ok(Share::Refused)
     }
 
     fn zero(&mut self, offset: u64, length: u64) -> Result<()> {

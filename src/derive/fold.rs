@@ -1,9 +1,11 @@
 //! Folding: finding what a layer has to hold so that over its base it reads as a chain does.
 
+use std::ops::ControlFlow;
+
 use super::pair::{BUFFER, Content, PIECE, Pair, Run, fill};
-use super::{Kind, MapExtent};
+use crate::chain::{Kind, MapExtent};
 use crate::error::Result;
-use crate::storage::Buffer;
+use crate::storage::{Buffer, Share};
 use crate::types::BLOCK_SIZE;
 
 /// Which blocks a new layer takes from the chain that it is made of. What both stand on is never
@@ -25,8 +27,8 @@ pub trait Sink {
     fn data(&mut self, offset: u64, bytes: &[u8]) -> Result<()>;
 
     /// Takes the data of an extent of whole blocks over by sharing its space, if that can be done;
-    /// false if all of it is still to come.
-    fn share(&mut self, extent: &MapExtent) -> Result<bool>;
+    /// refused, all of it is still to come.
+    fn share(&mut self, extent: &MapExtent) -> Result<Share>;
 
     /// The blocks of a range are zeros, but what lies under them is not.
     fn zero(&mut self, offset: u64, length: u64) -> Result<()>;
@@ -48,7 +50,7 @@ pub(super) fn fold(
     while at < size {
         let from = pair.next(at)?.min(size);
         let to = size.min((from / PIECE + 1) * PIECE);
-        pair.runs(from, to, false, &mut |run| fold.run(run).map(|()| true))?;
+        pair.runs(from, to, false, &mut |run| fold.run(run).map(ControlFlow::Continue))?;
         at = to;
         (fold.progress)(at);
     }
@@ -110,7 +112,10 @@ impl Fold<'_> {
         let whole = to / BLOCK_SIZE * BLOCK_SIZE;
         let extent =
             MapExtent { offset: from, length: whole - from, depth: run.depth, kind: run.a };
-        let rest = if self.sink.share(&extent)? { whole } else { from };
+        let rest = match self.sink.share(&extent)? {
+            Share::Done => whole,
+            Share::Refused => from,
+        };
         self.pieces(rest, to, |fold, at, [bytes, _]| {
             fill(fold.pair.a, run.a, at, bytes)?;
             fold.sink.data(at, bytes)

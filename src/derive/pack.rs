@@ -2,13 +2,13 @@
 
 use std::io::Write;
 
-use super::layer::Layer;
-use super::owners::shown;
-use super::{Chain, Plan};
+use super::Plan;
+use crate::chain::{Chain, Layer, shown};
 use crate::error::{Error, ErrorKind, Result};
+use crate::memory::Scatter;
 use crate::packed::{Compression, Summary, Writer};
-use crate::storage::Wait;
 use crate::types::{BLOCK_SIZE, Group, WORD_BYTES, Word, runs};
+use crate::wait::{Wait, waited};
 
 /// How a layer is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,18 +34,12 @@ impl Chain {
         progress: &mut dyn FnMut(u64),
     ) -> Result<(Summary, W)> {
         if options.drop_equal {
-            let (plan, layers) = (Plan::compact(self), self.layers.clone());
-            return self.derive_packed(
-                &plan,
-                &self.folder,
-                out,
-                layers,
-                options.compression,
-                progress,
-            );
+            let (plan, (folder, layers)) = (Plan::compact(self), self.found_in());
+            let compression = options.compression;
+            return self.derive_packed(&plan, folder, out, layers.clone(), compression, progress);
         }
-        let levels = self.levels();
-        let Some(layer) = levels.sealed().and_then(|stack| stack.layers().next()) else {
+        let stack = self.sealed();
+        let Some(layer) = stack.as_ref().and_then(|stack| stack.layers().next()) else {
             let detail = "a layer is packed from a chain that is open for reading";
             return Err(Error::new(ErrorKind::InvalidInput, detail));
         };
@@ -77,7 +71,8 @@ fn pack_word<W: Write>(
     // A live layer may own blocks beyond its end, if it was shrunk.
     for (first, end) in runs(owned & shown(word, layer.virtual_size())) {
         let bytes = &mut room[..(end - first) as usize * BLOCK_SIZE as usize];
-        layer.read(word, u64::from(first) * BLOCK_SIZE, bytes, Wait::Yes)?;
+        let from = u64::from(first) * BLOCK_SIZE;
+        waited(layer.read(word, from, Scatter::from(&mut *bytes), Wait::Allowed))?;
         for (bit, block) in (first..end).zip(bytes.as_chunks().0) {
             writer.data(word.block(bit), block)?;
         }

@@ -1,9 +1,9 @@
 //! Two disks side by side: where their maps leave open whether they read the same.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use super::layer::Layer;
-use super::{Chain, Kind, MapExtent};
+use crate::chain::{Chain, Kind, MapExtent};
 use crate::device::{Detail, Device};
 use crate::error::Result;
 use crate::storage::{Storage, failed, read_exact_at};
@@ -39,9 +39,7 @@ impl Content for Chain {
     }
 
     fn owners(&self) -> Vec<Option<Identity>> {
-        let levels = self.levels();
-        let sealed = levels.stack.iter().flat_map(|stack| stack.layers()).map(Layer::identity);
-        levels.top.iter().map(|_| None).chain(sealed).collect()
+        self.identities()
     }
 
     fn next(&self, offset: u64) -> Result<u64> {
@@ -51,7 +49,7 @@ impl Content for Chain {
     fn extents(&self, offset: u64, length: u64, out: &mut Vec<MapExtent>) -> Result<()> {
         self.map(offset, length, Detail::Files, &mut |extent| {
             out.push(extent);
-            true
+            ControlFlow::Continue(())
         })
     }
 
@@ -165,7 +163,7 @@ impl<'a> Pair<'a> {
         Ok(next(self.a)?.min(next(self.b)?))
     }
 
-    /// Hands the runs of a range to `visit` in order, for as long as it answers true: those that no
+    /// Hands the runs of a range to `visit` in order, until it breaks off: those that no
     /// layer answers for in both disks alike, and that may differ in content or, with `zeros`, only
     /// in whether a layer owns them.
     pub fn runs(
@@ -173,7 +171,7 @@ impl<'a> Pair<'a> {
         from: u64,
         to: u64,
         zeros: bool,
-        visit: &mut dyn FnMut(Run) -> Result<bool>,
+        visit: &mut dyn FnMut(Run) -> Result<ControlFlow<()>>,
     ) -> Result<()> {
         let (a, b) = (extents(self.a, from, to)?, extents(self.b, from, to)?);
         let mut pending: Option<Run> = None;
@@ -193,7 +191,7 @@ impl<'a> Pair<'a> {
                     Some(last) if last.continues_with(&run) => last.length += run.length,
                     pending => {
                         if let Some(run) = pending.replace(run)
-                            && !visit(run)?
+                            && visit(run)?.is_break()
                         {
                             return Ok(());
                         }
@@ -204,7 +202,7 @@ impl<'a> Pair<'a> {
             a.next_if(|_| ends.0 == end);
             b.next_if(|_| ends.1 == end);
         }
-        pending.map_or(Ok(true), visit).map(drop)
+        pending.map_or(Ok(ControlFlow::Continue(())), visit).map(drop)
     }
 }
 

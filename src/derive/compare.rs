@@ -1,10 +1,11 @@
 //! Comparing two disks, on all processors.
 
+use std::ops::ControlFlow;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::Kind;
 use super::pair::{BUFFER, Content, PIECE, Pair, Run, fill};
+use crate::chain::Kind;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Buffer;
 use crate::sync::{Mutex, guard};
@@ -82,7 +83,10 @@ impl Search<'_> {
                 if let Some((offset, mismatch)) = mismatch {
                     self.found(offset, mismatch);
                 }
-                Ok(mismatch.is_none())
+                Ok(match mismatch {
+                    Some(_) => ControlFlow::Break(()),
+                    None => ControlFlow::Continue(()),
+                })
             });
             // The other threads need not go on either.
             compared.inspect_err(|_| self.limit.store(0, Ordering::Relaxed))?;

@@ -12,9 +12,10 @@ use testkit::crash::disk::Disk;
 use testkit::crash::folder::{CrashFolder, Event};
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::format::packed::FRAME_BLOCKS;
-use thinply::packed::{ByteSource, Compression, FileSource, LazyPacked, Writer, forget_frames};
+use thinply::packed::{ByteSource, Compression, FileSource, Packed, Writer, forget_frames};
 use thinply::storage::{Access, Folder, MemoryFolder, Storage, read_exact_at, write_all_at};
 use thinply::types::{BLOCK_SIZE, Block, GROUP_BLOCKS, Root};
+use thinply::wait::{Wait, waited};
 
 const BLOCK: usize = BLOCK_SIZE as usize;
 
@@ -102,10 +103,10 @@ fn cache() -> Arc<dyn Storage> {
     MemoryFolder::new("m").create("cache").unwrap()
 }
 
-fn read(layer: &LazyPacked<impl ByteSource>, number: u64) -> Result<[u8; BLOCK]> {
+fn read(layer: &Packed, number: u64) -> Result<[u8; BLOCK]> {
     let (number, mut bytes) = (Block(number), [0xee; BLOCK]);
     let from = (number.0 - number.word().block(0).0) * BLOCK_SIZE;
-    layer.read(number.word(), from, &mut bytes).map(|()| bytes)
+    waited(layer.read(number.word(), from, (&mut bytes).into(), Wait::Allowed)).map(|()| bytes)
 }
 
 fn content(file: &dyn Storage) -> Vec<u8> {
@@ -122,7 +123,7 @@ fn file(bytes: &[u8]) -> Arc<dyn Storage> {
 
 /// Every block reads as it was packed, whatever the cache holds.
 fn check_all(far: &Far, root: Root, salt: u64, cache: Arc<dyn Storage>) {
-    let layer = LazyPacked::open(far.clone(), root, cache).unwrap();
+    let layer = Packed::open_far(Box::new(far.clone()), root, Some(cache)).unwrap();
     for number in blocks() {
         assert!(read(&layer, number).unwrap() == block(salt + number), "block {number}");
     }
@@ -146,8 +147,9 @@ fn what_is_read_is_what_was_packed_and_is_fetched_once() {
         check_all(&far, root, salt, cache);
         assert_eq!(far.take_sent(), 0, "all of it is in the cache");
         let mut absent = [1; BLOCK];
-        let layer = LazyPacked::open(far, root, file(&[])).unwrap();
-        layer.read(Block(1).word(), BLOCK_SIZE, &mut absent).unwrap();
+        let layer = Packed::open_far(Box::new(far), root, Some(file(&[]))).unwrap();
+        let into = (&mut absent).into();
+        layer.read(Block(1).word(), BLOCK_SIZE, into, Wait::Allowed).unwrap();
         assert_eq!(absent, [0; BLOCK]);
     }
 }
@@ -156,7 +158,7 @@ fn what_is_read_is_what_was_packed_and_is_fetched_once() {
 fn a_read_fetches_no_more_than_it_needs() {
     let salt = salts();
     let (far, root) = layer(salt, Compression::Zstd(3));
-    let layer = LazyPacked::open(far.clone(), root, cache()).unwrap();
+    let layer = Packed::open_far(Box::new(far.clone()), root, Some(cache())).unwrap();
     let opening = far.take_sent();
     assert_eq!(opening, 4096 + 128 + 2 * 56);
     // A map of 25 occupied words with two chunks, one chunk of 64 frames, one frame.
@@ -181,7 +183,7 @@ fn wrong_bytes_get_neither_out_nor_into_the_cache() {
         forget_frames();
         far.lie.store(lie, Ordering::Relaxed);
         let cache = cache();
-        match LazyPacked::open(far.clone(), root, cache.clone()) {
+        match Packed::open_far(Box::new(far.clone()), root, Some(cache.clone())) {
             Err(error) => assert_ne!(error.kind(), ErrorKind::Io, "{error}"),
             Ok(layer) => {
                 for number in blocks() {
@@ -206,13 +208,13 @@ fn wrong_bytes_get_neither_out_nor_into_the_cache() {
 fn another_layer_is_refused() {
     let (far, root) = layer(salts(), Compression::Zstd(3));
     let (other, other_root) = layer(salts(), Compression::Zstd(3));
-    let error = LazyPacked::open(far.clone(), other_root, cache()).unwrap_err();
+    let error = Packed::open_far(Box::new(far.clone()), other_root, Some(cache())).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ParentMismatch);
     let full = cache();
-    drop(LazyPacked::open(far.clone(), root, full.clone()).unwrap());
+    drop(Packed::open_far(Box::new(far.clone()), root, Some(full.clone())).unwrap());
     for (far, root, cache) in [(other, other_root, full), (far, root, file(&[7; 100]))] {
         let before = content(&*cache);
-        let error = LazyPacked::open(far, root, cache.clone()).unwrap_err();
+        let error = Packed::open_far(Box::new(far), root, Some(cache.clone())).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
         assert!(content(&*cache) == before, "changed");
     }
@@ -226,10 +228,10 @@ fn an_error_of_the_source_is_tried_again_by_the_next_read() {
     let fail = |after| far.patience.store(after, Ordering::Relaxed);
     for after in 0..3 {
         fail(after);
-        let error = LazyPacked::open(far.clone(), root, cache.clone()).unwrap_err();
+        let error = Packed::open_far(Box::new(far.clone()), root, Some(cache.clone())).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Io, "{error}");
     }
-    let layer = LazyPacked::open(far.clone(), root, cache).unwrap();
+    let layer = Packed::open_far(Box::new(far.clone()), root, Some(cache)).unwrap();
     // Map, chunk, frame: each fails once, and what came before is not asked for again.
     for _ in 0..3 {
         fail(0);
@@ -269,7 +271,10 @@ fn a_cache_that_takes_nothing_does_no_harm() {
     let salt = salts();
     let (far, root) = layer(salt, Compression::Zstd(3));
     let folder = MemoryFolder::new("m");
-    drop(LazyPacked::open(far.clone(), root, folder.create("cache").unwrap()).unwrap());
+    drop(
+        Packed::open_far(Box::new(far.clone()), root, Some(folder.create("cache").unwrap()))
+            .unwrap(),
+    );
     let read_only = folder.open("cache", Access::Read).unwrap();
     check_all(&far, root, salt, read_only);
 }
@@ -300,9 +305,11 @@ fn two_fill_one_cache() {
 fn a_file_is_a_source() {
     let salt = salts();
     let (far, root) = layer(salt, Compression::None);
-    let layer = LazyPacked::open(FileSource(file(&far.bytes)), root, cache()).unwrap();
+    let layer =
+        Packed::open_far(Box::new(FileSource(file(&far.bytes))), root, Some(cache())).unwrap();
     assert!(read(&layer, 598).unwrap() == block(salt + 598));
-    let error = LazyPacked::open(FileSource(file(b"short")), root, cache()).unwrap_err();
+    let error =
+        Packed::open_far(Box::new(FileSource(file(b"short"))), root, Some(cache())).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotAnImage);
 }
 
@@ -320,7 +327,7 @@ fn power_lost_at_any_step_of_filling_a_cache_costs_fetches_and_nothing_else() {
         let fill = |folder: &CrashFolder, reads: &[u64]| {
             forget_frames();
             let cache = folder.open("cache", Access::Write).unwrap();
-            let layer = LazyPacked::open(far.clone(), root, cache).unwrap();
+            let layer = Packed::open_far(Box::new(far.clone()), root, Some(cache)).unwrap();
             for &number in reads {
                 assert!(read(&layer, number).unwrap() == block(salt + number), "{seed}: {number}");
             }
@@ -368,7 +375,7 @@ proptest! {
         let numbers: Vec<_> = blocks().collect();
         let mut states = Vec::new();
         {
-            let layer = LazyPacked::open(far.clone(), root, cache.clone()).unwrap();
+            let layer = Packed::open_far(Box::new(far.clone()), root, Some(cache.clone())).unwrap();
             for &place in &reads {
                 states.push(content(&*cache));
                 read(&layer, numbers[place]).unwrap();

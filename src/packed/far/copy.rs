@@ -25,7 +25,7 @@ struct Head {
 }
 
 #[derive(Debug)]
-pub(super) struct Cache {
+pub(super) struct Copy {
     file: Arc<dyn Storage>,
     /// Where the bitmap stands.
     bits: u64,
@@ -33,8 +33,8 @@ pub(super) struct Cache {
     setting: Mutex<()>,
 }
 
-impl Cache {
-    /// The cache of a layer of `length` bytes; an empty file becomes one.
+impl Copy {
+    /// The copy of a layer of `length` bytes; an empty file becomes one.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for a file that is something else; host errors.
@@ -44,22 +44,22 @@ impl Cache {
         let bits = at.saturating_add(SECTOR_SIZE);
         let host = |operation| move |error| Error::io(error, operation);
         let open = || -> Result<()> {
-            let there = file.length().map_err(host("reading the length of the cache"))?;
+            let there = file.length().map_err(host("reading the length of the copy"))?;
             let mut found = [0; size_of::<Head>()];
             if there >= bits {
-                read_exact_at(&*file, &mut found, at).map_err(host("reading the cache's head"))?;
+                read_exact_at(&*file, &mut found, at).map_err(host("reading the copy's head"))?;
             }
             if found == head.as_bytes() {
                 return Ok(());
             }
             // What a creation leaves that was cut short.
             if there != 0 && (there != bits || found != [0; size_of::<Head>()]) {
-                return Err(Error::new(ErrorKind::InvalidInput, "not the cache of this layer"));
+                return Err(Error::new(ErrorKind::InvalidInput, "not the copy of this layer"));
             }
-            file.set_length(bits).map_err(host("making the cache"))?;
-            write_all_at(&*file, head.as_bytes(), at).map_err(host("making the cache"))?;
+            file.set_length(bits).map_err(host("making the copy"))?;
+            write_all_at(&*file, head.as_bytes(), at).map_err(host("making the copy"))?;
             // What comes later may be lost, but must not be found without this.
-            file.sync_data().map_err(failed(&*file, "syncing the cache's head", at))
+            file.sync_data().map_err(failed(&*file, "syncing the copy's head", at))
         };
         open().map_err(|error| error.in_file(file.path()))?;
         Ok(Self { file, bits, setting: Mutex::new(()) })
@@ -75,7 +75,7 @@ impl Cache {
 
     /// The bytes of a part that may be right; the caller verifies them.
     pub fn get(&self, part: u64, at: u64, length: u64) -> Option<Vec<u8>> {
-        // A cache that can't be read has nothing.
+        // A copy that can't be read has nothing.
         let there = self.byte(part).ok()? >> (part % 8) & 1 == 1;
         let mut bytes = vec![0; if there { length as usize } else { return None }];
         read_exact_at(&*self.file, &mut bytes, at).ok()?;
@@ -86,7 +86,7 @@ impl Cache {
     /// fetched again.
     pub fn put(&self, part: u64, pieces: &[(u64, &[u8])]) {
         let put = || -> io::Result<()> {
-            pieces.iter().try_for_each(|(at, bytes)| write_all_at(&*self.file, bytes, *at))?;
+            pieces.iter().try_for_each(|(at, bytes)| write_all_at(&*self.file, *bytes, *at))?;
             let _setting = guard(&self.setting);
             let byte = self.byte(part)? | 1 << (part % 8);
             write_all_at(&*self.file, &[byte], self.bits + part / 8)

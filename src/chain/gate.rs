@@ -67,13 +67,13 @@ impl Layers {
             }
             let layer = self.layer(&link, &folder)?;
             if found.iter().any(|other| Arc::ptr_eq(other, &layer)) {
-                let path = layer.layer.file().path();
+                let path = layer.layer.path();
                 let error = Error::new(ErrorKind::Corrupt, "the layer is its own ancestor");
                 return Err(error.in_file(path));
             }
             if let Some(child) = found.last() {
                 check_visible(child.layer.visible_parent_size(), layer.layer.virtual_size())
-                    .map_err(|error| error.in_file(child.layer.file().path()))?;
+                    .map_err(|error| error.in_file(child.layer.path()))?;
             }
             next = layer.layer.parent().cloned().map(|link| (link, layer.folder.clone()));
             found.push(layer);
