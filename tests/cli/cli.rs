@@ -7,6 +7,7 @@ mod disks;
 mod flatten;
 mod help;
 mod kill;
+mod layering;
 mod layers;
 mod packed;
 mod races;

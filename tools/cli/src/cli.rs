@@ -1,8 +1,8 @@
 //! The command line: one [`Command`] a verb.
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::verbs::Outcome;
+use crate::verbs::{self, Outcome};
 
 const AFTER_HELP: &str = "\
 Exit codes:
@@ -39,33 +39,33 @@ pub struct Cli {
 /// One verb with its arguments; what each does is said where its arguments are.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    Create(crate::verbs::create::Create),
-    Snapshot(crate::verbs::snapshot::Snapshot),
-    Info(crate::verbs::info::Info),
-    Map(crate::verbs::map::Map),
-    Dump(crate::verbs::dump::Dump),
-    Check(crate::verbs::check::Check),
-    Repair(crate::verbs::repair::Repair),
-    Import(crate::import::Import),
-    Export(crate::verbs::export::Export),
-    Pack(crate::verbs::pack::Pack),
-    Verify(crate::verbs::verify::Verify),
-    Flatten(crate::verbs::flatten::Flatten),
-    Rebase(crate::verbs::rebase::Rebase),
-    Compact(crate::verbs::compact::Compact),
-    Diff(crate::verbs::diff::Diff),
-    Compare(crate::verbs::compare::Compare),
-    Resize(crate::verbs::resize::Resize),
-    Serve(crate::verbs::serve::Serve),
-    Image(crate::verbs::image::ImageVerbs),
-    Container(crate::verbs::container::ContainerVerbs),
-    Volume(crate::verbs::volume::VolumeVerbs),
-    Df(crate::verbs::store::Df),
-    Gc(crate::verbs::store::Gc),
-    Store(crate::verbs::store::StoreVerbs),
-    Demo(crate::verbs::demo::Demo),
-    Completions(crate::verbs::completions::Completions),
-    Man(crate::verbs::man::Man),
+    Create(verbs::create::Create),
+    Snapshot(verbs::snapshot::Snapshot),
+    Info(verbs::info::Info),
+    Map(verbs::map::Map),
+    Dump(verbs::dump::Dump),
+    Check(verbs::check::Check),
+    Repair(verbs::repair::Repair),
+    Import(verbs::import::Import),
+    Export(verbs::export::Export),
+    Pack(verbs::pack::Pack),
+    Verify(verbs::verify::Verify),
+    Flatten(verbs::flatten::Flatten),
+    Rebase(verbs::rebase::Rebase),
+    Compact(verbs::compact::Compact),
+    Diff(verbs::diff::Diff),
+    Compare(verbs::compare::Compare),
+    Resize(verbs::resize::Resize),
+    Serve(verbs::serve::Serve),
+    Image(verbs::image::ImageVerbs),
+    Container(verbs::container::ContainerVerbs),
+    Volume(verbs::volume::VolumeVerbs),
+    Df(verbs::store::Df),
+    Gc(verbs::store::Gc),
+    Store(verbs::store::StoreVerbs),
+    Demo(verbs::demo::Demo),
+    Completions(verbs::completions::Completions),
+    Man(verbs::man::Man),
 }
 
 impl Command {
@@ -97,8 +97,8 @@ impl Command {
             Self::Gc(verb) => verb.run(),
             Self::Store(verbs) => verbs.run(),
             Self::Demo(verb) => verb.run(),
-            Self::Completions(verb) => verb.run(),
-            Self::Man(verb) => verb.run(),
+            Self::Completions(verb) => verb.run(Cli::command()),
+            Self::Man(verb) => verb.run(Cli::command()),
         }
     }
 }

@@ -1,33 +1,15 @@
 //! Where the bytes of a disk come from, whatever they are stored as.
 
-use std::path::{Path, PathBuf};
-
-use clap::Args;
 use thinply::chain::Chain;
-use thinply::error::{Error, ErrorKind, Result};
+use thinply::error::Result;
 use thinply::types::SECTOR_SIZE;
 
-use super::foreign::Opener;
-use super::format::Format;
-use super::nbd::{self, NbdDisk};
-use super::raw::RawDisk;
 use super::sink::{Sink, check_fits};
 use crate::io::progress;
 use crate::io::pump::{Feeder, pump};
 
 /// First size of a disk whose source doesn't tell its length.
 const FIRST_SIZE: u64 = 1 << 30;
-
-/// What a source is, and what it may refer to.
-#[derive(Args, Debug)]
-pub struct SourceArgs {
-    /// What SRC is [default: qcow2 or vmdk where its name ends so, else raw]
-    #[arg(long, value_name = "F", value_enum)]
-    format: Option<Format>,
-    /// Let SRC refer to FILE: a backing file, data file or extent of that name (repeatable)
-    #[arg(long = "with", value_name = "FILE")]
-    named: Vec<PathBuf>,
-}
 
 /// A disk to read once, in order.
 pub trait Disk: Send + Sync {
@@ -43,33 +25,6 @@ pub trait Disk: Send + Sync {
 pub struct Source(Box<dyn Disk>);
 
 impl Source {
-    /// A raw file or block device.
-    pub fn raw(path: &Path) -> Result<Self> {
-        RawDisk::open(path, Some(Format::Raw)).map(Self::new)
-    }
-
-    /// An image file, block device, NBD URI, or `-` for standard input.
-    pub fn open(path: &Path, args: &SourceArgs) -> Result<Self> {
-        if let Some(uri) = nbd::uri(path) {
-            return NbdDisk::connect(uri).map(Self::new);
-        }
-        match Format::of(path, args.format) {
-            Some(format @ (Format::Qcow2 | Format::Vmdk)) => {
-                Opener::new(&args.named).flat(path, format).map(Self::new)
-            }
-            format => RawDisk::open(path, format).map(Self::new),
-        }
-    }
-
-    /// A qcow2 image and the backing files under it, base first, each alone and with its path.
-    pub fn open_chain(path: &Path, args: &SourceArgs) -> Result<Vec<(PathBuf, Self)>> {
-        if nbd::uri(path).is_some() || Format::of(path, args.format) != Some(Format::Qcow2) {
-            let detail = "only a qcow2 image is a chain of layers";
-            return Err(Error::new(ErrorKind::InvalidInput, detail).in_file(path));
-        }
-        Opener::new(&args.named).chain(path)
-    }
-
     /// A source that is this disk.
     pub fn new(disk: impl Disk + 'static) -> Self {
         Self(Box::new(disk))

@@ -23,9 +23,9 @@ use thinply::store::{Disk, DiskKind, Reference, Store};
 use thinply::wait::{Attempt, Wait};
 
 use crate::io::paths::closing;
+use crate::serving::changes::Changes;
 use crate::serving::control::{self, Request};
 use crate::serving::moment::{Moment, Moments};
-use crate::verbs::container::Changes;
 
 /// How long a client waits for the one before it to be gone.
 const PATIENCE: Duration = Duration::from_secs(2);

@@ -1,9 +1,8 @@
 //! `thinply completions`
 
-use clap::{Args, CommandFactory};
+use clap::{Args, Command};
 use clap_complete::Shell;
 
-use crate::cli::Cli;
 use crate::io::output::Output;
 use crate::verbs::{Answer, Outcome};
 
@@ -20,10 +19,10 @@ pub struct Completions {
 }
 
 impl Completions {
-    /// Runs the verb.
-    pub fn run(&self) -> Outcome {
+    /// Runs the verb for a whole command line.
+    pub fn run(&self, mut command: Command) -> Outcome {
         let mut script = Vec::new();
-        clap_complete::generate(self.shell, &mut Cli::command(), "thinply", &mut script);
+        clap_complete::generate(self.shell, &mut command, "thinply", &mut script);
         let mut output = Output::new();
         output.bytes(&script)?;
         output.print()?;

@@ -3,10 +3,9 @@
 use std::fs;
 use std::path::PathBuf;
 
-use clap::{Args, CommandFactory};
+use clap::{Args, Command};
 use thinply::error::Error;
 
-use crate::cli::Cli;
 use crate::verbs::{Answer, Outcome};
 
 const AFTER_HELP: &str = "\
@@ -22,10 +21,10 @@ pub struct Man {
 }
 
 impl Man {
-    /// Runs the verb.
-    pub fn run(&self) -> Outcome {
+    /// Runs the verb for a whole command line.
+    pub fn run(&self, command: Command) -> Outcome {
         fs::create_dir_all(&self.dir)
-            .and_then(|()| clap_mangen::generate_to(Cli::command(), &self.dir))
+            .and_then(|()| clap_mangen::generate_to(command, &self.dir))
             .map_err(|error| Error::io(error, "writing the manual pages").in_file(&self.dir))?;
         Ok(Answer::Yes)
     }

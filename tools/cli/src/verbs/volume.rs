@@ -2,12 +2,13 @@
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
-use thinply::store::{Disk, DiskKind, Volume};
+use thinply::store::{DiskKind, Volume};
 
 use crate::io::output::Output;
 use crate::io::size;
 use crate::io::table::{self, ago, short};
 use crate::options::StoreArg;
+use crate::verbs::disks::remove_disks;
 use crate::verbs::{Answer, Outcome};
 
 /// Make and remove volumes: disks that no image lies under.
@@ -138,18 +139,6 @@ impl RemoveVolumes {
     fn run(&self) -> Outcome {
         remove_disks(&self.store, DiskKind::Volume, &self.names)
     }
-}
-
-/// Removes disks, and prints the names of those that went.
-pub fn remove_disks(store: &StoreArg, kind: DiskKind, names: &[String]) -> Outcome {
-    let store = store.open()?;
-    let mut output = Output::new();
-    let removed = names.iter().try_for_each(|name| {
-        store.remove_disk(&Disk::new(kind, name)?)?;
-        output.line(name)
-    });
-    output.print()?;
-    removed.map(|()| Answer::Yes)
 }
 
 /// Tell all about volumes, in JSON.

@@ -8,13 +8,11 @@ use serde::Serialize;
 use thinply::error::Result;
 use thinply::store::{Container, DiskKind, Store};
 
-pub use diff::Changes;
-
 use crate::io::output::Output;
 use crate::io::size;
 use crate::io::table::{self, ago, short, short_id};
 use crate::options::StoreArg;
-use crate::verbs::volume::remove_disks;
+use crate::verbs::disks::remove_disks;
 use crate::verbs::{Answer, Outcome};
 
 /// Make and change containers: writable disks over images.

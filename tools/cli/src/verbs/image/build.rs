@@ -7,7 +7,7 @@ use thinply::device::Device;
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::store::{Image, NewImage, Reference, Store};
 
-use crate::import::{Source, SourceArgs};
+use crate::import::{Source, SourceArgs, open_raw};
 use crate::io::ext4::make_ext4;
 use crate::io::output::Output;
 use crate::io::size;
@@ -90,7 +90,7 @@ impl ImportImage {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
         size::check(self.size)?;
-        let source = Source::open(&self.src, &self.source)?;
+        let source = self.source.open(&self.src)?;
         let created_by = format!("import {}", self.src.display());
         self.new.import(self.new.open()?, &source, self.size, &self.name, created_by)
     }
@@ -124,7 +124,7 @@ impl BuildImage {
             .tempfile_in(opened.0.path())
             .map_err(|error| Error::io(error, "making a temporary file"))?;
         build(raw.path(), &self.dir)?;
-        let source = Source::raw(raw.path())?;
+        let source = open_raw(raw.path())?;
         let created_by = format!("build-from {}", self.dir.display());
         self.new.import(opened, &source, None, &self.name, created_by)
     }

@@ -1,13 +1,5 @@
 //! `thinply import`
 
-mod foreign;
-mod format;
-mod nbd;
-mod qcow2;
-mod raw;
-mod sink;
-mod source;
-
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,13 +8,12 @@ use thinply::chain::{Layers, Parent, create, seal};
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::storage::Access;
 
+use crate::import::{Source, SourceArgs};
 use crate::io::draft::{Draft, Unkept};
 use crate::io::paths::{Place, closing};
 use crate::io::size;
 use crate::options::parent::ParentArg;
 use crate::verbs::{Answer, Outcome};
-
-pub use source::{Source, SourceArgs};
 
 const AFTER_HELP: &str = "\
 FILE appears when it is whole. What SRC is goes by its name or --format, never by its bytes: whoever
@@ -77,7 +68,7 @@ impl Import {
             self.import_chain(&place)?;
             return Ok(Answer::Yes);
         }
-        let source = Source::open(&self.src, &self.source)?;
+        let source = self.source.open(&self.src)?;
         source.check_fits(self.size)?;
         let (parent, layers) = self.parent.prepare(&place)?;
         let draft = make(&place, &source, self.size, parent.as_ref(), &layers)?;
@@ -91,7 +82,7 @@ impl Import {
     /// Makes the layers from the base up, each under its name before the next one looks for it.
     /// None of them stays unless all do.
     fn import_chain(&self, place: &Place) -> Result<()> {
-        let mut sources = Source::open_chain(&self.src, &self.source)?;
+        let mut sources = self.source.open_chain(&self.src)?;
         let Some((_, top)) = sources.pop() else { return Ok(()) };
         top.check_fits(self.size)?;
         let mut lower = Vec::new();

@@ -1,0 +1,14 @@
+//! Disks that other programs made, read once from beginning to end: raw files and devices, foreign
+//! images, and what an NBD server shows.
+
+mod foreign;
+mod format;
+mod nbd;
+mod open;
+mod qcow2;
+mod raw;
+mod sink;
+mod source;
+
+pub use open::{SourceArgs, open_raw};
+pub use source::Source;
