@@ -5,6 +5,7 @@
 //! - [`hooked`]: a folder whose calls a test can fail, cut short or watch;
 //! - [`device`]: a device whose calls can be held, failed and counted;
 //! - [`crash`]: the crash simulator: power losses and faults at any call;
+//! - [`fixtures`]: files that earlier versions made;
 //! - [`load`]: clients that do anything at random to a disk, and what it may show afterwards;
 //! - [`nbd`]: a server in this process, and an NBD client that can misbehave;
 //! - [`plain`]: the least NBD client;
@@ -16,6 +17,7 @@
 pub mod bench;
 pub mod crash;
 pub mod device;
+pub mod fixtures;
 pub mod hooked;
 pub mod load;
 #[cfg(not(simulation))]
