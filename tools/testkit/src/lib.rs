@@ -1,7 +1,7 @@
 //! What the tests of thinply and of its command share. Nothing here decides whether thinply is
 //! right, except the oracles: [`bench::Disk`], [`crash::oracle`] and [`load::history`].
 //!
-//! - [`bench`]: a folder of layers in memory, and a byte array to compare a disk with;
+//! - [`mod@bench`]: a folder of layers in memory, and a byte array to compare a disk with;
 //! - [`hooked`]: a folder whose calls a test can fail, cut short or watch;
 //! - [`device`]: a device whose calls can be held, failed and counted;
 //! - [`crash`]: the crash simulator: power losses and faults at any call;
