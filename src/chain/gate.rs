@@ -14,7 +14,7 @@ use crate::live::newest_header;
 use crate::packed::Packed;
 use crate::storage::{Access, Folder};
 use crate::sync::{Mutex, guard};
-use crate::types::Identity;
+use crate::types::{Identity, Root};
 
 /// Most layers in a chain.
 pub const MAX_DEPTH: usize = 1024;
@@ -31,11 +31,25 @@ impl fmt::Debug for Found {
     }
 }
 
-/// The folders where parents are looked for beside the child's own, and the layers that are open:
-/// each is opened once, however many chains stand on it.
+/// Layers that are in no folder here: the last place of the parent gate. It is asked for an identity
+/// alone; nothing else that stands in a header gets to it.
+pub trait Afar: Send + Sync + fmt::Debug {
+    /// What it is called in messages.
+    fn name(&self) -> String;
+
+    /// The packed layer with this root; none where it has no such layer.
+    ///
+    /// # Errors
+    /// Those of [`Packed::open_far`], and whatever keeps it from knowing.
+    fn find(&self, root: Root) -> Result<Option<Packed>>;
+}
+
+/// The places where parents are looked for beside the child's own folder, and the layers that are
+/// open: each is opened once, however many chains stand on it.
 #[derive(Debug, Default)]
 pub struct Layers {
     folders: Vec<Arc<dyn Folder>>,
+    afar: Option<Arc<dyn Afar>>,
     layers: Mutex<HashMap<Identity, Weak<Found>>>,
     stacks: Mutex<HashMap<Identity, Weak<Stack>>>,
 }
@@ -44,6 +58,12 @@ impl Layers {
     /// Looks in `folders`, in that order, after the child's own.
     pub fn new(folders: Vec<Arc<dyn Folder>>) -> Self {
         Self { folders, ..Self::default() }
+    }
+
+    /// Asks `afar` where no folder has the parent.
+    #[must_use]
+    pub fn with_afar(self, afar: Arc<dyn Afar>) -> Self {
+        Self { afar: Some(afar), ..self }
     }
 
     /// The stack that a layer in `folder` with this parent link stands on.
@@ -87,9 +107,12 @@ impl Layers {
         if let Some(layer) = guard(&self.layers).get(&link.identity).and_then(Weak::upgrade) {
             return Ok(layer);
         }
+        let folders = || std::iter::once(folder).chain(&self.folders);
+        let found = folders().map(|folder| (open_parent(link, &**folder), folder));
+        let afar = self.afar.iter().map(|afar| (find_afar(link, &**afar), folder));
         let mut refused = None;
-        for folder in std::iter::once(folder).chain(&self.folders) {
-            match open_parent(link, &**folder) {
+        for (opened, folder) in found.chain(afar) {
+            match opened {
                 Ok(layer) => {
                     let layer = Arc::new(Found { layer, folder: folder.clone() });
                     remember(&self.layers, link.identity, &layer);
@@ -102,17 +125,11 @@ impl Layers {
             }
         }
         Err(refused.unwrap_or_else(|| {
-            let places = std::iter::once(folder).chain(&self.folders);
-            let places: Vec<_> = places.map(|folder| folder.path().display().to_string()).collect();
-            Error::new(
-                ErrorKind::NotFound,
-                format!(
-                    "parent {:?} ({}) is not in {}",
-                    link.hint,
-                    link.identity,
-                    places.join(", ")
-                ),
-            )
+            let places = folders().map(|folder| folder.path().display().to_string());
+            let places = places.chain(self.afar.iter().map(|afar| afar.name()));
+            let places = places.collect::<Vec<_>>().join(", ");
+            let detail = format!("parent {:?} ({}) is not in {places}", link.hint, link.identity);
+            Error::new(ErrorKind::NotFound, detail)
         }))
     }
 
@@ -144,6 +161,15 @@ fn open_parent(link: &ParentLink, folder: &dyn Folder) -> Result<Layer> {
     let layer = Layer::open(file)?;
     // The file could have been replaced between the two looks; the lock holds from here on.
     check_identity(link, layer.identity()).map_err(|error| error.in_file(&path))?;
+    Ok(layer)
+}
+
+/// The layer that the link's identity names, from afar.
+fn find_afar(link: &ParentLink, afar: &dyn Afar) -> Result<Layer> {
+    let missing = || Error::new(ErrorKind::NotFound, format!("not in {}", afar.name()));
+    let Identity::Packed(root) = link.identity else { return Err(missing()) };
+    let layer = Layer::Packed(afar.find(root)?.ok_or_else(missing)?);
+    check_identity(link, layer.identity()).map_err(|error| error.in_file(layer.path()))?;
     Ok(layer)
 }
 

@@ -31,7 +31,7 @@ use gate::{Found, check_visible};
 use snapshot::CutOff;
 use stack::View;
 
-pub use gate::{Layers, MAX_DEPTH};
+pub use gate::{Afar, Layers, MAX_DEPTH};
 pub use layer::Layer;
 pub use map::{Kind, MapExtent};
 pub(crate) use owners::shown;

@@ -1,5 +1,6 @@
 //! Packed layers that are read from afar, through a cache that outlives crashes.
 
+use std::collections::HashMap;
 use std::io;
 use std::ops::Deref;
 use std::path::Path;
@@ -10,12 +11,16 @@ use proptest::prelude::*;
 use testkit::crash::Random;
 use testkit::crash::disk::Disk;
 use testkit::crash::folder::{CrashFolder, Event};
+use thinply::chain::{Afar, Chain, Layers, Parent, create};
+use thinply::derive::{Plan, Rule, compare};
+use thinply::device::{Device, Prefetch};
 use thinply::error::{Error, ErrorKind, Result};
+use thinply::format::header::ParentLink;
 use thinply::format::packed::FRAME_BLOCKS;
 use thinply::packed::{ByteSource, Compression, FileSource, Packed, Writer, forget_frames};
 use thinply::storage::{Access, Folder, MemoryFolder, Storage, read_exact_at, write_all_at};
-use thinply::types::{BLOCK_SIZE, Block, GROUP_BLOCKS, Root};
-use thinply::wait::{Wait, waited};
+use thinply::types::{BLOCK_SIZE, Block, GROUP_BLOCKS, Identity, Root};
+use thinply::wait::{NotDone, Wait, waited};
 
 const BLOCK: usize = BLOCK_SIZE as usize;
 
@@ -394,5 +399,169 @@ proptest! {
         }
         forget_frames();
         check_all(&far, root, salt, file(&torn));
+    }
+}
+
+/// A place that knows layers by their roots, as many times as it was asked.
+#[derive(Debug, Default)]
+struct Place {
+    layers: HashMap<Root, Far>,
+    asked: AtomicU64,
+}
+
+impl Afar for Place {
+    fn name(&self) -> String {
+        "the far place".into()
+    }
+
+    fn find(&self, root: Root) -> Result<Option<Packed>> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        let far = self.layers.get(&root);
+        far.map(|far| Packed::open_far(Box::new(far.clone()), root, None)).transpose()
+    }
+}
+
+const SIZE: u64 = 4 * GROUP_BLOCKS * BLOCK_SIZE;
+
+/// A far layer of these blocks over a parent.
+fn far_layer(parent: Option<Root>, salt: u64, blocks: impl Iterator<Item = u64>) -> (Far, Root) {
+    let link = |root| ParentLink { identity: Identity::Packed(root), hint: "nowhere".into() };
+    let parent = parent.map(|root| (link(root), SIZE));
+    let mut writer = Writer::new(Vec::new(), SIZE, parent, Compression::Zstd(1)).unwrap();
+    for number in blocks {
+        writer.data(Block(number), &block(salt + number)).unwrap();
+    }
+    let (summary, bytes) = writer.finish().unwrap();
+    let far = State { bytes, lie: u64::MAX.into(), patience: u64::MAX.into(), ..State::default() };
+    (Far(Arc::new(far)), summary.root)
+}
+
+/// A live layer `top` over a far one over another far one, in a folder that has neither.
+struct Remote {
+    folder: Arc<dyn Folder>,
+    place: Arc<Place>,
+    salt: u64,
+    roots: [Root; 2],
+}
+
+impl Remote {
+    fn new() -> Self {
+        let salt = salts();
+        let (base, base_root) = far_layer(None, salt, blocks());
+        let (middle, root) = far_layer(Some(base_root), salt + 1, (0..100).map(|n| n * 3));
+        let layers = HashMap::from([(base_root, base), (root, middle)]);
+        let place = Arc::new(Place { layers, ..Place::default() });
+        let folder: Arc<dyn Folder> = Arc::new(MemoryFolder::new("here"));
+        let link = ParentLink { identity: Identity::Packed(root), hint: "image".into() };
+        let parent = Parent { link, virtual_size: SIZE, newly_frozen: false };
+        let gate = Layers::default().with_afar(place.clone());
+        create(&folder, "top", None, Some(&parent), &gate).unwrap();
+        Self { folder, place, salt, roots: [base_root, root] }
+    }
+
+    fn open(&self, place: Arc<dyn Afar>) -> Result<Chain> {
+        let gate = Layers::default().with_afar(place);
+        Chain::open(self.folder.clone(), "top", Access::Write, Arc::new(gate))
+    }
+
+    /// What a block below the top holds.
+    fn expected(&self, number: u64) -> [u8; BLOCK] {
+        match number {
+            _ if number < 300 && number.is_multiple_of(3) => block(self.salt + 1 + number),
+            _ if blocks().any(|other| other == number) => block(self.salt + number),
+            _ => [0; BLOCK],
+        }
+    }
+}
+
+#[test]
+fn a_chain_stands_on_layers_that_are_far_away() {
+    let remote = Remote::new();
+    let chain = remote.open(remote.place.clone()).unwrap();
+    let mut found = [0; BLOCK];
+    let tried = chain.try_read(0, (&mut found).into(), Wait::Decode);
+    assert!(matches!(tried, Err(NotDone::WouldWait)), "nothing is fetched without leave to wait");
+    chain.write(7 * BLOCK_SIZE + 100, &[1; 10]).unwrap();
+    for number in (0..310).chain([1598, 3 * GROUP_BLOCKS + 5]) {
+        chain.read(number * BLOCK_SIZE, &mut found).unwrap();
+        let mut expected = remote.expected(number);
+        if number == 7 {
+            expected[100..110].fill(1);
+        }
+        assert!(found == expected, "block {number}");
+    }
+    chain.try_read(0, (&mut found).into(), Wait::Never).unwrap();
+    assert_eq!(chain.prefetch(0, BLOCK_SIZE).unwrap(), Prefetch::InPart);
+    assert!(chain.host_range(0, BLOCK_SIZE).unwrap().is_none());
+    // Both are open once, and only their identity was asked for.
+    let asked = remote.place.asked.load(Ordering::Relaxed);
+    chain.close().unwrap();
+    remote.open(remote.place.clone()).unwrap().close().unwrap();
+    assert_eq!(remote.place.asked.load(Ordering::Relaxed), asked + 2);
+
+    let whole = remote.open(remote.place.clone()).unwrap();
+    whole.close().unwrap();
+    let gate = || Arc::new(Layers::default().with_afar(remote.place.clone()));
+    let still = Chain::open(remote.folder.clone(), "top", Access::Read, gate()).unwrap();
+    let plan = Plan::flatten(&still, None).unwrap();
+    still.derive_live(&plan, &remote.folder, "flat", gate(), &mut |_| {}).unwrap();
+    let alone = Arc::new(Layers::default());
+    let flat = Chain::open(remote.folder.clone(), "flat", Access::Read, alone).unwrap();
+    assert_eq!(compare(&still, &flat, Rule::Strict, &|_| {}).unwrap(), None);
+}
+
+#[test]
+fn a_far_parent_is_found_by_its_identity_and_by_nothing_else() {
+    let remote = Remote::new();
+    let [base, root] = remote.roots;
+    let refused = |place: Place| remote.open(Arc::new(place)).unwrap_err();
+    let error = refused(Place::default());
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert!(error.to_string().contains("the far place"), "{error}");
+    // Its own parent is missing.
+    let all = &remote.place.layers;
+    let layers = HashMap::from([(root, all[&root].clone())]);
+    assert_eq!(refused(Place { layers, ..Place::default() }).kind(), ErrorKind::NotFound);
+    // Somebody else's bytes under the right name, and none at all.
+    let layers = HashMap::from([(root, all[&base].clone())]);
+    assert_eq!(refused(Place { layers, ..Place::default() }).kind(), ErrorKind::ParentMismatch);
+    all[&root].patience.store(0, Ordering::Relaxed);
+    assert_eq!(remote.open(remote.place.clone()).unwrap_err().kind(), ErrorKind::Io);
+    remote.open(remote.place.clone()).unwrap().close().unwrap();
+    // Another layer in the folder under the hint's name is passed over.
+    let gate = Layers::default();
+    create(&remote.folder, "image", Some(SIZE), None, &gate).unwrap();
+    remote.open(remote.place.clone()).unwrap().close().unwrap();
+    assert_eq!(refused(Place::default()).kind(), ErrorKind::ParentMismatch);
+    // One that is there itself is taken first.
+    remote.folder.remove("image").unwrap();
+    let asked = remote.place.asked.load(Ordering::Relaxed);
+    let here = remote.folder.create("image").unwrap();
+    write_all_at(&*here, &all[&root].bytes, 0).unwrap();
+    remote.open(remote.place.clone()).unwrap().close().unwrap();
+    assert_eq!(remote.place.asked.load(Ordering::Relaxed), asked + 1, "only the base is far");
+}
+
+#[test]
+fn a_far_layer_that_fails_fails_that_read_alone_and_never_shows_zeros() {
+    let remote = Remote::new();
+    let mut found = [0; BLOCK];
+    let base = &remote.place.layers[&remote.roots[0]];
+    // A map, a chunk and a frame are asked for; these blocks are the base's.
+    for (patience, number) in (0..).zip([2, 4, 8]) {
+        forget_frames();
+        let chain = remote.open(remote.place.clone()).unwrap();
+        base.patience.store(patience, Ordering::Relaxed);
+        // A write into a part of the block needs the rest of it.
+        let at = number * BLOCK_SIZE;
+        let results = [chain.read(at, &mut found), chain.write(at + 5, &[9])];
+        let failed = results.iter().filter(|result| result.is_err()).count();
+        assert_eq!(failed, 1, "after {patience} requests: {results:?}");
+        chain.write(at + 5, &[9]).unwrap();
+        chain.read(at, &mut found).unwrap();
+        let mut expected = remote.expected(number);
+        expected[5] = 9;
+        assert!(found == expected);
+        chain.close().unwrap();
     }
 }
