@@ -9,6 +9,7 @@ mod help;
 mod kill;
 mod layering;
 mod layers;
+mod nbd;
 mod packed;
 mod races;
 mod repair;

@@ -6,6 +6,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use thinply::error::Result;
+use thinply::nbd::{Address, Place};
+
 use crate::support::{Folder, KIB, MIB, noise, skip, start};
 
 /// A folder with a store that has the image `base`, of 4 MiB.
@@ -55,8 +58,10 @@ impl Served {
         Self { child, socket: folder.join("nbd.sock").display().to_string() }
     }
 
-    pub fn client(&self, export: &str) -> std::io::Result<Client> {
-        Client::connect(Path::new(&self.socket), export)
+    pub fn client(&self, export: &str) -> Result<Client> {
+        let place = Place::Unix(self.socket.clone().into());
+        let address = Address { place, export: export.to_owned() };
+        thinply::nbd::client::Client::connect(&address).map(Client)
     }
 }
 
@@ -67,10 +72,25 @@ impl Drop for Served {
     }
 }
 
-#[path = "../../tools/cli/src/verbs/demo/client.rs"]
-#[allow(dead_code)]
-mod client;
-pub use client::Client;
+/// A client whose writes are durable.
+pub struct Client(thinply::nbd::client::Client);
+
+impl Client {
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
+        self.0.write(offset, data)?;
+        self.0.flush()
+    }
+
+    pub fn read(&mut self, offset: u64, length: u32) -> Result<Vec<u8>> {
+        let mut data = vec![0; length as usize];
+        self.0.read(offset, &mut data)?;
+        Ok(data)
+    }
+
+    pub fn disconnect(self) -> Result<()> {
+        self.0.disconnect()
+    }
+}
 
 #[test]
 fn odd_names_are_refused_and_make_nothing() {

@@ -5,6 +5,9 @@ use std::collections::HashMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::ops::Range;
 
+use thinply::nbd::proto::numbers::{OPT_EXPORT_NAME, OPTION_MAGIC, SIMPLE_REPLY_MAGIC};
+use thinply::nbd::proto::request_header;
+
 use crate::history::{History, SECTOR};
 use crate::taste::{FLUSH, FUA, READ, Request, SIZE, Taste, WRITE};
 
@@ -44,8 +47,8 @@ impl Client {
         stream.read_exact(&mut greeting)?;
         assert!(greeting.starts_with(b"NBDMAGICIHAVEOPT"), "{greeting:x?}");
         let mut hello = 3u32.to_be_bytes().to_vec();
-        hello.extend(b"IHAVEOPT");
-        hello.extend(1u32.to_be_bytes());
+        hello.extend(OPTION_MAGIC.to_be_bytes());
+        hello.extend(OPT_EXPORT_NAME.to_be_bytes());
         hello.extend((name.len() as u32).to_be_bytes());
         hello.extend(name.as_bytes());
         stream.write_all(&hello)?;
@@ -58,12 +61,8 @@ impl Client {
     /// Appends a request to `out`; its cookie.
     fn request(&mut self, out: &mut Vec<u8>, flags: u16, command: u16, range: &Range<u64>) -> u64 {
         self.next += 1;
-        out.extend(0x2560_9513u32.to_be_bytes());
-        out.extend(flags.to_be_bytes());
-        out.extend(command.to_be_bytes());
-        out.extend(self.next.to_be_bytes());
-        out.extend((range.start * SECTOR).to_be_bytes());
-        out.extend((((range.end - range.start) * SECTOR) as u32).to_be_bytes());
+        let length = ((range.end - range.start) * SECTOR) as u32;
+        out.extend(request_header(flags, command, self.next, range.start * SECTOR, length));
         self.next
     }
 
@@ -71,7 +70,7 @@ impl Client {
     fn reply(&mut self) -> io::Result<(u32, u64)> {
         let mut reply = [0; 16];
         self.stream.read_exact(&mut reply)?;
-        assert_eq!(reply[..4], 0x6744_6698u32.to_be_bytes());
+        assert_eq!(reply[..4], SIMPLE_REPLY_MAGIC.to_be_bytes());
         let word = |at: usize| u32::from_be_bytes(std::array::from_fn(|i| reply[at + i]));
         Ok((word(4), u64::from(word(8)) << 32 | u64::from(word(12))))
     }
