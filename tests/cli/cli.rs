@@ -10,6 +10,7 @@ mod kill;
 mod layering;
 mod layers;
 mod nbd;
+mod options;
 mod packed;
 mod races;
 mod repair;
