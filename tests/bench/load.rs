@@ -16,6 +16,11 @@ use std::time::{Duration, Instant};
 use thinply::chain::Chain;
 use thinply::device::{Detail, Device, Extent, HostRange, Prefetch, ZeroMode, push_extent};
 use thinply::memory::{Gather, Scatter};
+use thinply::nbd::proto::numbers::{
+    CMD_FLUSH as FLUSH, CMD_READ as READ, CMD_WRITE as WRITE, OPT_EXPORT_NAME,
+    OPT_STRUCTURED_REPLY, OPTION_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
+};
+use thinply::nbd::proto::request_header;
 use thinply::nbd::server::{Export, ExportTable, Listener, Server, ServerConfig};
 use thinply::storage::{self, Access, FileFolder, Folder, Storage, read_blocks, write_all_at};
 use thinply::wait::{Attempt, Wait, unless_waiting};
@@ -25,9 +30,6 @@ const USAGE: &str = "usage: load SOCKET RW[/fresh|/same] BLOCK DEPTH CONNECTIONS
        open FILE TIMES
 RW: read, randread, write, randwrite, mixed, durable";
 
-const READ: u16 = 0;
-const WRITE: u16 = 1;
-const FLUSH: u16 = 3;
 /// Part of a mixed load that reads, in percent.
 const MIXED_READS: u64 = 70;
 
@@ -135,8 +137,8 @@ impl Client {
         let mut greeting = [0; 18];
         stream.read_exact(&mut greeting)?;
         let mut hello = 3u32.to_be_bytes().to_vec();
-        for option in [8u32, 1] {
-            hello.extend(b"IHAVEOPT");
+        for option in [OPT_STRUCTURED_REPLY, OPT_EXPORT_NAME] {
+            hello.extend(OPTION_MAGIC.to_be_bytes());
             hello.extend(option.to_be_bytes());
             hello.extend(0u32.to_be_bytes());
         }
@@ -182,12 +184,7 @@ impl Client {
 
 /// Appends a request; its cookie is its command, all that a reply has to tell.
 fn request(out: &mut Vec<u8>, command: u16, offset: u64, payload: &[u8]) {
-    out.extend(0x2560_9513u32.to_be_bytes());
-    out.extend([0, 0]);
-    out.extend(command.to_be_bytes());
-    out.extend(u64::from(command).to_be_bytes());
-    out.extend(offset.to_be_bytes());
-    out.extend((payload.len() as u32).to_be_bytes());
+    out.extend(request_header(0, command, command.into(), offset, payload.len() as u32));
     if command == WRITE {
         out.extend(payload);
     }
@@ -221,10 +218,10 @@ impl Replies {
             at += skipped;
             self.skip -= skipped;
             let rest = &self.buffer[at..self.filled];
-            if rest.len() < 20 && (rest.len() < 16 || u32_at(rest, 0) != 0x6744_6698) {
+            if rest.len() < 20 && (rest.len() < 16 || u32_at(rest, 0) != SIMPLE_REPLY_MAGIC) {
                 break;
             }
-            let simple = u32_at(rest, 0) == 0x6744_6698;
+            let simple = u32_at(rest, 0) == SIMPLE_REPLY_MAGIC;
             let flags_and_kind = u32_at(rest, 4);
             if simple {
                 if flags_and_kind != 0 {
@@ -235,7 +232,7 @@ impl Replies {
                 self.skip = if cookie == u64::from(READ) { self.block as usize } else { 0 };
                 done.push(cookie);
             } else {
-                if u32_at(rest, 0) != 0x668e_33ef || flags_and_kind & 0x8000 != 0 {
+                if u32_at(rest, 0) != STRUCTURED_REPLY_MAGIC || flags_and_kind & 0x8000 != 0 {
                     return Err(wrong("an error or no reply"));
                 }
                 at += 20;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use criterion::Criterion;
 use thinply::chain::{Chain, Layers, create, seal};
 use thinply::device::{Detail, Device};
+use thinply::nbd::proto::numbers::CMD_READ;
 use thinply::nbd::proto::{self, Request, Terms};
 use thinply::storage::{Access, Folder, MemoryFolder};
 use thinply::wait::Wait;
@@ -140,9 +141,7 @@ fn write(chain: Chain, commit: bool) -> Operation {
 }
 
 fn parse() -> Operation {
-    let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
-    bytes.resize(proto::REQUEST_LENGTH, 0);
-    bytes[26] = 0x10;
+    let bytes = proto::request_header(0, CMD_READ, 0, 0, BLOCK as u32);
     let terms = Terms { size: SIZE, read_only: false, structured: true, allocation: true };
     Box::new(move |_| {
         black_box(Request::parse(black_box(&bytes), &terms).unwrap());

@@ -9,6 +9,8 @@ mod help;
 mod kill;
 mod layering;
 mod layers;
+mod nbd;
+mod options;
 mod packed;
 mod races;
 mod repair;

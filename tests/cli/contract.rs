@@ -112,7 +112,7 @@ fn without_arguments_the_help_comes_and_the_code_is_that_of_an_error() {
     let folder = Folder::new();
     let run = folder.run(&[]);
     assert_eq!(run.code, 2);
-    assert!(run.stderr.contains("Usage: thinply <COMMAND>"), "{run:?}");
+    assert!(run.stderr.contains("Usage: thinply [OPTIONS] <COMMAND>"), "{run:?}");
     for verb in VERBS.into_iter().filter(|verb| !["demo", "df", "gc"].contains(verb)) {
         let run = folder.run(&[verb]);
         assert!(run.refused().contains("Usage: thinply"), "{run:?}");

@@ -9,6 +9,7 @@
 use byteorder::{BigEndian, ByteOrder, ReadBytesExt};
 
 mod negotiation;
+pub mod numbers;
 mod reply;
 mod request;
 
@@ -17,7 +18,7 @@ pub use reply::{
     CHUNK_HEADER_LENGTH, DATA_HEADER_LENGTH, SIMPLE_REPLY_LENGTH, data_header, empty_chunk,
     error_chunk, error_offset_chunk, hole_chunk, simple_reply, status_chunk,
 };
-pub use request::{Command, REQUEST_LENGTH, Refusal, Request, Terms, Violation};
+pub use request::{Command, REQUEST_LENGTH, Refusal, Request, Terms, Violation, request_header};
 
 /// Longest export name or metadata query in bytes ("Values": strings).
 pub const MAX_NAME: usize = 4096;

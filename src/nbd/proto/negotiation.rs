@@ -5,53 +5,18 @@
 //! there, at most [`MAX_OPTION`] bytes; a longer one is refused and skipped without being kept, so
 //! the two sides stay in step; the metadata contexts chosen belong to one export name.
 
+use super::numbers::*;
 use super::{BASE_ALLOCATION, MAX_DRAIN, MAX_NAME, MAX_PAYLOAD, Reader, put_u16, put_u32, put_u64};
-
-const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;
-const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
-const REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
-
-/// Handshake and client flags: bit 0 fixed newstyle, bit 1 no zeroes.
-const FLAG_FIXED: u16 = 1;
-const FLAG_NO_ZEROES: u16 = 2;
-
-const OPT_EXPORT_NAME: u32 = 1;
-const OPT_ABORT: u32 = 2;
-const OPT_LIST: u32 = 3;
-const OPT_INFO: u32 = 6;
-const OPT_GO: u32 = 7;
-const OPT_STRUCTURED_REPLY: u32 = 8;
-const OPT_LIST_META_CONTEXT: u32 = 9;
-const OPT_SET_META_CONTEXT: u32 = 10;
-
-const REP_ACK: u32 = 1;
-const REP_SERVER: u32 = 2;
-const REP_INFO: u32 = 3;
-const REP_META_CONTEXT: u32 = 4;
-const REP_ERR_UNSUP: u32 = 0x8000_0001;
-const REP_ERR_POLICY: u32 = 0x8000_0002;
-const REP_ERR_INVALID: u32 = 0x8000_0003;
-const REP_ERR_UNKNOWN: u32 = 0x8000_0006;
-const REP_ERR_TOO_BIG: u32 = 0x8000_0009;
-
-const INFO_EXPORT: u16 = 0;
-const INFO_NAME: u16 = 1;
-const INFO_DESCRIPTION: u16 = 2;
-const INFO_BLOCK_SIZE: u16 = 3;
 
 /// Any alignment is served, whole blocks of the format best.
 const MIN_BLOCK: u32 = 1;
 const PREFERRED_BLOCK: u32 = 4096;
 
-/// Transmission flags: HAS_FLAGS, SEND_FLUSH, SEND_FUA, SEND_CACHE.
-const FLAGS_ALWAYS: u16 = 1 | 1 << 2 | 1 << 3 | 1 << 10;
-const FLAG_MULTI_CONN: u16 = 1 << 8;
-const FLAG_READ_ONLY: u16 = 1 << 1;
-/// Transmission flags: SEND_TRIM, SEND_WRITE_ZEROES, SEND_FAST_ZERO.
-const FLAGS_WRITABLE: u16 = 1 << 5 | 1 << 6 | 1 << 11;
-const FLAG_SEND_DF: u16 = 1 << 7;
+/// Transmission flags of every export.
+const FLAGS_ALWAYS: u16 = FLAG_HAS_FLAGS | FLAG_SEND_FLUSH | FLAG_SEND_FUA | FLAG_SEND_CACHE;
+/// Those of exports that can be written.
+const FLAGS_WRITABLE: u16 = FLAG_SEND_TRIM | FLAG_SEND_WRITE_ZEROES | FLAG_SEND_FAST_ZERO;
 
-const ALLOCATION_NAME: &[u8] = b"base:allocation";
 const BASE_NAMESPACE: &[u8] = b"base:";
 
 const OPTION_HEADER: usize = 16;
@@ -167,7 +132,7 @@ impl Negotiation {
         let mut out = Vec::new();
         put_u64(&mut out, INIT_MAGIC);
         put_u64(&mut out, OPTION_MAGIC);
-        put_u16(&mut out, FLAG_FIXED | FLAG_NO_ZEROES);
+        put_u16(&mut out, FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES);
         out
     }
 
@@ -193,11 +158,11 @@ impl Negotiation {
 
     fn client_flags<E>(&mut self, input: &[u8]) -> (usize, Step<E>) {
         let Some(flags) = Reader(input).u32() else { return (0, Step::NeedMore) };
-        let known = u32::from(FLAG_FIXED | FLAG_NO_ZEROES);
+        let known = u32::from(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES);
         if flags & !known != 0 {
             return (4, Step::Close("unknown client flags"));
         }
-        self.fixed = flags & u32::from(FLAG_FIXED) != 0;
+        self.fixed = flags & u32::from(FLAG_FIXED_NEWSTYLE) != 0;
         self.no_zeroes = flags & u32::from(FLAG_NO_ZEROES) != 0;
         self.phase = Phase::Options;
         (4, Step::Again)
@@ -341,7 +306,7 @@ impl Negotiation {
 
     fn transmission_flags(&self, description: &Description) -> u16 {
         let access = if description.read_only { FLAG_READ_ONLY } else { FLAGS_WRITABLE };
-        let connections = if description.multi_conn { FLAG_MULTI_CONN } else { 0 };
+        let connections = if description.multi_conn { FLAG_CAN_MULTI_CONN } else { 0 };
         FLAGS_ALWAYS | access | connections | if self.structured { FLAG_SEND_DF } else { 0 }
     }
 
@@ -360,11 +325,13 @@ impl Negotiation {
         if let Err((error, message)) = find(catalog, name) {
             return reply_error(out, opt.code, error, message);
         }
-        let matches = |query: &&[u8]| *query == ALLOCATION_NAME || !set && *query == BASE_NAMESPACE;
+        let matches = |query: &&[u8]| {
+            *query == ALLOCATION_NAME.as_bytes() || !set && *query == BASE_NAMESPACE
+        };
         if queries.iter().any(matches) || !set && queries.is_empty() {
             let mut payload = Vec::new();
             put_u32(&mut payload, if set { BASE_ALLOCATION } else { 0 });
-            payload.extend_from_slice(ALLOCATION_NAME);
+            payload.extend_from_slice(ALLOCATION_NAME.as_bytes());
             reply(out, opt.code, REP_META_CONTEXT, &payload);
             if set {
                 self.allocation = Some(name.to_vec());
@@ -406,7 +373,7 @@ fn find<C: Catalog>(catalog: &C, name: &[u8]) -> Result<C::Export, (u32, &'stati
 }
 
 fn reply(out: &mut Vec<u8>, option: u32, kind: u32, payload: &[u8]) {
-    put_u64(out, REPLY_MAGIC);
+    put_u64(out, OPTION_REPLY_MAGIC);
     put_u32(out, option);
     put_u32(out, kind);
     put_u32(out, payload.len() as u32);
@@ -488,7 +455,7 @@ mod tests {
     fn kinds(out: &[u8]) -> Vec<u32> {
         let mut reader = Reader(out);
         let mut kinds = Vec::new();
-        while reader.u64() == Some(REPLY_MAGIC) {
+        while reader.u64() == Some(OPTION_REPLY_MAGIC) {
             reader.u32().unwrap();
             kinds.push(reader.u32().unwrap());
             reader.string().unwrap();

@@ -3,23 +3,9 @@
 
 use byteorder::{BigEndian, ByteOrder};
 
+use super::numbers::*;
 use super::{BASE_ALLOCATION, Errno, put_u16, put_u32, put_u64};
 use crate::device::Extent;
-
-const SIMPLE_MAGIC: u32 = 0x6744_6698;
-const STRUCTURED_MAGIC: u32 = 0x668e_33ef;
-
-const FLAG_DONE: u16 = 1;
-
-const TYPE_NONE: u16 = 0;
-const TYPE_OFFSET_DATA: u16 = 1;
-const TYPE_OFFSET_HOLE: u16 = 2;
-const TYPE_BLOCK_STATUS: u16 = 5;
-const TYPE_ERROR: u16 = 0x8001;
-const TYPE_ERROR_OFFSET: u16 = 0x8002;
-
-/// `NBD_STATE_HOLE | NBD_STATE_ZERO`.
-const STATE_HOLE: u32 = 3;
 
 /// Length of a simple reply without data.
 pub const SIMPLE_REPLY_LENGTH: usize = 16;
@@ -31,7 +17,7 @@ pub const DATA_HEADER_LENGTH: usize = CHUNK_HEADER_LENGTH + 8;
 /// A simple reply ("Simple reply message"); the data of a read follows it.
 pub fn simple_reply(cookie: u64, error: Option<Errno>) -> [u8; SIMPLE_REPLY_LENGTH] {
     let mut bytes = [0; SIMPLE_REPLY_LENGTH];
-    BigEndian::write_u32(&mut bytes[..4], SIMPLE_MAGIC);
+    BigEndian::write_u32(&mut bytes[..4], SIMPLE_REPLY_MAGIC);
     BigEndian::write_u32(&mut bytes[4..8], error.map_or(0, |errno| errno as u32));
     BigEndian::write_u64(&mut bytes[8..], cookie);
     bytes
@@ -39,8 +25,8 @@ pub fn simple_reply(cookie: u64, error: Option<Errno>) -> [u8; SIMPLE_REPLY_LENG
 
 fn chunk_header(cookie: u64, done: bool, kind: u16, payload: u32) -> [u8; CHUNK_HEADER_LENGTH] {
     let mut bytes = [0; CHUNK_HEADER_LENGTH];
-    BigEndian::write_u32(&mut bytes[..4], STRUCTURED_MAGIC);
-    BigEndian::write_u16(&mut bytes[4..6], if done { FLAG_DONE } else { 0 });
+    BigEndian::write_u32(&mut bytes[..4], STRUCTURED_REPLY_MAGIC);
+    BigEndian::write_u16(&mut bytes[4..6], if done { REPLY_FLAG_DONE } else { 0 });
     BigEndian::write_u16(&mut bytes[6..8], kind);
     BigEndian::write_u64(&mut bytes[8..16], cookie);
     BigEndian::write_u32(&mut bytes[16..], payload);
@@ -49,14 +35,14 @@ fn chunk_header(cookie: u64, done: bool, kind: u16, payload: u32) -> [u8; CHUNK_
 
 /// The chunk that ends a read of zero bytes (`NBD_REPLY_TYPE_NONE`).
 pub fn empty_chunk(cookie: u64) -> [u8; CHUNK_HEADER_LENGTH] {
-    chunk_header(cookie, true, TYPE_NONE, 0)
+    chunk_header(cookie, true, REPLY_TYPE_NONE, 0)
 }
 
 /// What stands before the `length` data bytes of a read's chunk (`NBD_REPLY_TYPE_OFFSET_DATA`).
 /// `length` is at most [`MAX_PAYLOAD`](super::MAX_PAYLOAD).
 pub fn data_header(cookie: u64, done: bool, offset: u64, length: u32) -> [u8; DATA_HEADER_LENGTH] {
     let mut bytes = [0; DATA_HEADER_LENGTH];
-    let header = chunk_header(cookie, done, TYPE_OFFSET_DATA, length.saturating_add(8));
+    let header = chunk_header(cookie, done, REPLY_TYPE_OFFSET_DATA, length.saturating_add(8));
     bytes[..CHUNK_HEADER_LENGTH].copy_from_slice(&header);
     BigEndian::write_u64(&mut bytes[CHUNK_HEADER_LENGTH..], offset);
     bytes
@@ -65,7 +51,7 @@ pub fn data_header(cookie: u64, done: bool, offset: u64, length: u32) -> [u8; DA
 /// A range of a read that is all zeros (`NBD_REPLY_TYPE_OFFSET_HOLE`).
 pub fn hole_chunk(cookie: u64, done: bool, offset: u64, length: u32) -> [u8; 32] {
     let mut bytes = [0; 32];
-    let header = chunk_header(cookie, done, TYPE_OFFSET_HOLE, 12);
+    let header = chunk_header(cookie, done, REPLY_TYPE_OFFSET_HOLE, 12);
     bytes[..CHUNK_HEADER_LENGTH].copy_from_slice(&header);
     BigEndian::write_u64(&mut bytes[20..28], offset);
     BigEndian::write_u32(&mut bytes[28..], length);
@@ -74,12 +60,12 @@ pub fn hole_chunk(cookie: u64, done: bool, offset: u64, length: u32) -> [u8; 32]
 
 /// The chunk that fails a request, with a message for people (`NBD_REPLY_TYPE_ERROR`).
 pub fn error_chunk(cookie: u64, errno: Errno, message: &str) -> Vec<u8> {
-    error(cookie, TYPE_ERROR, errno, message, None)
+    error(cookie, REPLY_TYPE_ERROR, errno, message, None)
 }
 
 /// [`error_chunk`] that also says where on the device it failed (`NBD_REPLY_TYPE_ERROR_OFFSET`).
 pub fn error_offset_chunk(cookie: u64, errno: Errno, message: &str, offset: u64) -> Vec<u8> {
-    error(cookie, TYPE_ERROR_OFFSET, errno, message, Some(offset))
+    error(cookie, REPLY_TYPE_ERROR_OFFSET, errno, message, Some(offset))
 }
 
 fn error(cookie: u64, kind: u16, errno: Errno, message: &str, offset: Option<u64>) -> Vec<u8> {
@@ -103,11 +89,11 @@ fn error(cookie: u64, kind: u16, errno: Errno, message: &str, offset: Option<u64
 pub fn status_chunk(cookie: u64, extents: &[Extent]) -> Vec<u8> {
     let length = 4 + 8 * extents.len();
     let mut out = Vec::with_capacity(CHUNK_HEADER_LENGTH + length);
-    out.extend_from_slice(&chunk_header(cookie, true, TYPE_BLOCK_STATUS, length as u32));
+    out.extend_from_slice(&chunk_header(cookie, true, REPLY_TYPE_BLOCK_STATUS, length as u32));
     put_u32(&mut out, BASE_ALLOCATION);
     for extent in extents {
         put_u32(&mut out, u32::try_from(extent.length).unwrap_or(u32::MAX));
-        put_u32(&mut out, if extent.hole { STATE_HOLE } else { 0 });
+        put_u32(&mut out, if extent.hole { STATE_HOLE | STATE_ZERO } else { 0 });
     }
     out
 }

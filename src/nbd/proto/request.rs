@@ -1,26 +1,12 @@
 //! Decodes requests of the transmission phase and checks them against what the session allows.
 
+use byteorder::{BigEndian, ByteOrder};
+
+use super::numbers::*;
 use super::{Errno, MAX_DRAIN, MAX_PAYLOAD, Reader};
 
 /// Length of a request without its payload.
 pub const REQUEST_LENGTH: usize = 28;
-
-const REQUEST_MAGIC: u32 = 0x2560_9513;
-
-const CMD_READ: u16 = 0;
-const CMD_WRITE: u16 = 1;
-const CMD_DISC: u16 = 2;
-const CMD_FLUSH: u16 = 3;
-const CMD_TRIM: u16 = 4;
-const CMD_CACHE: u16 = 5;
-const CMD_WRITE_ZEROES: u16 = 6;
-const CMD_BLOCK_STATUS: u16 = 7;
-
-const FLAG_FUA: u16 = 1;
-const FLAG_NO_HOLE: u16 = 1 << 1;
-const FLAG_DF: u16 = 1 << 2;
-const FLAG_REQ_ONE: u16 = 1 << 3;
-const FLAG_FAST_ZERO: u16 = 1 << 4;
 
 /// What a request is checked against: the export as it is now and what was negotiated.
 #[derive(Clone, Copy, Debug)]
@@ -139,10 +125,28 @@ impl Request {
         Ok(Some(Self {
             cookie: raw.cookie,
             payload,
-            fua: raw.flags & FLAG_FUA != 0,
+            fua: raw.flags & CMD_FLAG_FUA != 0,
             command: raw.check(terms),
         }))
     }
+}
+
+/// A request as a client sends it, without its payload.
+pub fn request_header(
+    flags: u16,
+    command: u16,
+    cookie: u64,
+    offset: u64,
+    length: u32,
+) -> [u8; REQUEST_LENGTH] {
+    let mut bytes = [0; REQUEST_LENGTH];
+    BigEndian::write_u32(&mut bytes[..4], REQUEST_MAGIC);
+    BigEndian::write_u16(&mut bytes[4..6], flags);
+    BigEndian::write_u16(&mut bytes[6..8], command);
+    BigEndian::write_u64(&mut bytes[8..16], cookie);
+    BigEndian::write_u64(&mut bytes[16..24], offset);
+    BigEndian::write_u32(&mut bytes[24..], length);
+    bytes
 }
 
 /// The fields as sent.
@@ -169,19 +173,19 @@ impl Raw {
     }
 
     fn check(&self, terms: &Terms) -> Result<Command, Refusal> {
-        let df = if terms.structured { FLAG_DF } else { 0 };
+        let df = if terms.structured { CMD_FLAG_DF } else { 0 };
         let allowed = match self.kind {
             CMD_READ => df,
             CMD_WRITE | CMD_DISC | CMD_FLUSH | CMD_TRIM | CMD_CACHE => 0,
-            CMD_WRITE_ZEROES => FLAG_NO_HOLE | FLAG_FAST_ZERO,
-            CMD_BLOCK_STATUS => FLAG_REQ_ONE,
+            CMD_WRITE_ZEROES => CMD_FLAG_NO_HOLE | CMD_FLAG_FAST_ZERO,
+            CMD_BLOCK_STATUS => CMD_FLAG_REQ_ONE,
             _ => return refuse(Errno::Invalid, "unknown command"),
         };
         // A client that hangs up has no reply to read: its flags do not matter.
         if self.kind == CMD_DISC {
             return Ok(Command::Disconnect);
         }
-        if self.flags & !(allowed | FLAG_FUA) != 0 {
+        if self.flags & !(allowed | CMD_FLAG_FUA) != 0 {
             return refuse(Errno::Invalid, "unknown flag");
         }
         if self.kind == CMD_FLUSH {
@@ -214,21 +218,21 @@ impl Raw {
         let Self { offset, length, .. } = *self;
         let flag = |flag| self.flags & flag != 0;
         Ok(match self.kind {
-            CMD_READ => Command::Read { offset, length, whole: flag(FLAG_DF) },
+            CMD_READ => Command::Read { offset, length, whole: flag(CMD_FLAG_DF) },
             CMD_WRITE => Command::Write { offset },
             CMD_TRIM => Command::Trim { offset, length },
             CMD_CACHE => Command::Cache { offset, length },
             CMD_WRITE_ZEROES => Command::WriteZeroes {
                 offset,
                 length,
-                allocate: flag(FLAG_NO_HOLE),
-                fast_only: flag(FLAG_FAST_ZERO),
+                allocate: flag(CMD_FLAG_NO_HOLE),
+                fast_only: flag(CMD_FLAG_FAST_ZERO),
             },
             _ if !terms.allocation => {
                 return refuse(Errno::Invalid, "no metadata context was negotiated");
             }
             _ if length == 0 => return refuse(Errno::Invalid, "status of no bytes"),
-            _ => Command::BlockStatus { offset, length, one: flag(FLAG_REQ_ONE) },
+            _ => Command::BlockStatus { offset, length, one: flag(CMD_FLAG_REQ_ONE) },
         })
     }
 }
@@ -264,7 +268,9 @@ mod tests {
         offset: u64,
         length: u32,
     ) -> Result<Command, Errno> {
-        let request = Request::parse(&bytes(flags, kind, offset, length), &terms);
+        let bytes = bytes(flags, kind, offset, length);
+        assert_eq!(request_header(flags, kind, 77, offset, length)[..], bytes);
+        let request = Request::parse(&bytes, &terms);
         let request = request.unwrap().unwrap();
         assert_eq!(request.cookie, 77);
         assert_eq!(request.payload, if kind == CMD_WRITE { length } else { 0 });
@@ -300,14 +306,14 @@ mod tests {
     #[test]
     fn flags_belong_to_their_commands_and_fua_to_all() {
         for kind in [CMD_READ, CMD_WRITE, CMD_TRIM, CMD_CACHE, CMD_WRITE_ZEROES, CMD_BLOCK_STATUS] {
-            assert!(command(TERMS, FLAG_FUA, kind, 0, 512).is_ok());
+            assert!(command(TERMS, CMD_FLAG_FUA, kind, 0, 512).is_ok());
             assert_eq!(command(TERMS, 1 << 5, kind, 0, 512), Err(Errno::Invalid));
             assert_eq!(command(TERMS, 1 << 15, kind, 0, 512), Err(Errno::Invalid));
         }
-        assert!(command(TERMS, FLAG_DF, CMD_READ, 0, 512).is_ok());
+        assert!(command(TERMS, CMD_FLAG_DF, CMD_READ, 0, 512).is_ok());
         let simple = Terms { structured: false, ..TERMS };
-        assert_eq!(command(simple, FLAG_DF, CMD_READ, 0, 512), Err(Errno::Invalid));
-        assert_eq!(command(TERMS, FLAG_DF, CMD_WRITE, 0, 512), Err(Errno::Invalid));
+        assert_eq!(command(simple, CMD_FLAG_DF, CMD_READ, 0, 512), Err(Errno::Invalid));
+        assert_eq!(command(TERMS, CMD_FLAG_DF, CMD_WRITE, 0, 512), Err(Errno::Invalid));
         assert_eq!(command(TERMS, 0, 99, 0, 0), Err(Errno::Invalid));
         assert_eq!(command(TERMS, 0, CMD_FLUSH, 1, 0), Err(Errno::Invalid));
         assert_eq!(command(TERMS, 0xffff, CMD_DISC, 1, 1), Ok(Command::Disconnect));
@@ -347,7 +353,9 @@ mod tests {
             flags in 0u16..64, kind in 0u16..9, offset: u64, length: u32, size: u64,
         ) {
             let terms = Terms { size, ..TERMS };
-            let request = Request::parse(&bytes(flags, kind, offset, length), &terms);
+            let bytes = bytes(flags, kind, offset, length);
+        assert_eq!(request_header(flags, kind, 77, offset, length)[..], bytes);
+        let request = Request::parse(&bytes, &terms);
             let Ok(Some(Request { command: Ok(command), payload, .. })) = request else {
                 return Ok(());
             };

@@ -1,9 +1,7 @@
 //! Listening sockets: made here or inherited, and where to find them.
 
-use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -17,6 +15,7 @@ use rustix::net::sockopt::{
 use rustix::net::{AddressFamily, SocketFlags, accept_with};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::nbd::address::{Address, Place};
 
 /// The first descriptor that systemd hands over (`SD_LISTEN_FDS_START`).
 const FIRST_ACTIVATED: RawFd = 3;
@@ -113,20 +112,18 @@ impl Listener {
     /// The NBD URI of `export` on this socket, percent-encoded, to be used from any folder. A socket
     /// bound to all addresses shows as `localhost`.
     pub fn uri(&self, export: &str) -> String {
-        let name = encode(export.as_bytes());
-        match &self.socket {
+        let place = match &self.socket {
             Socket::Unix(listener) => {
                 let address = listener.local_addr().ok();
                 let path = address.as_ref().and_then(|address| address.as_pathname());
                 let path = path.unwrap_or(Path::new(""));
-                let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-                format!("nbd+unix:///{name}?socket={}", encode(path.as_os_str().as_bytes()))
+                Place::Unix(std::path::absolute(path).unwrap_or_else(|_| path.to_owned()))
             }
             Socket::Tcp(listener) => {
-                let place = listener.local_addr().map_or_else(|_| String::new(), host_and_port);
-                format!("nbd://{place}/{name}")
+                Place::Tcp(listener.local_addr().map_or_else(|_| String::new(), host_and_port))
             }
-        }
+        };
+        Address { place, export: export.to_owned() }.to_string()
     }
 
     /// The address of a TCP socket, with the port that was taken.
@@ -195,19 +192,6 @@ fn host_and_port(address: SocketAddr) -> String {
         IpAddr::V4(ip) => format!("{ip}:{port}"),
         IpAddr::V6(ip) => format!("[{ip}]:{port}"),
     }
-}
-
-/// Percent-encodes all but the unreserved characters of RFC 3986 and the slash.
-fn encode(bytes: &[u8]) -> String {
-    let mut out = String::with_capacity(bytes.len());
-    for &byte in bytes {
-        if byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte) {
-            out.push(byte.into());
-        } else {
-            let _ = write!(out, "%{byte:02X}");
-        }
-    }
-    out
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
-//! The command line: one [`Command`] a verb.
+//! The command line: one [`Verb`] a verb.
 
-use clap::{CommandFactory, Parser, Subcommand};
+use std::ffi::{OsStr, OsString};
+
+use clap::{Arg, ArgAction, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::verbs::{self, Outcome};
 
@@ -33,12 +35,76 @@ Example:
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
-    pub command: Command,
+    verb: Verb,
+}
+
+/// Options of many verbs, which may stand before the verb too.
+const LEADING: [&str; 2] = ["root", "layers"];
+
+impl Cli {
+    /// Reads the arguments of this process, or ends it with what is wrong with them.
+    pub fn from_arguments() -> Self {
+        let command = command();
+        let arguments = behind_the_verb(&command, std::env::args_os().collect());
+        let matches = command.get_matches_from(arguments);
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
+
+    /// Runs the verb.
+    pub fn run(&self) -> Outcome {
+        self.verb.run()
+    }
+}
+
+/// All that can be said on the command line.
+fn command() -> Command {
+    let option = |name: &'static str, help: &'static str| {
+        let option = Arg::new(name).long(name).value_name("DIR").action(ArgAction::Append);
+        option.help(help).help_heading("Options of verbs that may stand before them too")
+    };
+    Cli::command().arg(option("root", "The store's folder")).arg(option(
+        "layers",
+        "Look for parents in DIR too, after the layer's own folder (repeatable)",
+    ))
+}
+
+/// The arguments with the leading options moved behind the verb, where they have their meaning: a
+/// verb that doesn't know one refuses it, wherever it stood.
+fn behind_the_verb(command: &Command, arguments: Vec<OsString>) -> Vec<OsString> {
+    let (mut moved, mut out) = (Vec::new(), Vec::new());
+    let mut command = command;
+    let mut rest = arguments.into_iter().peekable();
+    out.extend(rest.next());
+    while let Some(argument) = rest.next_if(|argument| {
+        leading(argument).is_some() || command.find_subcommand(argument).is_some()
+    }) {
+        if let Some(verb) = command.find_subcommand(&argument) {
+            command = verb;
+            out.push(argument);
+            continue;
+        }
+        let value_follows = leading(&argument) == Some(true);
+        moved.push(argument);
+        moved.extend(value_follows.then(|| rest.next()).flatten());
+    }
+    out.extend(moved);
+    out.extend(rest);
+    out
+}
+
+/// Whether the value of a leading option is the next argument, if this is such an option.
+fn leading(argument: &OsStr) -> Option<bool> {
+    let option = argument.as_encoded_bytes().strip_prefix(b"--")?;
+    LEADING.iter().find_map(|name| match option.strip_prefix(name.as_bytes())? {
+        [] => Some(true),
+        [b'=', ..] => Some(false),
+        _ => None,
+    })
 }
 
 /// One verb with its arguments; what each does is said where its arguments are.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub enum Verb {
     Create(verbs::create::Create),
     Snapshot(verbs::snapshot::Snapshot),
     Info(verbs::info::Info),
@@ -68,7 +134,7 @@ pub enum Command {
     Man(verbs::man::Man),
 }
 
-impl Command {
+impl Verb {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
         match self {
@@ -97,8 +163,41 @@ impl Command {
             Self::Gc(verb) => verb.run(),
             Self::Store(verbs) => verbs.run(),
             Self::Demo(verb) => verb.run(),
-            Self::Completions(verb) => verb.run(Cli::command()),
-            Self::Man(verb) => verb.run(Cli::command()),
+            Self::Completions(verb) => verb.run(command()),
+            Self::Man(verb) => verb.run(command()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_contradicts_itself_nowhere() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn leading_options_go_behind_the_verb() {
+        let moved = |line: &str| {
+            let arguments = line.split(' ').map(OsString::from).collect();
+            behind_the_verb(&command(), arguments).join(OsStr::new(" ")).into_string().unwrap()
+        };
+        for (line, wanted) in [
+            ("t --root d image ls --json", "t image ls --root d --json"),
+            ("t --root=d image --layers e ls x", "t image ls --root=d --layers e x"),
+            ("t --layers a --layers b info x", "t info --layers a --layers b x"),
+            // Values may look like verbs, and arguments of verbs like options.
+            ("t --root image volume rm v", "t volume rm --root image v"),
+            ("t info x --layers d", "t info x --layers d"),
+            ("t info -- --layers", "t info -- --layers"),
+            ("t --layers d --help", "t --layers d --help"),
+            ("t --rootless info", "t --rootless info"),
+            ("t info --root", "t info --root"),
+            ("t", "t"),
+        ] {
+            assert_eq!(moved(line), wanted);
         }
     }
 }

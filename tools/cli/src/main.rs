@@ -11,20 +11,20 @@ mod verbs;
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Parser;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thinply::error::Error;
 
 use crate::verbs::Answer;
 
 fn main() -> ExitCode {
-    let cli = cli::Cli::parse();
+    let cli = cli::Cli::from_arguments();
     raise_file_limit();
-    match cli.command.run() {
+    match cli.run() {
         Ok(Answer::Yes) => ExitCode::SUCCESS,
         Ok(Answer::No) => ExitCode::from(1),
         // Whoever read our output has seen enough.
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) && nobody_reads() => ExitCode::SUCCESS,
         Err(error) => {
             // Without a standard error the exit code has to do.
             let _ = writeln!(std::io::stderr(), "thinply: {error}");
@@ -38,6 +38,17 @@ fn is_broken_pipe(error: &Error) -> bool {
     source
         .and_then(|source| source.downcast_ref::<std::io::Error>())
         .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// Whether standard output is a pipe or socket whose other end is gone. Others of ours break too:
+/// that of the process that serves the store, say.
+fn nobody_reads() -> bool {
+    let stdout = std::io::stdout();
+    let mut polled = [PollFd::new(&stdout, PollFlags::empty())];
+    // Where that can't be told the error is said.
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut polled, Some(&now)).is_ok_and(|ready| ready > 0)
+        && polled[0].revents().intersects(PollFlags::ERR | PollFlags::HUP)
 }
 
 /// A chain holds a descriptor a layer, and may be deeper than the usual soft limit.

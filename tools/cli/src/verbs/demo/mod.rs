@@ -1,6 +1,5 @@
 //! `thinply demo`: the main job on real input, in a temporary folder.
 
-mod client;
 mod mount;
 
 use std::fs::{self, File};
@@ -16,14 +15,16 @@ use thinply::chain::{Chain, Layers, Parent, create, seal};
 use thinply::device::Device;
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::inspect;
+use thinply::nbd::client::Client;
 use thinply::nbd::server::{Export, ExportTable, Listener, Server, ServerConfig};
+use thinply::nbd::{Address, Place};
 use thinply::storage::{Access, FileFolder, Folder};
 
 use crate::io::ext4::make_ext4;
 use crate::io::pump::is_zero;
 use crate::io::size::human;
+use crate::io::table::short;
 use crate::verbs::{Answer, Outcome};
-use client::Client;
 
 const CONTAINERS: usize = 5;
 /// What a container may cost before its first write.
@@ -185,11 +186,11 @@ impl Stage {
         println!("\nServed at {}", server.listeners()[0].uri(&name(1)));
         let handle = server.handle();
         let serving = thread::spawn(move || server.run());
-        let written = converse(&socket, parent.virtual_size).map_err(host("talking NBD"));
+        let written = converse(&socket, parent.virtual_size);
         handle.shutdown();
         let served = serving.join().unwrap_or_else(|_| Err(wrong("the server panicked")));
         let closed = chains.iter().map(|chain| chain.close()).fold(Ok(()), Result::and);
-        written?.and(served).and(closed)?;
+        written.and(served).and(closed)?;
         println!("  wrote to each container and flushed; each sees its own writes alone");
         Ok(())
     }
@@ -267,23 +268,26 @@ impl Stage {
 }
 
 /// Writes to every container over NBD and reads back through all of them.
-fn converse(socket: &Path, device_size: u64) -> io::Result<Result<()>> {
-    let mut clients = (1..=CONTAINERS)
-        .map(|number| Client::connect(socket, &name(number)))
-        .collect::<io::Result<Vec<_>>>()?;
+fn converse(socket: &Path, device_size: u64) -> Result<()> {
+    let connect = |number| {
+        let place = Place::Unix(socket.to_owned());
+        Client::connect(&Address { place, export: name(number) })
+    };
+    let mut clients = (1..=CONTAINERS).map(connect).collect::<Result<Vec<_>>>()?;
     // The end of the device: no file system built here keeps anything in its last MiB but zeros.
     let place = device_size - (1 << 20);
     for (number, client) in (1..).zip(&mut clients) {
         client.write(place, &message(number))?;
+        client.flush()?;
     }
     for (number, client) in (1..).zip(&mut clients) {
-        let found = client.read(place, 4096)?;
-        if found != message(number) {
-            return Ok(Err(wrong(format!("{} reads what it did not write", name(number)))));
+        let mut found = [0; 4096];
+        client.read(place, &mut found)?;
+        if found[..] != message(number) {
+            return Err(wrong(format!("{} reads what it did not write", name(number))));
         }
     }
-    clients.into_iter().try_for_each(Client::disconnect)?;
-    Ok(Ok(()))
+    clients.into_iter().try_for_each(Client::disconnect)
 }
 
 fn message(number: usize) -> Vec<u8> {
@@ -310,9 +314,4 @@ fn generate(raw: &Path) -> io::Result<()> {
         file.write_all(if number % 4 == 0 { &noise } else { &zeros })?;
     }
     Ok(())
-}
-
-/// A size for the table, as short as Docker's.
-fn short(bytes: u64) -> String {
-    human(bytes).trim_start_matches("about ").to_owned()
 }
