@@ -5,10 +5,11 @@ use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-const READ: u16 = 0;
-const WRITE: u16 = 1;
-const DISCONNECT: u16 = 2;
-const FLUSH: u16 = 3;
+use thinply::nbd::proto::numbers::{
+    CMD_DISC as DISCONNECT, CMD_FLUSH as FLUSH, CMD_READ as READ, CMD_WRITE as WRITE,
+    OPT_EXPORT_NAME, OPTION_MAGIC, SIMPLE_REPLY_MAGIC,
+};
+use thinply::nbd::proto::request_header;
 
 /// A stream to a server. It ends when the server does.
 pub trait Stream: Read + Write + Send {}
@@ -41,8 +42,8 @@ impl Client {
         }
         // Fixed newstyle without the padding, then NBD_OPT_EXPORT_NAME.
         let mut hello = 3u32.to_be_bytes().to_vec();
-        hello.extend(b"IHAVEOPT");
-        hello.extend(1u32.to_be_bytes());
+        hello.extend(OPTION_MAGIC.to_be_bytes());
+        hello.extend(OPT_EXPORT_NAME.to_be_bytes());
         hello.extend((name.len() as u32).to_be_bytes());
         hello.extend(name.as_bytes());
         stream.write_all(&hello)?;
@@ -62,12 +63,7 @@ impl Client {
         length: u32,
     ) -> u64 {
         self.next += 1;
-        out.extend(0x2560_9513u32.to_be_bytes());
-        out.extend(flags.to_be_bytes());
-        out.extend(command.to_be_bytes());
-        out.extend(self.next.to_be_bytes());
-        out.extend(offset.to_be_bytes());
-        out.extend(length.to_be_bytes());
+        out.extend(request_header(flags, command, self.next, offset, length));
         self.next
     }
 
@@ -79,7 +75,7 @@ impl Client {
     pub fn reply(&mut self) -> Result<(u32, u64)> {
         let mut reply = [0; 16];
         self.stream.read_exact(&mut reply)?;
-        if reply[..4] != 0x6744_6698u32.to_be_bytes() {
+        if reply[..4] != SIMPLE_REPLY_MAGIC.to_be_bytes() {
             return Err(wrong("no reply"));
         }
         let word = |at: usize| u32::from_be_bytes(std::array::from_fn(|i| reply[at + i]));
