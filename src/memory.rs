@@ -34,91 +34,108 @@ impl Stretch {
     }
 }
 
-/// A range over stretches: a first one that may begin anywhere in what the caller gave, and whole
-/// ones behind it, of which the last may be cut off by `length`.
+/// A range of bytes: of one slice, or of stretches that somebody else can see.
 #[derive(Clone, Copy, Debug)]
 struct Parts<'a> {
-    first: Stretch,
-    rest: &'a [Stretch],
-    /// Bytes in all.
+    place: Place<'a>,
     length: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Place<'a> {
+    /// Begins here, in one slice.
+    Slice(*mut u8),
+    /// Begins so many bytes behind the begin of the first stretch.
+    Shared(&'a [Stretch], usize),
 }
 
 /// Most stretches handed to the kernel in one call. A longer range makes a short read or write.
 const MOST: usize = 64;
 
 impl<'a> Parts<'a> {
-    fn one(start: *mut u8, length: usize) -> Self {
-        Self { first: Stretch::new(start, length), rest: &[], length }
-    }
-
-    fn many(stretches: &'a [Stretch]) -> Self {
+    fn shared(stretches: &'a [Stretch]) -> Self {
         let length = stretches.iter().map(Stretch::length).sum();
-        match stretches {
-            [first, rest @ ..] => Self { first: *first, rest, length },
-            [] => Self::one(ptr::dangling_mut(), 0),
-        }
+        Self { place: Place::Shared(stretches, 0), length }
     }
 
     /// All but the first `count` bytes.
-    fn skip(mut self, count: usize) -> Self {
-        let mut left = count.min(self.length);
-        self.length -= left;
-        while left >= self.first.length()
-            && let [next, rest @ ..] = self.rest
-        {
-            left -= self.first.length();
-            (self.first, self.rest) = (*next, rest);
-        }
-        let first = self.first;
-        let left = left.min(first.length());
-        self.first = Stretch::new(first.start().wrapping_add(left), first.length() - left);
-        self
+    #[inline]
+    fn skip(self, count: usize) -> Self {
+        let count = count.min(self.length);
+        let place = match self.place {
+            Place::Slice(start) => Place::Slice(start.wrapping_add(count)),
+            Place::Shared(stretches, skipped) => skip(stretches, skipped + count),
+        };
+        Self { place, length: self.length - count }
     }
 
     /// Only the first `count` bytes.
-    fn take(mut self, count: usize) -> Self {
-        self.length = self.length.min(count);
-        self
+    #[inline]
+    fn take(self, count: usize) -> Self {
+        Self { length: self.length.min(count), ..self }
     }
 
-    fn is_one(&self) -> bool {
-        self.length <= self.first.length()
-    }
-
-    /// The stretches, cut to the range.
-    fn iter(self) -> impl Iterator<Item = Stretch> {
-        let mut left = self.length;
-        let cut = move |stretch: Stretch| {
-            let length = stretch.length().min(left);
-            left -= length;
-            Stretch::new(stretch.start(), length)
-        };
-        let all = std::iter::once(self.first).chain(self.rest.iter().copied());
-        all.map(cut).filter(|stretch| stretch.length() > 0)
+    /// Hands the stretches to `visit`, cut to the range.
+    #[inline]
+    fn each(self, mut visit: impl FnMut(Stretch)) {
+        match self.place {
+            Place::Slice(start) => visit(Stretch::new(start, self.length)),
+            Place::Shared(stretches, skipped) => {
+                cut(stretches, skipped, self.length).for_each(visit);
+            }
+        }
     }
 
     /// Calls `act` with the first stretches as the kernel takes them.
+    #[inline]
     fn with_iovecs<T>(self, act: impl FnOnce(&[nix::libc::iovec]) -> T) -> T {
-        if self.is_one() {
-            return act(&[Stretch::new(self.first.start(), self.length).0]);
+        match self.place {
+            Place::Slice(start) => act(&[Stretch::new(start, self.length).0]),
+            Place::Shared(stretches, skipped) => {
+                let mut iovecs = [Stretch::new(ptr::dangling_mut(), 0).0; MOST];
+                let mut count = 0;
+                for (place, stretch) in iovecs.iter_mut().zip(cut(stretches, skipped, self.length))
+                {
+                    *place = stretch.0;
+                    count += 1;
+                }
+                act(&iovecs[..count])
+            }
         }
-        let mut iovecs = [Stretch::new(ptr::dangling_mut(), 0).0; MOST];
-        let mut count = 0;
-        for (place, stretch) in iovecs.iter_mut().zip(self.iter()) {
-            *place = stretch.0;
-            count += 1;
-        }
-        act(&iovecs[..count])
     }
+}
+
+/// Leaves out the stretches that lie wholly before byte `count`.
+fn skip(mut stretches: &[Stretch], mut count: usize) -> Place<'_> {
+    while let [first, rest @ ..] = stretches
+        && count >= first.length()
+    {
+        count -= first.length();
+        stretches = rest;
+    }
+    Place::Shared(stretches, count)
+}
+
+/// The stretches of `length` bytes from byte `skipped` on.
+fn cut(
+    stretches: &[Stretch],
+    mut skipped: usize,
+    mut length: usize,
+) -> impl Iterator<Item = Stretch> {
+    let part = move |stretch: &Stretch| {
+        let start = stretch.start().wrapping_add(skipped);
+        let part = Stretch::new(start, (stretch.length() - skipped).min(length));
+        skipped = 0;
+        length -= part.length();
+        part
+    };
+    stretches.iter().map(part).filter(|part| part.length() > 0)
 }
 
 /// Room that a read fills.
 #[derive(Debug)]
 pub struct Scatter<'a> {
     parts: Parts<'a>,
-    /// Made of a slice: nobody else can see or change it.
-    own: bool,
     lent: PhantomData<&'a mut [u8]>,
 }
 
@@ -133,7 +150,7 @@ impl<'a> Scatter<'a> {
     /// For as long as `'a` each stretch must be mapped and writable, and nothing in this process may
     /// hold a reference into it. Its bytes may change at any time.
     pub unsafe fn shared(stretches: &'a [Stretch]) -> Self {
-        Self { parts: Parts::many(stretches), own: false, lent: PhantomData }
+        Self { parts: Parts::shared(stretches), lent: PhantomData }
     }
 
     /// Length in bytes.
@@ -147,49 +164,52 @@ impl<'a> Scatter<'a> {
     }
 
     /// The first `count` bytes, and the others.
+    #[inline]
     pub fn split_at(self, count: usize) -> (Self, Self) {
-        let part = |parts| Self { parts, own: self.own, lent: PhantomData };
+        let part = |parts| Self { parts, lent: PhantomData };
         (part(self.parts.take(count)), part(self.parts.skip(count)))
     }
 
     /// Bytes `from..to`, for a while.
+    #[inline]
     pub fn range(&mut self, from: usize, to: usize) -> Scatter<'_> {
         let parts = self.parts.skip(from).take(to.saturating_sub(from));
-        Scatter { parts, own: self.own, lent: PhantomData }
+        Scatter { parts, lent: PhantomData }
     }
 
     /// All of it, for a while.
+    #[inline]
     pub fn again(&mut self) -> Scatter<'_> {
-        Scatter { parts: self.parts, own: self.own, lent: PhantomData }
+        Scatter { parts: self.parts, lent: PhantomData }
     }
 
     /// The bytes themselves, where nobody else can see them.
+    #[inline]
     pub fn own(&mut self) -> Option<&mut [u8]> {
-        if !self.own {
-            return None;
-        }
+        let Place::Slice(start) = self.parts.place else { return None };
         // SAFETY: made of one `&'a mut [u8]`, of which this is a part that is lent to nobody else:
         // splitting takes `self`, and every other way borrows it.
-        Some(unsafe { std::slice::from_raw_parts_mut(self.parts.first.start(), self.parts.length) })
+        Some(unsafe { std::slice::from_raw_parts_mut(start, self.parts.length) })
     }
 
     /// Copies `bytes` to its begin; what doesn't fit is left out.
+    #[inline]
     pub fn copy_from(&mut self, mut bytes: &[u8]) {
-        for part in self.parts.iter() {
+        self.parts.each(|part| {
             let (now, later) = bytes.split_at(part.length().min(bytes.len()));
             // SAFETY: the part is writable, as the constructor says, and `now` is memory of our own,
             // so they don't overlap. That others change it meanwhile changes which bytes it holds.
             unsafe { ptr::copy_nonoverlapping(now.as_ptr(), part.start(), now.len()) };
             bytes = later;
-        }
+        });
     }
 
     /// Fills it with zeros.
     pub fn clear(&mut self) {
-        for part in self.parts.iter() {
+        self.parts.each(|part| {
             // SAFETY: the part is writable, as the constructor says.
             unsafe { ptr::write_bytes(part.start(), 0, part.length()) };
-        }
+        });
     }
 
     /// Calls `act` with the addresses, for a `readv`: the first ones, where there are many.
@@ -200,8 +220,8 @@ impl<'a> Scatter<'a> {
 
 impl<'a> From<&'a mut [u8]> for Scatter<'a> {
     fn from(bytes: &'a mut [u8]) -> Self {
-        let parts = Parts::one(bytes.as_mut_ptr(), bytes.len());
-        Self { parts, own: true, lent: PhantomData }
+        let parts = Parts { place: Place::Slice(bytes.as_mut_ptr()), length: bytes.len() };
+        Self { parts, lent: PhantomData }
     }
 }
 
@@ -237,7 +257,7 @@ impl<'a> Gather<'a> {
     /// For as long as `'a` each stretch must be mapped and readable, and nothing in this process may
     /// hold a mutable reference into it. Its bytes may change at any time.
     pub unsafe fn shared(stretches: &'a [Stretch]) -> Self {
-        Self { parts: Parts::many(stretches), lent: PhantomData }
+        Self { parts: Parts::shared(stretches), lent: PhantomData }
     }
 
     /// Length in bytes.
@@ -257,14 +277,16 @@ impl<'a> Gather<'a> {
 
     /// Copies its begin to `bytes`, as far as they reach. Two copies may differ where others change
     /// the memory.
-    pub fn copy_to(self, mut bytes: &mut [u8]) {
-        for part in self.parts.iter() {
-            let (now, later) = bytes.split_at_mut(part.length().min(bytes.len()));
+    pub fn copy_to(self, bytes: &mut [u8]) {
+        let mut left = bytes;
+        self.parts.each(|part| {
+            let length = part.length().min(left.len());
+            let (now, later) = std::mem::take(&mut left).split_at_mut(length);
             // SAFETY: the part is readable, as the constructor says, and `now` is memory of our own,
             // so they don't overlap. That others change it meanwhile changes which bytes arrive.
             unsafe { ptr::copy_nonoverlapping(part.start(), now.as_mut_ptr(), now.len()) };
-            bytes = later;
-        }
+            left = later;
+        });
     }
 
     /// Calls `act` with the addresses, for a `writev`: the first ones, where there are many.
@@ -275,7 +297,7 @@ impl<'a> Gather<'a> {
 
 impl<'a> From<&'a [u8]> for Gather<'a> {
     fn from(bytes: &'a [u8]) -> Self {
-        let parts = Parts::one(bytes.as_ptr().cast_mut(), bytes.len());
+        let parts = Parts { place: Place::Slice(bytes.as_ptr().cast_mut()), length: bytes.len() };
         Self { parts, lent: PhantomData }
     }
 }

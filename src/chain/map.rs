@@ -183,20 +183,23 @@ impl Mapping<'_> {
 
     /// Maps a piece. The stack's first layer is at depth `base`.
     fn piece(&mut self, piece: &Piece<'_>, base: usize, wait: Wait) -> Attempt<ControlFlow<()>> {
-        let (depth, layer) = match piece.owner {
+        let depth = match piece.owner {
             Owner::Nobody => {
                 return Ok(self.push(piece.offset(), piece.length(), None, Kind::Absent));
             }
-            Owner::Top(top) => (0, Ok(top.file())),
-            Owner::Layer(place, Layer::Live(layer)) => (base + place, Ok(layer.file())),
-            Owner::Layer(place, Layer::Packed(layer)) => (base + place, Err(layer)),
+            Owner::Top(_) => 0,
+            Owner::Layer(place, _) => base + place,
         };
-        match layer {
-            _ if self.detail == Detail::Bitmaps => {
-                Ok(self.push(piece.offset(), piece.length(), Some(depth), Kind::Data))
+        if self.detail == Detail::Bitmaps {
+            return Ok(self.push(piece.offset(), piece.length(), Some(depth), Kind::Data));
+        }
+        match piece.owner {
+            Owner::Top(top) => Ok(self.in_file(top.file(), depth, piece)?),
+            Owner::Layer(_, Layer::Live(layer)) => Ok(self.in_file(layer.file(), depth, piece)?),
+            Owner::Layer(_, Layer::Packed(layer)) => {
+                Ok(self.in_packed(layer.data(piece.word, wait)?, depth, piece))
             }
-            Ok(file) => Ok(self.in_file(file, depth, piece)?),
-            Err(packed) => Ok(self.in_packed(packed.data(piece.word, wait)?, depth, piece)),
+            Owner::Nobody => Ok(ControlFlow::Continue(())),
         }
     }
 

@@ -41,6 +41,7 @@ impl Piece<'_> {
         self.to - self.from
     }
 
+    #[inline]
     fn read(&self, mut into: Scatter<'_>, wait: Wait) -> Attempt {
         match self.owner {
             Owner::Top(top) => top.read(self.word, self.from, into, wait),
@@ -70,6 +71,7 @@ pub(super) struct Walk<'a> {
 
 impl<'a> Walk<'a> {
     /// `offset + length` must not overflow.
+    #[inline]
     pub fn new(
         top: Option<&'a Writable>,
         view: View<'a>,
@@ -82,17 +84,28 @@ impl<'a> Walk<'a> {
     }
 
     /// Fills `into`, as long as the range.
-    pub fn read(self, into: Scatter<'_>) -> Attempt {
-        let (mut rest, wait) = (into, self.wait);
-        for piece in self {
-            let piece = piece?;
-            let (part, after) = rest.split_at(piece.length() as usize);
-            piece.read(part, wait)?;
+    pub fn read(mut self, into: Scatter<'_>) -> Attempt {
+        let mut rest = into;
+        loop {
+            let left = self.end - self.at;
+            if left == 0 {
+                return Ok(());
+            }
+            let piece = self.piece()?;
+            let length = piece.length();
+            // The common case: nothing else is needed.
+            if length == left {
+                return piece.read(rest, self.wait);
+            }
+            let (part, after) = rest.split_at(length as usize);
+            piece.read(part, self.wait)?;
+            self.at += length;
             rest = after;
         }
-        Ok(())
     }
 
+    /// The piece that begins at `at`.
+    #[inline(always)]
     fn piece(&mut self) -> Attempt<Piece<'a>> {
         let word = Word(self.at / WORD_BYTES);
         if self.word != Some(word) {
@@ -140,6 +153,7 @@ impl<'a> Walk<'a> {
 impl<'a> Iterator for Walk<'a> {
     type Item = Attempt<Piece<'a>>;
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
         if self.at >= self.end {
             return None;

@@ -180,6 +180,7 @@ fn read_cached(file: &dyn Storage, mut offset: u64, into: Scatter<'_>) -> Attemp
     let mut left = into;
     while !left.is_empty() {
         match file.read_cached_at(left.again(), offset) {
+            Ok(n) if n == left.len() => return Ok(()),
             Ok(0) => return Err(NotDone::WouldWait),
             Ok(n) => {
                 (_, left) = left.split_at(n);

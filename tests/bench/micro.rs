@@ -124,6 +124,8 @@ fn lookup(chain: &'static Chain) -> Operation {
 
 fn read(chain: &'static Chain) -> Operation {
     let mut buffer = [0; BLOCK as usize];
+    // The first touch of a group may have to wait.
+    chain.read(0, &mut buffer).unwrap();
     Box::new(move |number| {
         chain.try_read(offset(number), (&mut buffer).into(), Wait::Never).unwrap();
         black_box(&buffer);
@@ -132,8 +134,12 @@ fn read(chain: &'static Chain) -> Operation {
 
 fn write(chain: Chain, commit: bool) -> Operation {
     let data = [7; BLOCK as usize];
+    // The first touch of a group may have to wait.
+    chain.write(SIZE - BLOCK, &data).unwrap();
+    chain.flush().unwrap();
     Box::new(move |number| {
-        chain.try_write(offset(number), (&data).into(), Wait::Never).unwrap();
+        let written = chain.try_write(offset(number), (&data).into(), Wait::Never).unwrap();
+        assert_eq!(written, BLOCK);
         if commit {
             chain.flush().unwrap();
         }
