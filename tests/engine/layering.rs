@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Level of each module; a module may name those of lower levels, and itself.
-const LEVELS: [(&str, u32); 16] = [
+const LEVELS: [(&str, u32); 18] = [
     ("error", 0),
     ("types", 0),
     ("sync", 0),
@@ -17,10 +17,12 @@ const LEVELS: [(&str, u32); 16] = [
     ("live", 2),
     ("packed", 2),
     ("chain", 3),
+    ("serve", 2),
     ("derive", 4),
     ("inspect", 4),
     ("nbd", 5),
     ("store", 5),
+    ("control", 6),
 ];
 
 fn level(module: &str) -> u32 {

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
-use thinply::device::{Detail, Device, Extent, Prefetch, ZeroMode, check_range, push_extent};
+use thinply::device::{Detail, Device, Disk, Extent, Prefetch, ZeroMode, check_range, push_extent};
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::memory::{Gather, Scatter};
 use thinply::wait::{Attempt, NotDone, Wait};
@@ -170,6 +170,8 @@ fn pieces(offset: u64, length: usize) -> impl Iterator<Item = (u64, usize, Range
         (!range.is_empty()).then_some((at / BLOCK, inside, range))
     })
 }
+
+impl Disk for TestDevice {}
 
 impl Device for TestDevice {
     fn size(&self) -> u64 {
