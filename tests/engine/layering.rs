@@ -88,6 +88,25 @@ fn modules_depend_downwards_only() {
     assert!(seen > 50, "the scan found only {seen} uses");
 }
 
+/// Front ends: rooms that turn a protocol into calls of disks in use.
+const FRONT_ENDS: [&str; 1] = ["nbd"];
+
+#[test]
+fn a_front_end_names_serve_device_error_and_itself() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    for front_end in FRONT_ENDS {
+        let mut files = Vec::new();
+        sources(&src.join(front_end), &mut files);
+        assert!(!files.is_empty(), "{front_end} is gone");
+        for file in files {
+            for name in named(&fs::read_to_string(&file).unwrap()) {
+                let allowed = ["serve", "device", "error", front_end].contains(&name.as_str());
+                assert!(allowed, "{} names {name}", file.display());
+            }
+        }
+    }
+}
+
 #[test]
 fn the_library_knows_no_command_line_and_no_logger() {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
