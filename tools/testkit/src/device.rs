@@ -26,6 +26,8 @@ pub enum Op {
     Flush,
     Extents,
     Prefetch,
+    /// Of the disk, by its last user.
+    Close,
 }
 
 #[derive(Default)]
@@ -171,7 +173,11 @@ fn pieces(offset: u64, length: usize) -> impl Iterator<Item = (u64, usize, Range
     })
 }
 
-impl Disk for TestDevice {}
+impl Disk for TestDevice {
+    fn close(&self) -> Result<()> {
+        self.enter(Op::Close)
+    }
+}
 
 impl Device for TestDevice {
     fn size(&self) -> u64 {
