@@ -1,10 +1,15 @@
 //! The block device seen by its users: what an NBD export, a benchmark or a test needs of a chain.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::memory::{Gather, Scatter};
-use crate::wait::{Attempt, Wait, waited};
+use crate::wait::waited;
+
+// What the calls below take and answer, and what a front end may know of the grain.
+pub use crate::memory::{Gather, Scatter, Stretch};
+pub use crate::types::BLOCK_SIZE;
+pub use crate::wait::{Attempt, NotDone, Wait};
 
 /// How a range reads, as far as the allocation bitmaps and the host file system tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,6 +136,71 @@ pub trait Device: Send + Sync {
 
     /// Starts to bring a range into the page cache.
     fn prefetch(&self, offset: u64, length: u64) -> Result<Prefetch>;
+}
+
+/// A device that is opened and closed.
+pub trait Disk: Device {
+    /// Makes everything durable and lets go of all that was open, so that the same disk can be
+    /// opened again. Called once, when nobody uses the device any more.
+    fn close(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl<D: Device + ?Sized> Device for Arc<D> {
+    fn size(&self) -> u64 {
+        (**self).size()
+    }
+
+    fn read_only(&self) -> bool {
+        (**self).read_only()
+    }
+
+    fn try_read(&self, offset: u64, into: Scatter<'_>, wait: Wait) -> Attempt {
+        (**self).try_read(offset, into, wait)
+    }
+
+    fn host_range(&self, offset: u64, length: u64) -> Result<Option<HostRange>> {
+        (**self).host_range(offset, length)
+    }
+
+    fn try_write(&self, offset: u64, from: Gather<'_>, wait: Wait) -> Result<u64> {
+        (**self).try_write(offset, from, wait)
+    }
+
+    fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<()> {
+        (**self).zero(offset, length, mode)
+    }
+
+    fn trim(&self, offset: u64, length: u64) -> Result<()> {
+        (**self).trim(offset, length)
+    }
+
+    fn flush(&self) -> Result<()> {
+        (**self).flush()
+    }
+
+    fn try_extents(
+        &self,
+        offset: u64,
+        length: u64,
+        detail: Detail,
+        limit: usize,
+        out: &mut Vec<Extent>,
+        wait: Wait,
+    ) -> Attempt {
+        (**self).try_extents(offset, length, detail, limit, out, wait)
+    }
+
+    fn prefetch(&self, offset: u64, length: u64) -> Result<Prefetch> {
+        (**self).prefetch(offset, length)
+    }
+}
+
+impl<D: Disk + ?Sized> Disk for Arc<D> {
+    fn close(&self) -> Result<()> {
+        (**self).close()
+    }
 }
 
 /// Fails with [`ErrorKind::OutOfRange`] unless `offset..offset + length` lies within `size`.

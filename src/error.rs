@@ -44,6 +44,38 @@ pub enum ErrorKind {
     Limit,
 }
 
+/// Each kind and its stable name, for those who must tell of it elsewhere.
+const NAMES: [(ErrorKind, &str); 16] = [
+    (ErrorKind::Io, "io"),
+    (ErrorKind::NoSpace, "no-space"),
+    (ErrorKind::NotFound, "not-found"),
+    (ErrorKind::Exists, "exists"),
+    (ErrorKind::PermissionDenied, "permission-denied"),
+    (ErrorKind::InUse, "in-use"),
+    (ErrorKind::ReadOnly, "read-only"),
+    (ErrorKind::OutOfRange, "out-of-range"),
+    (ErrorKind::InvalidInput, "invalid-input"),
+    (ErrorKind::NotAnImage, "not-an-image"),
+    (ErrorKind::Corrupt, "corrupt"),
+    (ErrorKind::Unsupported, "unsupported"),
+    (ErrorKind::ParentMismatch, "parent-mismatch"),
+    (ErrorKind::Loss, "loss"),
+    (ErrorKind::Poisoned, "poisoned"),
+    (ErrorKind::Limit, "limit"),
+];
+
+impl ErrorKind {
+    /// Its name, which never changes.
+    pub fn name(self) -> &'static str {
+        NAMES.iter().find(|(kind, _)| *kind == self).map_or("io", |(_, name)| name)
+    }
+
+    /// The kind of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        NAMES.iter().find(|(_, known)| *known == name).map(|(kind, _)| *kind)
+    }
+}
+
 /// Result of everything in this crate that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -163,6 +195,17 @@ impl std::error::Error for Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_kind_has_a_name_of_its_own() {
+        // Kinds count from zero, and the last one is this.
+        assert_eq!(NAMES.len(), ErrorKind::Limit as usize + 1);
+        for (number, (kind, name)) in NAMES.into_iter().enumerate() {
+            assert_eq!((kind as usize, kind.name()), (number, name));
+            assert_eq!(ErrorKind::named(name), Some(kind));
+        }
+        assert_eq!(ErrorKind::named("later"), None);
+    }
 
     #[test]
     fn the_deepest_context_wins_and_all_of_it_is_shown() {

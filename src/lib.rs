@@ -5,6 +5,8 @@
 //! touches the top. `format-spec.md` is normative for the bytes and for the durability protocol.
 
 pub mod chain;
+#[cfg(all(feature = "store", not(simulation)))]
+pub mod control;
 pub mod derive;
 pub mod device;
 pub mod error;
@@ -17,6 +19,7 @@ pub mod nbd;
 pub mod packed;
 #[doc(hidden)]
 pub mod planted;
+pub mod serve;
 pub mod storage;
 #[cfg(feature = "store")]
 pub mod store;

@@ -24,6 +24,11 @@ pub enum Bug {
     CacheTrusted,
     EpochNotSynced,
     NameNotSynced,
+    LeaseGivenTwice,
+    MomentMissesABlock,
+    FlushJoinedTooLate,
+    CloseRacesAnOpen,
+    ChangeOnAClosingDisk,
 }
 
 #[cfg(simulation)]

@@ -1,8 +1,9 @@
-//! The locks of the engine, and small helpers for state that threads share.
+//! The locks and threads of the library, and small helpers for state that threads share.
 //!
-//! With `--cfg simulation` the locks are those of a scheduler that decides which thread goes on at
-//! each of them, from a seed (`tests/crash/simulation.rs`).
+//! With `--cfg simulation` they are those of a scheduler that decides which thread goes on at each
+//! lock, from a seed (`tests/crash/simulation.rs`).
 
+use std::io;
 use std::sync::{OnceLock, PoisonError};
 
 use crate::error::Result;
@@ -10,8 +11,21 @@ use crate::wait::{Attempt, NotDone, Wait};
 
 #[cfg(simulation)]
 pub use shuttle::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
+#[cfg(simulation)]
+use shuttle::thread;
 #[cfg(not(simulation))]
 pub use std::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
+#[cfg(not(simulation))]
+use std::thread;
+
+/// Stack of the threads that serve, in bytes; only what is touched costs memory.
+const STACK: usize = 512 << 10;
+
+/// Starts a thread that nobody waits for.
+pub fn spawn(name: &str, act: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let thread = thread::Builder::new().name(name.into()).stack_size(STACK);
+    thread.spawn(act).map(drop)
+}
 
 /// Locks a mutex. A panic elsewhere is that thread's affair: every critical section in this crate
 /// leaves its data consistent at each step.

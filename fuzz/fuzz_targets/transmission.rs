@@ -15,14 +15,15 @@ use testkit::nbd::{
     READ, REQ_ONE, Served, TRIM, WRITE, WRITE_ZEROES,
 };
 use thinply::error::ErrorKind;
-use thinply::nbd::server::{Export, ExportTable, ServerConfig};
+use thinply::nbd::server::ServerConfig;
+use thinply::serve::{Opened, Table};
 use thinply_fuzz::limits::within_limits;
 
 const SIZE: u64 = (1 << 20) + 100;
 
 fuzz_target!(|input: &[u8]| within_limits(|| run(input)));
 
-static EXPORTS: LazyLock<Arc<ExportTable>> = LazyLock::new(Arc::default);
+static EXPORTS: LazyLock<Arc<Table>> = LazyLock::new(Arc::default);
 static SERVED: LazyLock<Served> =
     LazyLock::new(|| Served::exports(EXPORTS.clone(), ServerConfig::default()));
 
@@ -46,7 +47,7 @@ fn run(input: &[u8]) {
         device.fail(fault, kinds[usize::from(faults & 3)]);
     }
     let served = &*SERVED;
-    EXPORTS.insert(Export::new("disk", Arc::new(device)).unwrap()).unwrap();
+    nbd::insert(&EXPORTS, "disk", Opened::new(device));
     let mut client = Client::open(&served.path(), "disk", style & 8 == 0);
     // The client has its export; the next input brings another.
     EXPORTS.remove("disk");

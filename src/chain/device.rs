@@ -7,7 +7,7 @@ use super::map::Kind;
 use super::walk::{Owner, Walk};
 use super::{Chain, Levels};
 use crate::device::{
-    Detail, Device, Extent, HostRange, Prefetch, ZeroMode, check_range, push_extent,
+    Detail, Device, Disk, Extent, HostRange, Prefetch, ZeroMode, check_range, push_extent,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::word_offset;
@@ -191,5 +191,11 @@ impl Device for Chain {
             }
         }
         Ok(begun)
+    }
+}
+
+impl Disk for Chain {
+    fn close(&self) -> Result<()> {
+        Self::close(self)
     }
 }

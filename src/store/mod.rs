@@ -8,6 +8,7 @@
 //!   before a change or the one after it;
 //! - the parent link in a layer decides what it stands on, records and names only describe it.
 
+mod broker;
 mod collect;
 mod container;
 mod disk;
@@ -26,6 +27,7 @@ use crate::chain::Layers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, FileFolder, Folder, Lock, Storage, take_lock};
 
+pub use broker::StoreBroker;
 pub use collect::{Collected, Usage};
 pub use container::{Container, Saved};
 pub use disk::{Disk, DiskKind};
@@ -38,6 +40,8 @@ pub use volume::Volume;
 const LAYOUT_FILE: &str = "oci-layout";
 const LAYOUT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
 const LOCK_FILE: &str = "lock";
+/// Locked by the process that serves the store.
+const DESK_FILE: &str = "desk";
 /// Space that is given back where a removal finds the disk full: it has to write the index.
 const RESERVE_FILE: &str = "reserve";
 const RESERVE: u64 = 1 << 20;
@@ -146,6 +150,30 @@ impl Store {
     /// The store's folder.
     pub fn path(&self) -> &std::path::Path {
         self.root().path()
+    }
+
+    /// The right to serve the store, for as long as the file is open.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] where another process has it.
+    pub(crate) fn take_desk(&self) -> Result<Arc<dyn Storage>> {
+        let path = self.root().path().join(DESK_FILE);
+        let file = match self.root().create(DESK_FILE) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                self.root().open(DESK_FILE, Access::Write)
+            }
+            other => other,
+        };
+        let file =
+            file.map_err(|error| Error::io(error, "opening the desk's lock").in_file(path))?;
+        take_lock(&*file, Lock::Exclusive).map_err(|error| match error.kind() {
+            ErrorKind::InUse => {
+                let detail = format!("another process serves this store: {error}");
+                Error::new(ErrorKind::InUse, detail)
+            }
+            _ => error,
+        })?;
+        Ok(file)
     }
 
     /// Waits for the right to change names.

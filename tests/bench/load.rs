@@ -21,7 +21,8 @@ use thinply::nbd::proto::numbers::{
     OPT_STRUCTURED_REPLY, OPTION_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
 };
 use thinply::nbd::proto::request_header;
-use thinply::nbd::server::{Export, ExportTable, Listener, Server, ServerConfig};
+use thinply::nbd::server::{Listener, Server, ServerConfig};
+use thinply::serve::{Disk, Opened, Served, Table};
 use thinply::storage::{self, Access, FileFolder, Folder, Storage, read_blocks, write_all_at};
 use thinply::wait::{Attempt, Wait, unless_waiting};
 
@@ -308,9 +309,10 @@ fn shuffled(number: u64, count: u64, seed: u64) -> u64 {
     }
 }
 
-fn serve(socket: &str, device: impl Device + 'static) -> Result<()> {
-    let table = ExportTable::new();
-    table.insert(Export::new("", Arc::new(device)).map_err(Error::other)?).map_err(Error::other)?;
+fn serve(socket: &str, device: impl Disk + 'static) -> Result<()> {
+    let table = Table::new();
+    let served = Served::new("", Opened::new(device)).map_err(Error::other)?;
+    table.insert(Arc::new(served)).map_err(Error::other)?;
     let listener = Listener::unix(socket).map_err(Error::other)?;
     let server = Server::new(vec![listener], Arc::new(table), ServerConfig::default());
     let server = server.map_err(Error::other)?;
@@ -329,6 +331,8 @@ struct Raw {
     file: Arc<dyn Storage>,
     size: u64,
 }
+
+impl Disk for Raw {}
 
 impl Device for Raw {
     fn size(&self) -> u64 {
@@ -390,6 +394,8 @@ impl Device for Raw {
 
 /// A device of a size that does nothing.
 struct Null(u64);
+
+impl Disk for Null {}
 
 impl Device for Null {
     fn size(&self) -> u64 {

@@ -351,6 +351,31 @@ fn commits_and_snapshots_of_a_served_container_at_once_lose_nothing() {
     tidy(&folder);
 }
 
+/// The server is closing the disk then: what the client wrote has to be made durable first.
+#[test]
+fn a_container_is_changed_right_after_a_client_has_left() {
+    let folder = Folder::new();
+    folder.write("base.raw", &noise(1, 64 * MIB as usize));
+    folder.ok(&["image", "import", "base.raw", "base"]);
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    let served = Served::all(&folder);
+    for (round, verb) in [
+        &["container", "snapshot", "c", "s"][..],
+        &["container", "commit", "c", "base:2"],
+        &["container", "diff", "c"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut client = served.client("container/c").unwrap();
+        for at in 0..64 {
+            client.write(at * MIB, &noise(round as u64 + 2, MIB as usize)).unwrap();
+        }
+        drop(client);
+        folder.ok(verb);
+    }
+}
+
 #[test]
 fn diff_names_the_files_that_changed() {
     let folder = Folder::new();

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Level of each module; a module may name those of lower levels, and itself.
-const LEVELS: [(&str, u32); 16] = [
+const LEVELS: [(&str, u32); 18] = [
     ("error", 0),
     ("types", 0),
     ("sync", 0),
@@ -17,10 +17,12 @@ const LEVELS: [(&str, u32); 16] = [
     ("live", 2),
     ("packed", 2),
     ("chain", 3),
+    ("serve", 2),
     ("derive", 4),
     ("inspect", 4),
     ("nbd", 5),
     ("store", 5),
+    ("control", 6),
 ];
 
 fn level(module: &str) -> u32 {
@@ -84,6 +86,25 @@ fn modules_depend_downwards_only() {
         }
     }
     assert!(seen > 50, "the scan found only {seen} uses");
+}
+
+/// Front ends: rooms that turn a protocol into calls of disks in use.
+const FRONT_ENDS: [&str; 1] = ["nbd"];
+
+#[test]
+fn a_front_end_names_serve_device_error_and_itself() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    for front_end in FRONT_ENDS {
+        let mut files = Vec::new();
+        sources(&src.join(front_end), &mut files);
+        assert!(!files.is_empty(), "{front_end} is gone");
+        for file in files {
+            for name in named(&fs::read_to_string(&file).unwrap()) {
+                let allowed = ["serve", "device", "error", front_end].contains(&name.as_str());
+                assert!(allowed, "{} names {name}", file.display());
+            }
+        }
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ use testkit::device::{Op, TestDevice};
 use testkit::nbd::*;
 use thinply::error::ErrorKind;
 use thinply::nbd::server::ServerConfig;
+use thinply::serve::{Opened, Table};
 
 const MIB: u64 = 1 << 20;
 
@@ -20,6 +21,16 @@ fn serve(device: TestDevice, config: ServerConfig) -> (Arc<TestDevice>, Served) 
     let device = Arc::new(device);
     let served = Served::with_config(&device, config);
     (device, served)
+}
+
+fn serve_with(
+    workers: usize,
+    device: TestDevice,
+    config: ServerConfig,
+) -> (Arc<TestDevice>, Served) {
+    let device = Arc::new(device);
+    let opened = Opened { workers, ..Opened::new(device.clone()) };
+    (device, Served::opened(opened, config))
 }
 
 fn impatient() -> ServerConfig {
@@ -55,12 +66,12 @@ fn a_name_length_of_0xffffffff_is_invalid() {
 
 #[test]
 fn names_of_3000_bytes_are_looked_up() {
-    let table = thinply::nbd::server::ExportTable::new();
+    let table = Table::new();
     let long = "ü".repeat(1500);
-    let device = || Arc::new(TestDevice::new(MIB));
-    let export = |name: &str| thinply::nbd::server::Export::new(name, device());
-    table.insert(export(&long).unwrap()).unwrap();
-    assert_eq!(export(&"a".repeat(4097)).err().unwrap().kind(), ErrorKind::InvalidInput);
+    let opened = || Opened::new(TestDevice::new(MIB));
+    insert(&table, &long, opened());
+    let too_long = thinply::serve::Served::new("a".repeat(4097), opened());
+    assert_eq!(too_long.err().unwrap().kind(), ErrorKind::InvalidInput);
     let served = Served::exports(Arc::new(table), ServerConfig::default());
     let mut client = Client::raw(&served.path());
     assert_eq!(client.ask(OPT_GO, &info(&"a".repeat(3000), &[]))[0].0, ERR_UNKNOWN);
@@ -218,8 +229,8 @@ fn connections_beyond_the_limit_are_closed_at_once() {
 fn a_client_that_never_reads_holds_nobody_and_no_shutdown() {
     for cold in [false, true] {
         let device = TestDevice::new(64 * MIB);
-        let config = ServerConfig { workers: 2, ..impatient() };
-        let (_device, mut served) = serve(if cold { device.cold() } else { device }, config);
+        let device = if cold { device.cold() } else { device };
+        let (_device, mut served) = serve_with(2, device, impatient());
         let mut deaf = Client::open(&served.path(), "disk", false);
         let (_, request) = deaf.encode(0, READ, 0, 256 << 10);
         let sent = send_until_refused(&deaf, &request.repeat(64), 64 << 20);
@@ -233,8 +244,8 @@ fn a_client_that_never_reads_holds_nobody_and_no_shutdown() {
 
 #[test]
 fn requests_in_flight_are_bounded_and_other_clients_served() {
-    let config = ServerConfig { workers: 2, ..ServerConfig::default() };
-    let (device, served) = serve(TestDevice::new(64 * MIB).cold(), config);
+    let device = TestDevice::new(64 * MIB).cold();
+    let (device, served) = serve_with(2, device, ServerConfig::default());
     device.hold(Op::Write);
     let mut client = served.client();
     let (_, mut packet) = client.encode(0, WRITE, 0, 1 << 20);
@@ -394,12 +405,10 @@ fn shutdown_does_not_wait_for_ever_and_says_what_failed() {
 fn a_device_that_hangs_starves_no_other_export() {
     let (hanging, working) = (TestDevice::new(MIB).cold(), TestDevice::new(MIB).cold());
     let (hanging, working) = (Arc::new(hanging), Arc::new(working));
-    let table = thinply::nbd::server::ExportTable::new();
-    let export = |name, device| thinply::nbd::server::Export::new(name, device).unwrap();
-    table.insert(export("hanging", hanging.clone())).unwrap();
-    table.insert(export("working", working)).unwrap();
-    let config = ServerConfig { workers: 2, ..impatient() };
-    let served = Served::exports(Arc::new(table), config);
+    let table = Table::new();
+    insert(&table, "hanging", Opened { workers: 2, ..Opened::new(hanging.clone()) });
+    insert(&table, "working", Opened { workers: 2, ..Opened::new(working) });
+    let served = Served::exports(Arc::new(table), impatient());
     hanging.hold(Op::Read);
     let mut stuck = Client::open(&served.path(), "hanging", false);
     // Too long to share a thread with others.
@@ -457,8 +466,8 @@ fn work_of_clients_that_left_is_finished_before_their_place_is_free() {
 
 #[test]
 fn a_panic_in_the_device_fails_its_request_only() {
-    let config = ServerConfig { workers: 1, ..ServerConfig::default() };
-    let (device, mut served) = serve(TestDevice::new(MIB).cold(), config);
+    let device = TestDevice::new(MIB).cold();
+    let (device, mut served) = serve_with(1, device, ServerConfig::default());
     device.panic(Op::Trim);
     device.panic(Op::Prefetch);
     let mut client = served.client();

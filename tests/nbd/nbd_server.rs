@@ -6,7 +6,8 @@ use testkit::device::{Op, TestDevice};
 use testkit::nbd::*;
 use thinply::device::ZeroMode;
 use thinply::error::ErrorKind;
-use thinply::nbd::server::{Export, ExportTable, Listener, Server, ServerConfig};
+use thinply::nbd::server::{Listener, Server, ServerConfig};
+use thinply::serve::{Opened, Table};
 
 const MIB: u64 = 1 << 20;
 
@@ -46,10 +47,10 @@ fn options_tell_what_there_is() {
 
 #[test]
 fn transmission_flags_tell_what_can_be_done() {
-    let table = Arc::new(ExportTable::new());
-    let device = || Arc::new(TestDevice::new(MIB));
-    table.insert(Export::new("rw", device()).unwrap()).unwrap();
-    table.insert(Export::new("ro", device()).unwrap().with_read_only()).unwrap();
+    let table = Arc::new(Table::new());
+    let opened = || Opened::new(TestDevice::new(MIB));
+    insert(&table, "rw", opened());
+    insert(&table, "ro", Opened { read_only: true, ..opened() });
     let served = Served::exports(table, ServerConfig::default());
     // FLUSH, FUA, MULTI_CONN, CACHE; READ_ONLY or TRIM, WRITE_ZEROES, FAST_ZERO; DF.
     assert_eq!(Client::open(&served.path(), "rw", false).flags, 0b1101_0110_1101);
@@ -77,14 +78,15 @@ fn export_name_starts_the_transmission_phase() {
 
 #[test]
 fn the_empty_name_is_the_only_export() {
-    let table = Arc::new(ExportTable::new());
-    let export = |name: &str| Export::new(name, Arc::new(TestDevice::new(MIB))).unwrap();
-    table.insert(export("a")).unwrap();
-    assert_eq!(table.insert(export("a")).unwrap_err().kind(), ErrorKind::Exists);
+    let table = Arc::new(Table::new());
+    let opened = || Opened::new(TestDevice::new(MIB));
+    insert(&table, "a", opened());
+    let second = thinply::serve::Served::new("a", opened()).unwrap();
+    assert_eq!(table.insert(Arc::new(second)).unwrap_err().kind(), ErrorKind::Exists);
     let served = Served::exports(Arc::clone(&table), ServerConfig::default());
     let mut kept = Client::open(&served.path(), "", true);
     // The table changes while it is served.
-    table.insert(export("b")).unwrap();
+    insert(&table, "b", opened());
     let mut client = Client::raw(&served.path());
     assert_eq!(client.ask(OPT_GO, &info("", &[]))[0].0, ERR_UNKNOWN);
     assert!(table.remove("a").is_some());
@@ -426,8 +428,8 @@ fn disconnecting_waits_for_answers() {
 
 #[test]
 fn tcp_is_served_too() {
-    let table = ExportTable::new();
-    table.insert(Export::new("disk", Arc::new(TestDevice::new(MIB))).unwrap()).unwrap();
+    let table = Table::new();
+    insert(&table, "disk", Opened::new(TestDevice::new(MIB)));
     let listeners = vec![Listener::tcp("127.0.0.1:0").unwrap(), Listener::tcp("[::1]:0").unwrap()];
     let addresses: Vec<_> = listeners.iter().map(|l| l.tcp_address().unwrap()).collect();
     let server = Server::new(listeners, Arc::new(table), ServerConfig::default()).unwrap();

@@ -18,14 +18,12 @@ use rustix::net::{RecvFlags, SendFlags};
 
 use super::Shared;
 use super::buffer::{Received, Replies};
-use super::export::Export;
 use super::handshake;
 use super::link::{Gone, Link, Ticket, Want, failure};
-use super::work::{Job, Payload, Read, Work, device_failure};
-use crate::device::Extent;
+use super::work::{Answer, Read, describe, device_failure, hand_on};
+use crate::device::{Device, Extent, Wait, ZeroMode};
 use crate::nbd::proto::{self, Command, Errno, Refusal, Request, Terms};
-use crate::storage::Buffer;
-use crate::wait::Wait;
+use crate::serve::{Buffer, Lease, Op, Payload};
 
 /// Replies are sent once this much has come together, even if more requests wait.
 const SEND_AT: usize = 256 << 10;
@@ -56,7 +54,7 @@ enum Target {
 struct Connection<'a> {
     shared: &'a Shared,
     link: &'a Arc<Link>,
-    export: Arc<Export>,
+    disk: Lease,
     structured: bool,
     allocation: bool,
     received: Received,
@@ -86,7 +84,7 @@ pub(super) fn serve(shared: &Shared, link: &Arc<Link>) {
         let mut connection = Connection {
             shared,
             link,
-            export: session.export,
+            disk: session.export,
             structured: session.structured,
             allocation: session.allocation,
             received,
@@ -110,8 +108,8 @@ impl Connection<'_> {
         self.wake_up()?;
         loop {
             let terms = Terms {
-                size: self.export.device().size(),
-                read_only: self.export.read_only(),
+                size: self.disk.size(),
+                read_only: self.disk.read_only(),
                 structured: self.structured,
                 allocation: self.allocation,
             };
@@ -157,7 +155,21 @@ impl Connection<'_> {
             }
             Ok(Command::Write { offset }) => self.write(request, offset)?,
             Ok(Command::Flush) => self.flush(request),
-            Ok(command) => self.defer(request, command, Box::new([]), reply_estimate(command)),
+            Ok(Command::Trim { offset, length }) => {
+                self.submit(&request, Op::Trim { offset, length: length.into() }, 0);
+            }
+            Ok(Command::Cache { offset, length }) => {
+                self.submit(&request, Op::Prefetch { offset, length: length.into() }, 0);
+            }
+            Ok(Command::WriteZeroes { offset, length, allocate, fast_only }) => {
+                let mode = ZeroMode { allocate, fast_only };
+                self.submit(&request, Op::Zero { offset, length: length.into(), mode }, 0);
+            }
+            Ok(Command::BlockStatus { offset, length, one }) => {
+                let ticket = self.start(request.cookie, status_estimate(length));
+                let limit = if one { 1 } else { proto::MAX_EXTENTS };
+                describe(&self.disk, ticket, (offset, length), limit);
+            }
         }
         if self.replies.len() >= SEND_AT {
             self.send()?;
@@ -194,12 +206,12 @@ impl Connection<'_> {
         if read.length >= SEND_IN_PLACE && self.send_in_place(&read)? {
             return Ok(());
         }
-        let (device, link) = (&**self.export.device(), self.link);
+        let link = self.link;
         // Nobody waits for this thread then, and to hand the read on would cost as much.
         let alone = !self.busy && self.received.bytes().is_empty();
         let small = length <= SMALL_READ;
         let wait = if alone && small { Wait::Decode } else { Wait::Never };
-        let done = read.reply(device, wait, &mut self.replies, &mut self.extents, |error| {
+        let done = read.reply(&self.disk, wait, &mut self.replies, &mut self.extents, |error| {
             link.log(&format!("read failed: {error}"));
         });
         if done {
@@ -209,7 +221,7 @@ impl Connection<'_> {
         if small {
             self.waiting.push((ticket, read));
         } else {
-            self.hand_on(Work::Reads(vec![(ticket, read)]));
+            hand_on(&self.disk, vec![(ticket, read)]);
         }
         Ok(())
     }
@@ -221,7 +233,7 @@ impl Connection<'_> {
             return Ok(false);
         }
         // An error shows again in the read.
-        let range = self.export.device().host_range(read.offset, read.length.into());
+        let range = self.disk.host_range(read.offset, read.length.into());
         let Ok(Some(range)) = range else { return Ok(false) };
         read.header(&mut self.replies);
         self.link.send_all(self.replies.bytes(), SendFlags::MORE)?;
@@ -244,13 +256,13 @@ impl Connection<'_> {
         let data = if buffered { &self.received.bytes()[..length] } else { &self.payload[..] };
         let result = match length {
             0 => Ok(0),
-            _ => self.export.device().try_write(offset, data.into(), Wait::Never),
+            _ => self.disk.try_write(offset, data.into(), Wait::Never),
         };
         // What is left has to wait. All of it is written then, as one piece of memory is handed on.
         let moved = match result {
             Ok(written) if written == length as u64 => None,
-            Ok(_) if buffered => Some(Box::new(data.to_vec()) as Payload),
-            Ok(_) => Some(Box::new(std::mem::take(&mut self.payload)) as Payload),
+            Ok(_) if buffered => Some(Payload::Bytes(data.to_vec())),
+            Ok(_) => Some(Payload::Buffer(std::mem::take(&mut self.payload))),
             Err(_) => None,
         };
         if buffered {
@@ -264,7 +276,7 @@ impl Connection<'_> {
                 let (errno, message) = device_failure(&error, Errno::NoSpace);
                 self.fail(request.cookie, errno, message);
             }
-            (Ok(_), Some(data)) => self.defer(request, Command::Write { offset }, data, length),
+            (Ok(_), Some(data)) => self.submit(&request, Op::Write { offset, data }, length),
             (Ok(_), None) if request.fua => self.flush(request),
             (Ok(_), None) => self.replies.push(&proto::simple_reply(request.cookie, None)),
         }
@@ -288,24 +300,24 @@ impl Connection<'_> {
 
     fn flush(&mut self, request: Request) {
         let ticket = self.start(request.cookie, 0);
-        self.export.flush(ticket);
+        self.disk.flush(Answer { ticket, what: "flush", out_of_range: Errno::Io });
     }
 
-    /// Has a request that isn't a read carried out by another thread.
-    fn defer(&mut self, request: Request, command: Command, payload: Payload, bytes: usize) {
-        let changes = !matches!(command, Command::BlockStatus { .. } | Command::Cache { .. });
-        let (ticket, durable) = (self.start(request.cookie, bytes), request.fua && changes);
-        self.hand_on(Work::Other { ticket, command, durable, payload });
+    /// Has a request carried out by another thread, with `bytes` of memory.
+    fn submit(&mut self, request: &Request, op: Op, bytes: usize) {
+        let (what, out_of_range, durable) = match op {
+            Op::Write { .. } => ("write", Errno::NoSpace, request.fua),
+            Op::Zero { .. } => ("zero", Errno::NoSpace, request.fua),
+            Op::Trim { .. } => ("trim", Errno::Invalid, request.fua),
+            Op::Read { .. } | Op::Prefetch { .. } => ("prefetch", Errno::Invalid, false),
+        };
+        let ticket = self.start(request.cookie, bytes);
+        self.disk.submit(op, durable, Answer { ticket, what, out_of_range });
     }
 
     fn start(&mut self, cookie: u64, bytes: usize) -> Ticket {
         self.busy = true;
         self.link.start(cookie, self.structured, bytes)
-    }
-
-    fn hand_on(&self, work: Work) {
-        let pool = self.export.pool(self.shared.config.workers);
-        pool.add(Job { export: Arc::clone(&self.export), work });
     }
 
     /// Looks whether what was running is still.
@@ -330,8 +342,7 @@ impl Connection<'_> {
 
     fn wait(&mut self, want: Want) -> Result<(), Gone> {
         if !self.waiting.is_empty() {
-            let reads = std::mem::take(&mut self.waiting);
-            self.hand_on(Work::Reads(reads));
+            hand_on(&self.disk, std::mem::take(&mut self.waiting));
         }
         self.send()?;
         if self.busy && self.link.wait(want)? {
@@ -445,10 +456,7 @@ fn receive_soon(
     received
 }
 
-/// Bytes that the answer may take: a BLOCK_STATUS describes each block at worst.
-fn reply_estimate(command: Command) -> usize {
-    match command {
-        Command::BlockStatus { length, .. } => (length as usize / 512).min(proto::MAX_EXTENTS * 8),
-        _ => 0,
-    }
+/// Bytes that a BLOCK_STATUS may answer: it describes each sector at worst.
+fn status_estimate(length: u32) -> usize {
+    (length as usize / 512).min(proto::MAX_EXTENTS * 8)
 }

@@ -1,6 +1,5 @@
 //! Drives a [`Negotiation`] over a socket, within the time allowed for it.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno as Host;
@@ -9,22 +8,23 @@ use rustix::net::{RecvFlags, SendFlags};
 
 use super::Shared;
 use super::buffer::Received;
-use super::export::Export;
 use super::link::{Gone, Link};
+use crate::device::Device;
 use crate::error::ErrorKind;
 use crate::nbd::proto::{Catalog, Description, Negotiation, Refused, Session, Step};
+use crate::serve::Lease;
 
-/// The server's exports as one client sees them.
+/// The server's disks as one client sees them.
 struct View<'a> {
     shared: &'a Shared,
     link: &'a Link,
 }
 
 impl Catalog for View<'_> {
-    type Export = Arc<Export>;
+    type Export = Lease;
 
     fn find(&self, name: &str) -> Result<Self::Export, Refused> {
-        self.shared.exports.find(name).map_err(|error| match error.kind() {
+        self.shared.leases.lease(name).map_err(|error| match error.kind() {
             ErrorKind::NotFound => Refused::Unknown,
             kind => {
                 self.link.log(&format!("export {name:?} is not to be had: {error}"));
@@ -38,14 +38,14 @@ impl Catalog for View<'_> {
         Description {
             name: export.name().into(),
             description: export.description().into(),
-            size: export.device().size(),
+            size: export.size(),
             read_only: export.read_only(),
-            multi_conn: export.multi_conn(),
+            multi_conn: export.shared(),
         }
     }
 
     fn list(&self) -> Vec<(String, String)> {
-        self.shared.exports.list()
+        self.shared.leases.list()
     }
 }
 
@@ -55,7 +55,7 @@ pub(super) fn negotiate(
     shared: &Shared,
     link: &Link,
     received: &mut Received,
-) -> Result<Option<Session<Arc<Export>>>, Gone> {
+) -> Result<Option<Session<Lease>>, Gone> {
     let deadline = Instant::now() + shared.config.handshake_timeout;
     let (mut negotiation, mut out) = (Negotiation::new(), Negotiation::greeting());
     loop {

@@ -18,7 +18,7 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use super::Log;
 use crate::device::HostRange;
 use crate::nbd::proto::{self, Errno};
-use crate::sync::guard;
+use crate::serve::guard;
 
 /// Requests of a connection that may be in flight before it stops reading.
 const MAX_RUNNING: usize = 128;

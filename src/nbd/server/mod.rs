@@ -1,17 +1,17 @@
 //! An NBD server: sockets, threads and buffers around the pure [`proto`](super::proto).
 //!
-//! It owns the listeners, a thread for each connection, and for each export a pool of workers for
-//! what has to wait and a flusher. Invariants: a client can hold up only its own connection, whatever
-//! it sends or doesn't; a device that hangs holds up only its own export; a FLUSH covers every write
-//! that was replied to before it, on any connection of the export; [`Server::run`] returns within the
-//! drain time and the flush time after [`Handle::shutdown`].
+//! It owns the listeners and a thread for each connection, which has its disk by a
+//! [`Lease`](crate::serve::Lease); what has to wait is done by the disk's own threads. Invariants: a
+//! client can hold up only its own connection, whatever it sends or doesn't; a device that hangs holds
+//! up only its own export; a FLUSH covers every write that was replied to before it, on any connection
+//! of the export; [`Server::run`] returns within the drain time and the flush time after
+//! [`Handle::shutdown`].
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -19,23 +19,18 @@ use rustix::io::Errno as Host;
 
 mod buffer;
 mod connection;
-mod export;
 mod handshake;
 mod link;
 mod listen;
 mod work;
 
-pub use export::{Export, ExportTable, Exports};
 pub use listen::Listener;
 
+use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::guard;
+use crate::serve::{AnyServed, Lease, Leases, Log, guard, spawn};
 use connection::Lookouts;
 use link::Link;
-use work::STACK;
-
-/// Hears of what went wrong with a client or a device, a line each.
-pub type Log = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// How long a server without descriptors or memory waits before it accepts again.
 const ACCEPT_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
@@ -53,8 +48,6 @@ pub struct ServerConfig {
     pub drain_timeout: Duration,
     /// How long the flushes at the end may take. Default 60 seconds.
     pub flush_timeout: Duration,
-    /// Most threads that wait for disks on behalf of the clients of one export. Default 16.
-    pub workers: usize,
     /// Shut down when the last client hangs up. Default no.
     pub stop_with_last_client: bool,
     /// Hears of errors. Default nobody.
@@ -68,7 +61,6 @@ impl Default for ServerConfig {
             handshake_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(10),
             flush_timeout: Duration::from_secs(60),
-            workers: 16,
             stop_with_last_client: false,
             log: Arc::new(|_| {}),
         }
@@ -88,15 +80,15 @@ pub struct Handle(Arc<Shared>);
 /// What all threads of a server know.
 struct Shared {
     config: ServerConfig,
-    exports: Arc<dyn Exports>,
+    leases: Arc<dyn Leases>,
     stopping: AtomicBool,
     /// Readable once `stopping` is set.
     stop: OwnedFd,
     clients: Mutex<Clients>,
     left: Condvar,
     lookouts: Lookouts,
-    /// Exports that clients have had, to be flushed at the end.
-    used: Mutex<Vec<Weak<Export>>>,
+    /// Disks that clients have had, to be flushed at the end.
+    used: Mutex<Vec<Weak<AnyServed>>>,
 }
 
 #[derive(Default)]
@@ -106,18 +98,18 @@ struct Clients {
 }
 
 impl Server {
-    /// A server of `exports` on `listeners`, which may be clients' first sight of it: they can
+    /// A server of the disks that `leases` gives out on `listeners`, which may be clients' first sight of it: they can
     /// connect from now on and are answered once [`Server::run`] is called.
     pub fn new(
         listeners: Vec<Listener>,
-        exports: Arc<dyn Exports>,
+        leases: Arc<dyn Leases>,
         config: ServerConfig,
     ) -> Result<Self> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| Error::io(error.into(), "making an eventfd"))?;
         let shared = Arc::new(Shared {
             config,
-            exports,
+            leases,
             stopping: AtomicBool::new(false),
             stop,
             clients: Mutex::default(),
@@ -214,18 +206,18 @@ impl Shared {
         clients.links.insert(id, Arc::clone(&link));
         drop(clients);
         let guard = Registered { shared: Arc::clone(self), id };
-        let thread = thread::Builder::new().name("nbd-client".into()).stack_size(STACK);
-        if let Err(error) = thread.spawn(move || connection::serve(&guard.shared, &link)) {
+        if let Err(error) = spawn("nbd-client", move || connection::serve(&guard.shared, &link)) {
             (self.config.log)(&format!("hanging up on client {id}: no thread for it: {error}"));
         }
     }
 
-    /// Remembers an export for the flush at the end.
-    fn note(&self, export: &Arc<Export>) {
+    /// Remembers a disk for the flush at the end.
+    fn note(&self, lease: &Lease) {
         let mut used = guard(&self.used);
         used.retain(|other| other.strong_count() > 0);
-        if !used.iter().any(|other| other.as_ptr() == Arc::as_ptr(export)) {
-            used.push(Arc::downgrade(export));
+        let disk = lease.watch();
+        if !used.iter().any(|other| other.ptr_eq(&disk)) {
+            used.push(disk);
         }
     }
 
@@ -250,17 +242,22 @@ impl Shared {
         waited.unwrap_or_else(PoisonError::into_inner).0.links.len()
     }
 
-    /// Flushes all exports that were used at the same time, so that each has all of the time there
+    /// Flushes all disks that were used at the same time, so that each has all of the time there
     /// is.
     fn flush_used(&self) -> Result<()> {
         let used: Vec<_> = guard(&self.used).iter().filter_map(Weak::upgrade).collect();
         let deadline = Instant::now() + self.config.flush_timeout;
         let (done, results) = mpsc::channel();
-        for export in used.into_iter().filter(|export| !export.read_only()) {
+        for disk in used.into_iter().filter(|disk| !disk.read_only()) {
             let done = done.clone();
-            let flush = move || drop(done.send(export.device().flush()));
-            let thread = thread::Builder::new().name("nbd-flush".into()).stack_size(STACK);
-            thread.spawn(flush).map_err(|error| Error::io(error, "starting the last flush"))?;
+            let flush = move || {
+                let result = disk.flush();
+                // Before the answer: whoever waits for it may then be the last and see to the close.
+                drop(disk);
+                let _ = done.send(result);
+            };
+            spawn("nbd-flush", flush)
+                .map_err(|error| Error::io(error, "starting the last flush"))?;
         }
         drop(done);
         let mut outcome = Ok(());

@@ -80,6 +80,8 @@ impl State {
     }
 }
 
+impl thinply::device::Disk for Disk {}
+
 impl Device for Disk {
     fn size(&self) -> u64 {
         self.state().media.len() as u64

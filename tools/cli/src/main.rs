@@ -5,7 +5,6 @@ mod derive;
 mod import;
 mod io;
 mod options;
-mod serving;
 mod verbs;
 
 use std::io::Write;

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
-use thinply::device::{Detail, Device, Extent, Prefetch, ZeroMode, check_range, push_extent};
+use thinply::device::{Detail, Device, Disk, Extent, Prefetch, ZeroMode, check_range, push_extent};
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::memory::{Gather, Scatter};
 use thinply::wait::{Attempt, NotDone, Wait};
@@ -26,6 +26,8 @@ pub enum Op {
     Flush,
     Extents,
     Prefetch,
+    /// Of the disk, by its last user.
+    Close,
 }
 
 #[derive(Default)]
@@ -169,6 +171,12 @@ fn pieces(offset: u64, length: usize) -> impl Iterator<Item = (u64, usize, Range
         done = end;
         (!range.is_empty()).then_some((at / BLOCK, inside, range))
     })
+}
+
+impl Disk for TestDevice {
+    fn close(&self) -> Result<()> {
+        self.enter(Op::Close)
+    }
 }
 
 impl Device for TestDevice {

@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use thinply::device::Device;
 use thinply::error::Result;
-use thinply::nbd::server::{Export, ExportTable, Handle, Listener, Server, ServerConfig};
+use thinply::nbd::server::{Handle, Listener, Server, ServerConfig};
+use thinply::serve::{Disk, Opened, Table};
 
 pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 pub const REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
@@ -69,19 +69,22 @@ pub struct Served {
 
 impl Served {
     /// Serves `device` as `disk`.
-    pub fn device(device: &Arc<impl Device + 'static>) -> Self {
+    pub fn device(device: &Arc<impl Disk + 'static>) -> Self {
         Self::with_config(device, ServerConfig::default())
     }
 
-    pub fn with_config(device: &Arc<impl Device + 'static>, config: ServerConfig) -> Self {
-        let table = ExportTable::new();
-        let device: Arc<dyn Device> = device.clone();
-        let export = Export::new("disk", device).unwrap();
-        table.insert(export.with_description("a test").unwrap()).unwrap();
+    pub fn with_config(device: &Arc<impl Disk + 'static>, config: ServerConfig) -> Self {
+        Self::opened(Opened::new(device.clone()), config)
+    }
+
+    /// Serves what was opened as `disk`.
+    pub fn opened(opened: Opened<impl Disk + 'static>, config: ServerConfig) -> Self {
+        let table = Table::new();
+        insert(&table, "disk", Opened { description: "a test".into(), ..opened });
         Self::exports(Arc::new(table), config)
     }
 
-    pub fn exports(exports: Arc<ExportTable>, mut config: ServerConfig) -> Self {
+    pub fn exports(exports: Arc<Table>, mut config: ServerConfig) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let events = Arc::new(Mutex::new(Vec::new()));
         let log = Arc::clone(&events);
@@ -120,6 +123,11 @@ impl Drop for Served {
             let _ = thread.join();
         }
     }
+}
+
+/// Adds a disk to what is served.
+pub fn insert(table: &Table, name: &str, opened: Opened<impl Disk + 'static>) {
+    table.insert(Arc::new(thinply::serve::Served::new(name, opened).unwrap())).unwrap();
 }
 
 /// A part of a read's answer.

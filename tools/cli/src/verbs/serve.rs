@@ -3,19 +3,22 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Args;
+use thinply::control::{Control, line};
 use thinply::error::{Error, ErrorKind, Result};
-use thinply::nbd::server::{
-    Export, ExportTable, Exports, Handle, Listener, Log, Server, ServerConfig,
-};
+use thinply::nbd::server::{Handle, Listener, Server, ServerConfig};
+use thinply::serve::{Leases, Log, Opened, Served, Table};
 use thinply::storage::Access;
 
 use crate::io::paths::Place;
 use crate::options::LayersArg;
 use crate::options::StoreArg;
-use crate::serving::serve_all::{Control, Shared, StoreExports};
 use crate::verbs::{Answer, Outcome};
+
+/// How long changes of disks that are under way at the end may take.
+const LAST_WAIT: Duration = Duration::from_secs(60);
 
 /// Serve a layer, or all of the store, as block devices over NBD.
 ///
@@ -78,30 +81,38 @@ impl Serve {
         let listeners = self.listeners()?;
         let place = Place::existing(file)?;
         let access = if self.read_only { Access::Read } else { Access::Write };
-        let chain = Arc::new(place.chain(access, self.layers.layers()?)?);
-        let exports = Arc::new(ExportTable::new());
-        exports.insert(Export::new(self.name.clone(), chain.clone())?)?;
-        self.serve(listeners, exports)?;
-        // Not after an error: something may hang in the device still, and closing would wait for
-        // it. What was flushed is safe, and the next open recovers the layer.
-        chain.close().map(|()| Answer::Yes)
+        let chain = place.chain(access, self.layers.layers()?)?;
+        let served = Arc::new(Served::new(&self.name, Opened::new(chain))?);
+        let table = Arc::new(Table::new());
+        table.insert(served.clone())?;
+        if let Err(error) = self.serve(listeners, table.clone()) {
+            // Something may hang in the device still, and closing would wait for it. What was flushed
+            // is safe, and the next open recovers the layer.
+            std::mem::forget(served);
+            return Err(error);
+        }
+        drop(table.remove(&self.name));
+        served.leave().map(|()| Answer::Yes)
     }
 
     fn run_store(&self) -> Outcome {
         let listeners = self.listeners()?;
-        let exports = StoreExports::new(self.store.open()?, log());
-        let _control = Control::start(exports.clone())?;
-        self.serve(listeners, Arc::new(Shared(exports))).map(|()| Answer::Yes)
+        let control = Control::serving(self.store.open()?, log())?;
+        let asked = line::Server::start(control.clone())?;
+        self.serve(listeners, Arc::new(control.desk().clone()))?;
+        drop(asked);
+        // Somebody may be committing still.
+        control.desk().settle(LAST_WAIT).map(|()| Answer::Yes)
     }
 
-    fn serve(&self, listeners: Vec<Listener>, exports: Arc<dyn Exports>) -> Result<()> {
+    fn serve(&self, listeners: Vec<Listener>, disks: Arc<dyn Leases>) -> Result<()> {
         let config = ServerConfig {
             max_connections: self.max_connections,
             stop_with_last_client: self.once,
             log: log(),
             ..ServerConfig::default()
         };
-        let server = Server::new(listeners, exports, config)?;
+        let server = Server::new(listeners, disks, config)?;
         stop_on_signals(server.handle())?;
         if let Some(path) = &self.pid_file {
             std::fs::write(path, format!("{}\n", std::process::id()))
@@ -137,8 +148,8 @@ impl Serve {
     }
 }
 
-/// Says on standard error what a server has to say.
-fn log() -> Log {
+/// Says on standard error what goes wrong where nobody waits for an answer.
+pub fn log() -> Log {
     Arc::new(|line| eprintln!("thinply: {line}"))
 }
 

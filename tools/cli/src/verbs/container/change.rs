@@ -1,16 +1,12 @@
 //! `thinply container commit`, `snapshot` and `reset`
 
 use clap::Args;
-use serde_json::Value;
-use thinply::chain::Chain;
-use thinply::error::{ErrorKind, Result};
-use thinply::storage::Access;
-use thinply::store::{Disk, DiskKind, Reference, Store};
+use thinply::control::{self, Request};
+use thinply::store::Reference;
 
 use crate::io::output::Output;
-use crate::io::paths::closing;
 use crate::options::StoreArg;
-use crate::serving::control::{self, Request};
+use crate::verbs::serve::log;
 use crate::verbs::{Answer, Outcome};
 
 /// Make an image of what a container holds.
@@ -42,31 +38,13 @@ impl Commit {
             image: self.image.to_string(),
             comment: self.message.clone(),
         };
-        let id = here_or_served(&store, &self.container, &request, |chain| {
-            let image = store.commit(&self.container, chain, &self.image, &self.message)?;
-            Ok(image.id.into())
-        })?;
+        let answer = control::carry_out(&store, &request, log())?;
         let mut output = Output::new();
-        output.line(format_args!("sha256:{}", id.as_str().unwrap_or_default()))?;
+        if let control::Answer::Commit { image } = answer {
+            output.line(format_args!("sha256:{image}"))?;
+        }
         output.print()?;
         Ok(Answer::Yes)
-    }
-}
-
-/// Changes a container here, or has the process do it that serves the container.
-fn here_or_served(
-    store: &Store,
-    container: &str,
-    request: &Request,
-    change: impl FnOnce(&Chain) -> Result<Value>,
-) -> Result<Value> {
-    let disk = Disk::new(DiskKind::Container, container)?;
-    match store.open_disk(&disk, Access::Write) {
-        Ok(chain) => closing(chain, change),
-        Err(error) if error.kind() == ErrorKind::InUse => {
-            control::ask(store, request).unwrap_or(Err(error))
-        }
-        Err(error) => Err(error),
     }
 }
 
@@ -92,10 +70,7 @@ impl SnapshotContainer {
         let store = self.store.open()?;
         let request =
             Request::Snapshot { container: self.container.clone(), name: self.name.clone() };
-        here_or_served(&store, &self.container, &request, |chain| {
-            store.snapshot_container(&self.container, chain, &self.name)?;
-            Ok(Value::Null)
-        })?;
+        control::carry_out(&store, &request, log())?;
         Ok(Answer::Yes)
     }
 }

@@ -1,12 +1,11 @@
 //! `thinply container diff`
 
 use clap::Args;
-use thinply::error::{Error, ErrorKind, Result};
+use thinply::control::{self, Change, Request};
 
 use crate::io::output::Output;
 use crate::options::StoreArg;
-use crate::serving::changes::Changes;
-use crate::serving::control::{self, Request};
+use crate::verbs::serve::log;
 use crate::verbs::{Answer, Outcome};
 
 /// Show what a container changed.
@@ -29,24 +28,11 @@ pub struct Diff {
 }
 
 impl Diff {
-    /// Has the process look that serves the container, if one does.
-    fn changes(&self) -> Result<Changes> {
-        let store = self.store.open()?;
-        match Changes::of(&store, &self.container) {
-            Err(error) if error.kind() == ErrorKind::InUse => {
-                let request = Request::Diff { container: self.container.clone() };
-                let answer = control::ask(&store, &request).unwrap_or(Err(error))?;
-                serde_json::from_value(answer).map_err(|error| {
-                    Error::io(error.into(), "reading what the process that serves the store says")
-                })
-            }
-            other => other,
-        }
-    }
-
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
-        let changes = self.changes()?;
+        let request = Request::Diff { container: self.container.clone() };
+        let answer = control::carry_out(&self.store.open()?, &request, log())?;
+        let control::Answer::Diff(changes) = answer else { return Ok(Answer::No) };
         let mut output = Output::new();
         if self.json {
             output.json(&changes)?;
@@ -60,10 +46,19 @@ impl Diff {
             for file in changes.files.iter().flatten() {
                 // A name may hold what a terminal takes for a command.
                 let path = file.path.replace(char::is_control, "?");
-                output.line(format_args!("{} {path}", file.change.letter()))?;
+                output.line(format_args!("{} {path}", letter(file.change)))?;
             }
         }
         output.print()?;
         Ok(Answer::Yes)
+    }
+}
+
+/// The letter that Docker shows for it.
+fn letter(change: Change) -> char {
+    match change {
+        Change::Added => 'A',
+        Change::Changed => 'C',
+        Change::Deleted => 'D',
     }
 }

@@ -16,8 +16,9 @@ use thinply::device::Device;
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::inspect;
 use thinply::nbd::client::Client;
-use thinply::nbd::server::{Export, ExportTable, Listener, Server, ServerConfig};
+use thinply::nbd::server::{Listener, Server, ServerConfig};
 use thinply::nbd::{Address, Place};
+use thinply::serve::{Opened, Served, Table};
 use thinply::storage::{Access, FileFolder, Folder};
 
 use crate::io::ext4::make_ext4;
@@ -174,22 +175,24 @@ impl Stage {
     /// Serves all containers in one process and writes to each; what one writes, no other sees.
     fn write_over_nbd(&self, parent: &Parent) -> Result<()> {
         let socket = self.path.join("nbd.sock");
-        let exports = Arc::new(ExportTable::new());
-        let mut chains = Vec::new();
+        let table = Arc::new(Table::new());
+        let mut disks = Vec::new();
         for number in 1..=CONTAINERS {
-            let chain = Arc::new(self.open(&layer(number), Access::Write)?);
-            exports.insert(Export::new(name(number), chain.clone())?)?;
-            chains.push(chain);
+            let chain = self.open(&layer(number), Access::Write)?;
+            let served = Arc::new(Served::new(name(number), Opened::new(chain))?);
+            table.insert(served.clone())?;
+            disks.push(served);
         }
         let listeners = vec![Listener::unix(&socket)?];
-        let server = Server::new(listeners, exports, ServerConfig::default())?;
+        let server = Server::new(listeners, table.clone(), ServerConfig::default())?;
         println!("\nServed at {}", server.listeners()[0].uri(&name(1)));
         let handle = server.handle();
         let serving = thread::spawn(move || server.run());
         let written = converse(&socket, parent.virtual_size);
         handle.shutdown();
         let served = serving.join().unwrap_or_else(|_| Err(wrong("the server panicked")));
-        let closed = chains.iter().map(|chain| chain.close()).fold(Ok(()), Result::and);
+        disks.iter().for_each(|disk| drop(table.remove(disk.name())));
+        let closed = disks.into_iter().map(Served::leave).fold(Ok(()), Result::and);
         written.and(served).and(closed)?;
         println!("  wrote to each container and flushed; each sees its own writes alone");
         Ok(())

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use ext4_view::{Ext4, Ext4Error, Ext4Read, Metadata};
 use serde::{Deserialize, Serialize};
-use thinply::chain::Chain;
-use thinply::device::Device;
-use thinply::error::{Error, ErrorKind, Result};
 
-use crate::serving::moment::Moment;
+use crate::chain::Chain;
+use crate::device::Device;
+use crate::error::{Error, ErrorKind, Result};
+use crate::serve::Moment;
 
 /// How long it may take to compare two trees.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -26,25 +26,15 @@ const MAGIC: [u8; 2] = [0x53, 0xef];
 /// What became of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[allow(missing_docs, reason = "each name says it")]
 pub enum Change {
     Added,
     Changed,
     Deleted,
 }
 
-impl Change {
-    /// The letter that Docker shows for it.
-    pub fn letter(self) -> char {
-        match self {
-            Self::Added => 'A',
-            Self::Changed => 'C',
-            Self::Deleted => 'D',
-        }
-    }
-}
-
 /// A file that differs.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileChange {
     /// What became of it.
     pub change: Change,
@@ -53,7 +43,7 @@ pub struct FileChange {
 }
 
 /// A disk that keeps still while it is read.
-pub trait Still: Send + Sync {
+pub(super) trait Still: Send + Sync {
     /// Size in bytes.
     fn size(&self) -> u64;
 
@@ -88,7 +78,7 @@ impl Still for Moment {
 /// # Errors
 /// [`ErrorKind::Corrupt`] for a file system that can't be read; [`ErrorKind::Limit`] for one that takes
 /// too long.
-pub fn changed(old: Arc<dyn Still>, new: Arc<dyn Still>) -> Result<Option<Vec<FileChange>>> {
+pub(super) fn changed(old: Arc<dyn Still>, new: Arc<dyn Still>) -> Result<Option<Vec<FileChange>>> {
     if !has_ext4(&*old)? || !has_ext4(&*new)? {
         return Ok(None);
     }

@@ -1,0 +1,143 @@
+//! The transport: one request and one answer a connection, a JSON line each, over a Unix socket in
+//! the store that is its owner's alone.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use rustix::net::{Shutdown, shutdown};
+
+use super::request::{reply_from_json, reply_to_json};
+use super::{Answer, Control, Request};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::Store;
+use crate::sync::spawn;
+
+/// Longest request that is read: as long as what the store may keep of it.
+const MAX_REQUEST: u64 = 4 << 20;
+/// Longest answer that is read: a list of millions of changes.
+const MAX_ANSWER: u64 = 1 << 30;
+/// How long a client may take to say what it wants, and to hear what came of it.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Requests that are carried out at a time; further clients are hung up on.
+const MOST: usize = 64;
+/// How long a server without descriptors waits before it accepts again.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+fn socket(store: &Store) -> PathBuf {
+    store.path().join("control")
+}
+
+/// Has the process that serves `store` carry a request out; `None` where nobody does.
+///
+/// # Errors
+/// The error that the process answers, with its kind; [`ErrorKind::Io`] for a process that answers
+/// nothing, or nonsense.
+pub fn ask(store: &Store, request: &Request) -> Option<Result<Answer>> {
+    let stream = UnixStream::connect(socket(store)).ok()?;
+    Some(converse(&stream, request))
+}
+
+fn converse(mut stream: &UnixStream, request: &Request) -> Result<Answer> {
+    let failed = |error| Error::io(error, "asking the process that serves the store");
+    let mut line = request.to_json()?;
+    line.push(b'\n');
+    stream.write_all(&line).map_err(failed)?;
+    let line = read_line(stream, MAX_ANSWER).map_err(failed)?;
+    reply_from_json(request, &line)
+}
+
+/// Reads a line of at most `most` bytes.
+fn read_line(stream: &UnixStream, most: u64) -> io::Result<Vec<u8>> {
+    let mut line = Vec::new();
+    BufReader::new(stream.take(most)).read_until(b'\n', &mut line)?;
+    match line.pop() {
+        Some(b'\n') => Ok(line),
+        Some(_) if line.len() as u64 + 1 == most => {
+            Err(io::Error::other(format!("a line of more than {most} bytes")))
+        }
+        _ => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+/// Answers requests until it is dropped; those under way go on. Its socket file goes with it.
+pub struct Server {
+    listener: Arc<UnixListener>,
+    path: PathBuf,
+}
+
+impl Server {
+    /// Listens in the store of `control`, for its owner alone, and answers in threads of its own.
+    ///
+    /// # Errors
+    /// Host errors; [`ErrorKind::InvalidInput`] for a desk that is not the store's.
+    pub fn start(control: Control) -> Result<Self> {
+        if control.lock.is_none() {
+            let detail = "only the process that serves a store answers for it";
+            return Err(Error::new(ErrorKind::InvalidInput, detail));
+        }
+        let path = socket(control.store());
+        let fail = |error| Error::io(error, "listening for control requests").in_file(&path);
+        // Made under a name that nobody connects to, until only the owner may. What a killed process
+        // left under either name is in nobody's use: this one has the store's desk.
+        let draft = path.with_file_name(format!(".draft-control-{}", std::process::id()));
+        let _ = fs::remove_file(&draft);
+        let listener = UnixListener::bind(&draft).map_err(fail)?;
+        fs::set_permissions(&draft, fs::Permissions::from_mode(0o600)).map_err(fail)?;
+        fs::rename(&draft, &path).map_err(fail)?;
+        let listener = Arc::new(listener);
+        let accepting = listener.clone();
+        let accept = move || accept(&accepting, &control);
+        spawn("control", accept).map_err(fail)?;
+        Ok(Self { listener, path })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+        // Ends the accept under way, and all that come.
+        let _ = shutdown(&self.listener, Shutdown::Both);
+    }
+}
+
+fn accept(listener: &UnixListener, control: &Control) {
+    let places = Arc::new(());
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                let (control, place) = (control.clone(), places.clone());
+                if Arc::strong_count(&places) <= MOST + 1 {
+                    // Where there is no thread, the client is hung up on.
+                    let _ = spawn("control", move || {
+                        answer(&stream, &control);
+                        drop(place);
+                    });
+                }
+            }
+            // The end.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => return,
+            // Gone again, or no descriptors: the client would be reported again at once.
+            Err(_) => thread::sleep(ACCEPT_PAUSE),
+        }
+    }
+}
+
+/// Reads the request of one client, has it carried out, and answers.
+fn answer(mut stream: &UnixStream, control: &Control) {
+    let mut reply = reply_to_json(hear(stream).and_then(|request| control.carry_out(&request)));
+    reply.push(b'\n');
+    // Whoever asked may be gone; what was done stays done.
+    let _ = stream.set_write_timeout(Some(PATIENCE)).and_then(|()| stream.write_all(&reply));
+}
+
+fn hear(stream: &UnixStream) -> Result<Request> {
+    let failed = |error| Error::io(error, "reading a request");
+    stream.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+    Request::from_json(&read_line(stream, MAX_REQUEST).map_err(failed)?)
+}

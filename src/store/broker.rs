@@ -1,0 +1,127 @@
+//! The store's disks by the names that front ends and people call them.
+
+use std::sync::Arc;
+
+use super::{Disk, DiskKind, Store, json};
+use crate::chain::Chain;
+use crate::error::{Error, ErrorKind, Result};
+use crate::serve::{Broker, Log, Opened};
+use crate::storage::{Access, Storage};
+
+/// Opens the disks of a store:
+///
+/// | name | what | users |
+/// | --- | --- | --- |
+/// | `container/NAME`, `volume/NAME` | the disk | one, which may write |
+/// | `container/NAME@SNAP` | a snapshot | many readers |
+/// | `volume/NAME:ro` | a volume | many readers, while nobody writes it |
+/// | `image/NAME:TAG` | an image | many readers |
+pub struct StoreBroker {
+    store: Store,
+    log: Log,
+}
+
+/// What a name stands for.
+enum Target {
+    Writable(Disk),
+    ReadOnlyVolume(Disk),
+    Snapshot(String, String),
+    Image(String),
+}
+
+fn unknown(name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("there is no disk called {name:?}"))
+}
+
+impl Target {
+    fn parse(name: &str) -> Result<Self> {
+        let (noun, rest) = name.split_once('/').ok_or_else(|| unknown(name))?;
+        match (noun, rest.split_once('@'), rest.strip_suffix(":ro")) {
+            ("image", ..) => Ok(Self::Image(rest.to_owned())),
+            ("container", Some((container, snapshot)), _) => {
+                Ok(Self::Snapshot(container.to_owned(), snapshot.to_owned()))
+            }
+            ("container", None, _) => Ok(Self::Writable(Disk::new(DiskKind::Container, rest)?)),
+            ("volume", _, Some(rest)) => {
+                Ok(Self::ReadOnlyVolume(Disk::new(DiskKind::Volume, rest)?))
+            }
+            ("volume", _, None) => Ok(Self::Writable(Disk::new(DiskKind::Volume, rest)?)),
+            _ => Err(unknown(name)),
+        }
+    }
+
+    fn open(&self, store: &Store) -> Result<Chain> {
+        match self {
+            Self::Writable(disk) => store.open_disk(disk, Access::Write),
+            Self::ReadOnlyVolume(disk) => store.open_disk(disk, Access::Read),
+            Self::Snapshot(container, snapshot) => store.open_snapshot(container, snapshot),
+            Self::Image(name) => store.open_image(&store.image(name)?),
+        }
+    }
+}
+
+impl StoreBroker {
+    /// For the disks of `store`; `log` hears of what goes wrong where nobody waits for an answer.
+    pub fn new(store: Store, log: Log) -> Self {
+        Self { store, log }
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// What could be listed; what could not be is logged.
+    fn listed<T>(&self, what: &str, list: Result<Vec<T>>) -> Vec<T> {
+        list.unwrap_or_else(|error| {
+            (self.log)(&format!("listing the {what}: {error}"));
+            Vec::new()
+        })
+    }
+}
+
+impl Broker for StoreBroker {
+    type Disk = Chain;
+
+    fn open(&self, name: &str) -> Result<Opened<Chain>> {
+        let target = Target::parse(name)?;
+        let shared = !matches!(target, Target::Writable(_));
+        Ok(Opened { shared, ..Opened::new(target.open(&self.store)?) })
+    }
+
+    fn list(&self) -> Result<Vec<(String, String)>> {
+        let mut list = Vec::new();
+        for image in self.listed("images", self.store.images()) {
+            if let Some(name) = &image.reference {
+                list.push((format!("image/{name}"), format!("image {:.12}", image.id)));
+            }
+        }
+        for container in self.listed("containers", self.store.containers()) {
+            let over = format!("container over {}", container.image);
+            list.push((format!("container/{}", container.name), over));
+            for saved in &container.snapshots {
+                let text = format!("snapshot of container {}", container.name);
+                list.push((format!("container/{}@{}", container.name, saved.name), text));
+            }
+        }
+        for name in self.listed("volumes", self.store.disk_names(DiskKind::Volume)) {
+            list.push((format!("volume/{name}"), "volume, for one writer".into()));
+            list.push((format!("volume/{name}:ro"), "volume, for many readers".into()));
+        }
+        Ok(list)
+    }
+
+    /// In the store's folder, under no name: a name is there for a moment only, and `gc` takes what a
+    /// crash leaves of it.
+    fn scratch(&self) -> Result<Arc<dyn Storage>> {
+        let (root, name) = (self.store.root(), json::draft_name()?);
+        let fail = |error| Error::io(error, "making a temporary file").in_file(root.path());
+        let file = root.create(&name).map_err(fail)?;
+        json::remove(root, &name)?;
+        Ok(file)
+    }
+
+    fn log(&self, line: &str) {
+        (self.log)(line);
+    }
+}

@@ -1,0 +1,360 @@
+//! Disks in use: who gets one, when it is opened and closed, and what becomes of requests that wait.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use testkit::device::{Op as Call, TestDevice};
+use thinply::device::{Device, ZeroMode};
+use thinply::error::{Error, ErrorKind, Result};
+use thinply::serve::{Broker, Completion, Desk, InUse, Lease, Leases, Op, Opened, Payload, Served};
+use thinply::storage::{Folder, MemoryFolder, Storage};
+
+const SIZE: u64 = 1 << 20;
+/// Longer than anything here takes.
+const TOO_LONG: Duration = Duration::from_secs(20);
+/// Long enough for what must not happen to happen.
+const A_WHILE: Duration = Duration::from_millis(30);
+
+/// Any name is a disk, and always the same device; names that begin with `shared` have many users.
+struct Shelf {
+    device: Arc<TestDevice>,
+    opened: AtomicUsize,
+    /// What the next open does instead.
+    fails: Mutex<Option<ErrorKind>>,
+    panics: AtomicBool,
+    workers: usize,
+    log: Mutex<Vec<String>>,
+}
+
+impl Broker for Shelf {
+    type Disk = Arc<TestDevice>;
+
+    fn open(&self, name: &str) -> Result<Opened<Self::Disk>> {
+        self.opened.fetch_add(1, Ordering::Relaxed);
+        assert!(!self.panics.swap(false, Ordering::Relaxed), "planned to panic");
+        if let Some(kind) = self.fails.lock().unwrap().take() {
+            return Err(Error::new(kind, "planned to fail"));
+        }
+        let (shared, workers) = (name.starts_with("shared"), self.workers);
+        Ok(Opened { shared, workers, ..Opened::new(self.device.clone()) })
+    }
+
+    fn list(&self) -> Result<Vec<(String, String)>> {
+        Err(Error::new(ErrorKind::Io, "planned to fail"))
+    }
+
+    fn scratch(&self) -> Result<Arc<dyn Storage>> {
+        Ok(MemoryFolder::new("scratch").create("kept").unwrap())
+    }
+
+    fn log(&self, line: &str) {
+        self.log.lock().unwrap().push(line.to_owned());
+    }
+}
+
+fn shelf(workers: usize) -> Shelf {
+    Shelf {
+        device: Arc::new(TestDevice::new(SIZE)),
+        opened: AtomicUsize::new(0),
+        fails: Mutex::default(),
+        panics: AtomicBool::new(false),
+        workers,
+        log: Mutex::default(),
+    }
+}
+
+fn desk() -> (Desk<Shelf>, Arc<TestDevice>) {
+    let desk = Desk::with_patience(shelf(2), Duration::from_millis(100));
+    let device = desk.broker().device.clone();
+    (desk, device)
+}
+
+fn opened(desk: &Desk<Shelf>) -> usize {
+    desk.broker().opened.load(Ordering::Relaxed)
+}
+
+/// Who waits long enough.
+fn patient() -> (Desk<Shelf>, Arc<TestDevice>) {
+    let desk = Desk::with_patience(shelf(2), TOO_LONG);
+    let device = desk.broker().device.clone();
+    (desk, device)
+}
+
+/// A completion that a test can wait for.
+fn answer<T: Send + 'static>(to: &Sender<(T, Result<Vec<u8>>)>, name: T) -> impl Completion {
+    let to = to.clone();
+    move |result: Result<Vec<u8>>| drop(to.send((name, result)))
+}
+
+fn next<T>(answers: &Receiver<T>) -> T {
+    answers.recv_timeout(TOO_LONG).unwrap()
+}
+
+fn kind<T>(result: Result<T>) -> ErrorKind {
+    result.err().unwrap().kind()
+}
+
+#[test]
+fn a_disk_is_opened_with_the_first_user_and_closed_after_the_last() {
+    let (desk, device) = desk();
+    let (one, two) = (desk.lease("shared").unwrap(), desk.lease("shared").unwrap());
+    let three = desk.visit("shared").unwrap();
+    assert_eq!(opened(&desk), 1);
+    let found = InUse { name: "shared".into(), shared: true, users: 2 };
+    assert_eq!(desk.in_use(), [found]);
+    drop((one, two.clone(), two));
+    assert_eq!(device.count(Call::Close), 0);
+    assert_eq!(desk.in_use()[0].users, 0);
+    three.leave().unwrap();
+    assert_eq!((device.count(Call::Close), desk.in_use()), (1, vec![]));
+    drop(desk.lease("shared").unwrap());
+    assert_eq!((opened(&desk), device.count(Call::Close)), (2, 2));
+}
+
+#[test]
+fn who_comes_second_waits_for_the_one_before_and_not_for_ever() {
+    let (desk, _) = desk();
+    let first = desk.lease("disk").unwrap();
+    let other = desk.lease("other").unwrap();
+    let error = desk.lease("disk").err().unwrap();
+    assert_eq!((error.kind(), &*error.to_string()), (ErrorKind::InUse, "disk has a user already"));
+    drop((first, other));
+    let (desk, device) = patient();
+    let first = desk.lease("disk").unwrap();
+    thread::scope(|scope| {
+        let second = scope.spawn(|| desk.lease("disk").unwrap());
+        thread::sleep(A_WHILE);
+        assert!(!second.is_finished());
+        drop(first);
+        second.join().unwrap();
+    });
+    assert_eq!((opened(&desk), device.count(Call::Close)), (2, 2), "closed in between");
+}
+
+#[test]
+fn the_next_user_may_come_in_while_somebody_visits() {
+    let (desk, device) = desk();
+    let visit = desk.visit("disk").unwrap();
+    let first = desk.lease("disk").unwrap();
+    assert_eq!(kind(desk.lease("disk")), ErrorKind::InUse);
+    drop(first);
+    let second = desk.lease("disk").unwrap();
+    assert_eq!((opened(&desk), device.count(Call::Close)), (1, 0));
+    assert_eq!(kind(desk.lease("disk")), ErrorKind::InUse);
+    drop((visit, second));
+    assert_eq!(device.count(Call::Close), 1);
+}
+
+#[test]
+fn a_visit_waits_while_the_disk_is_being_closed() {
+    let (desk, device) = desk();
+    device.hold(Call::Close);
+    thread::scope(|scope| {
+        let lease = desk.lease("disk").unwrap();
+        scope.spawn(move || drop(lease));
+        device.wait_for(Call::Close, 1);
+        let visit = scope.spawn(|| desk.visit("disk").unwrap().leave());
+        // Longer than a user's patience.
+        thread::sleep(2 * Duration::from_millis(100));
+        assert!(!visit.is_finished());
+        assert_eq!(opened(&desk), 1, "opened while it is being closed");
+        assert_eq!(kind(desk.lease("disk")), ErrorKind::InUse);
+        device.release(Call::Close);
+        visit.join().unwrap().unwrap();
+    });
+    assert_eq!(opened(&desk), 2);
+}
+
+#[test]
+fn a_disk_in_use_under_another_name_is_tried_again() {
+    let (desk, _) = patient();
+    *desk.broker().fails.lock().unwrap() = Some(ErrorKind::InUse);
+    desk.lease("disk").unwrap();
+    assert_eq!(opened(&desk), 2);
+    let desk = Desk::with_patience(shelf(1), Duration::ZERO);
+    *desk.broker().fails.lock().unwrap() = Some(ErrorKind::InUse);
+    assert_eq!(kind(desk.visit("disk")), ErrorKind::InUse);
+}
+
+#[test]
+fn an_open_that_fails_or_panics_leaves_the_name_free() {
+    let (desk, _) = desk();
+    *desk.broker().fails.lock().unwrap() = Some(ErrorKind::Corrupt);
+    assert_eq!(kind(desk.lease("disk")), ErrorKind::Corrupt);
+    desk.broker().panics.store(true, Ordering::Relaxed);
+    let lease = thread::scope(|scope| scope.spawn(|| desk.lease("disk").is_ok()).join());
+    assert!(lease.is_err());
+    assert_eq!(desk.in_use(), []);
+    assert_eq!(kind(desk.lease(&"a".repeat(4097))), ErrorKind::InvalidInput);
+    desk.lease("disk").unwrap();
+}
+
+#[test]
+fn an_error_of_the_close_is_told_to_the_last_visitor_or_else_logged() {
+    let (desk, device) = desk();
+    device.fail(Call::Close, ErrorKind::NoSpace);
+    let (one, two) = (desk.visit("disk").unwrap(), desk.visit("disk").unwrap());
+    one.leave().unwrap();
+    assert_eq!(kind(two.leave()), ErrorKind::NoSpace);
+    assert!(desk.broker().log.lock().unwrap().is_empty());
+    drop(desk.lease("disk").unwrap());
+    let log = std::mem::take(&mut *desk.broker().log.lock().unwrap());
+    assert_eq!(log, ["closing disk: planned to fail Close"]);
+    assert_eq!((desk.in_use(), device.count(Call::Close)), (vec![], 2));
+    assert_eq!(desk.list(), []);
+    assert!(desk.broker().log.lock().unwrap()[0].contains("listing the disks"));
+}
+
+#[test]
+fn the_end_waits_for_those_who_still_use_a_disk() {
+    let (desk, _) = desk();
+    desk.settle(Duration::ZERO).unwrap();
+    let visit = desk.visit("disk").unwrap();
+    let error = desk.settle(A_WHILE).unwrap_err();
+    assert_eq!((error.kind(), &*error.to_string()), (ErrorKind::InUse, "still in use: disk"));
+    thread::scope(|scope| {
+        let end = scope.spawn(|| desk.settle(TOO_LONG));
+        visit.leave().unwrap();
+        end.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_lease_ends_after_its_requests() {
+    let (desk, device) = desk();
+    let (to, answers) = mpsc::channel();
+    let lease = desk.lease("disk").unwrap();
+    device.hold(Call::Write);
+    let data = Payload::Bytes(b"last words".to_vec());
+    lease.submit(Op::Write { offset: 0, data }, false, answer(&to, ()));
+    device.wait_for(Call::Write, 1);
+    drop(lease);
+    assert_eq!(kind(desk.lease("disk")), ErrorKind::InUse);
+    device.release(Call::Write);
+    next(&answers).1.unwrap();
+    let mut found = [0; 10];
+    desk.lease("disk").unwrap().read(0, &mut found).unwrap();
+    assert_eq!(&found, b"last words");
+}
+
+#[test]
+fn requests_are_carried_out_and_answered() {
+    let (desk, device) = desk();
+    let (to, answers) = mpsc::channel();
+    let lease = desk.lease("disk").unwrap();
+    let ask = |op, durable| {
+        lease.submit(op, durable, answer(&to, ()));
+        next(&answers).1.map_err(|error| error.kind())
+    };
+    let write = |offset| Op::Write { offset, data: Payload::Bytes(vec![7; 4096]) };
+    assert_eq!(ask(write(0), false), Ok(vec![]));
+    assert_eq!(device.durable_writes(), 0);
+    assert_eq!(ask(write(4096), true), Ok(vec![]));
+    assert_eq!(device.durable_writes(), 2);
+    assert_eq!(
+        ask(Op::Zero { offset: 0, length: 4095, mode: ZeroMode::default() }, false),
+        Ok(vec![])
+    );
+    assert_eq!(ask(Op::Trim { offset: 4096, length: 4096 }, false), Ok(vec![]));
+    assert_eq!(ask(Op::Prefetch { offset: 0, length: 4096 }, false), Ok(vec![]));
+    assert_eq!(ask(Op::Read { offset: 4094, length: 3 }, false), Ok(vec![0, 7, 0]));
+    assert_eq!(ask(Op::Read { offset: SIZE, length: 1 }, false), Err(ErrorKind::OutOfRange));
+    // Nothing to do is done without the device.
+    let before = device.count(Call::Trim);
+    assert_eq!(ask(Op::Trim { offset: SIZE, length: 0 }, false), Ok(vec![]));
+    assert_eq!(ask(Op::Read { offset: SIZE, length: 0 }, false), Ok(vec![]));
+    assert_eq!(device.count(Call::Trim), before);
+    // A change that failed is not flushed.
+    device.fail(Call::Write, ErrorKind::NoSpace);
+    let flushes = device.count(Call::Flush);
+    assert_eq!(ask(write(0), true), Err(ErrorKind::NoSpace));
+    assert_eq!(device.count(Call::Flush), flushes);
+}
+
+#[test]
+fn a_disk_that_is_served_read_only_takes_no_change() {
+    let opened = Opened { read_only: true, ..Opened::new(TestDevice::new(SIZE)) };
+    let served = Served::new("disk", opened).unwrap();
+    assert!(served.read_only());
+    assert_eq!(kind(served.write(0, &[1])), ErrorKind::ReadOnly);
+    assert_eq!(kind(served.zero(0, 1, ZeroMode::default())), ErrorKind::ReadOnly);
+    assert_eq!(kind(served.trim(0, 4096)), ErrorKind::ReadOnly);
+    let tried = served.try_write(0, (&[1][..]).into(), thinply::device::Wait::Never);
+    assert_eq!(kind(tried), ErrorKind::ReadOnly);
+}
+
+fn flush(lease: &Lease, to: &Sender<(u32, Result<Vec<u8>>)>, name: u32) {
+    lease.flush(answer(to, name));
+}
+
+#[test]
+fn flushes_asked_for_during_one_share_the_next() {
+    let (desk, device) = desk();
+    let (to, answers) = mpsc::channel();
+    let lease = desk.lease("disk").unwrap();
+    device.hold(Call::Flush);
+    flush(&lease, &to, 0);
+    device.wait_for(Call::Flush, 1);
+    (1..4).for_each(|name| flush(&lease, &to, name));
+    device.release(Call::Flush);
+    let names: Vec<_> = (0..4).map(|_| next(&answers).0).collect();
+    assert_eq!((names, device.count(Call::Flush)), (vec![0, 1, 2, 3], 2));
+    device.fail(Call::Flush, ErrorKind::Poisoned);
+    flush(&lease, &to, 4);
+    assert_eq!(next(&answers).1.map_err(|error| error.kind()), Err(ErrorKind::Poisoned));
+}
+
+#[test]
+fn a_panic_of_a_front_end_costs_its_own_request_only() {
+    let (desk, device) = desk();
+    let (to, answers) = mpsc::channel();
+    let lease = desk.lease("disk").unwrap();
+    for _ in 0..4 {
+        let read = Op::Read { offset: 0, length: 1 };
+        lease.submit(read, false, |_: Result<Vec<u8>>| panic!("planned"));
+        lease.run(|_| panic!("planned"));
+    }
+    device.hold(Call::Flush);
+    flush(&lease, &to, 0);
+    device.wait_for(Call::Flush, 1);
+    lease.flush(|_: Result<Vec<u8>>| panic!("planned"));
+    flush(&lease, &to, 1);
+    device.release(Call::Flush);
+    assert_eq!((next(&answers).0, next(&answers).0), (0, 1));
+    flush(&lease, &to, 2);
+    assert_eq!(next(&answers).0, 2);
+    lease.submit(Op::Read { offset: 0, length: 1 }, false, answer(&to, 3));
+    let (name, found) = next(&answers);
+    assert_eq!((name, found.unwrap()), (3, vec![0]));
+}
+
+#[test]
+fn a_panic_of_the_disk_drops_what_would_answer() {
+    struct Duty(Sender<&'static str>);
+    impl Completion for Duty {
+        fn complete(self, _: Result<Vec<u8>>) {
+            self.0.send("called").unwrap();
+        }
+    }
+    impl Drop for Duty {
+        fn drop(&mut self) {
+            self.0.send("dropped").unwrap();
+        }
+    }
+    let (desk, device) = desk();
+    let (to, answers) = mpsc::channel();
+    let lease = desk.lease("disk").unwrap();
+    device.panic(Call::Trim);
+    lease.submit(Op::Trim { offset: 0, length: 4096 }, false, Duty(to.clone()));
+    assert_eq!(next(&answers), "dropped");
+    device.panic(Call::Flush);
+    lease.flush(Duty(to.clone()));
+    assert_eq!(next(&answers), "dropped");
+    lease.submit(Op::Read { offset: 0, length: 1 }, false, Duty(to));
+    assert_eq!((next(&answers), next(&answers)), ("called", "dropped"));
+    drop(lease);
+    desk.settle(TOO_LONG).unwrap();
+}
