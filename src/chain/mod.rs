@@ -28,7 +28,7 @@ use crate::format::header::{ParentLink, State};
 use crate::live::{Writable, newest_header};
 use crate::packed::Packed;
 use crate::planted::{Bug, planted};
-use crate::storage::{Access, Folder, sync_folder};
+use crate::storage::{Access, Folder, Rights, Storage, sync_folder};
 use crate::sync::{RwLock, RwLockReadGuard};
 use crate::types::Identity;
 use layers::{Found, check_visible};
@@ -75,6 +75,12 @@ impl Levels {
     /// The layers of a chain that nobody writes.
     fn sealed(&self) -> Option<&Arc<Stack>> {
         self.stack.as_ref().filter(|_| self.top.is_none())
+    }
+
+    /// The files of all layers, newest first.
+    fn files(&self) -> impl Iterator<Item = &dyn Storage> {
+        let top = self.top.iter().map(Writable::file);
+        top.chain(self.stack.iter().flat_map(|stack| stack.layers()).map(Layer::file))
     }
 
     fn top(&self) -> Result<&Writable> {
@@ -128,10 +134,28 @@ impl Chain {
 
     /// The files of all layers, newest first.
     pub fn paths(&self) -> Vec<PathBuf> {
+        self.levels().files().map(|file| file.path().to_owned()).collect()
+    }
+
+    /// The rights of a file that holds bytes of the newest `depth` layers: whoever one of them keeps
+    /// out is kept out.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn copy_rights(&self, depth: usize) -> Result<Rights> {
+        Rights::of_copy(self.levels().files().take(depth))
+            .map_err(|error| Error::io(error, "looking at the layers' modes"))
+    }
+
+    /// The rights of a file that takes the newest layer's place.
+    #[cfg(feature = "store")]
+    pub(crate) fn successor_rights(&self) -> Result<Rights> {
         let levels = self.levels();
-        let top = levels.top.iter().map(Writable::file);
-        let sealed = levels.stack.iter().flat_map(|stack| stack.layers()).map(Layer::file);
-        top.chain(sealed).map(|file| file.path().to_owned()).collect()
+        levels
+            .files()
+            .next()
+            .map_or(Ok(Rights::Usual), Rights::of_successor)
+            .map_err(|error| Error::io(error, "looking at the layer's owner"))
     }
 
     /// Changes the virtual size of the top.
