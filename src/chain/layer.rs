@@ -67,6 +67,14 @@ impl Layer {
         }
     }
 
+    /// The file; none for a layer that is far away.
+    pub(super) fn file(&self) -> Option<&dyn Storage> {
+        match self {
+            Self::Live(layer) => Some(layer.file()),
+            Self::Packed(layer) => layer.file(),
+        }
+    }
+
     /// What the layer is called in messages: its file, or where it comes from.
     pub fn path(&self) -> &Path {
         match self {

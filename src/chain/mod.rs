@@ -24,7 +24,7 @@ use crate::format::header::{ParentLink, State};
 use crate::live::{Writable, newest_header};
 use crate::packed::Packed;
 use crate::planted::{Bug, planted};
-use crate::storage::{Access, Folder, sync_folder};
+use crate::storage::{Access, Folder, Rights, Storage, sync_folder};
 use crate::sync::{RwLock, RwLockReadGuard};
 use crate::types::Identity;
 use gate::{Found, check_visible};
@@ -68,6 +68,12 @@ impl Levels {
     /// The layers of a chain that nobody writes.
     fn sealed(&self) -> Option<&Arc<Stack>> {
         self.stack.as_ref().filter(|_| self.top.is_none())
+    }
+
+    /// The files of all layers, newest first; none for one that is far away.
+    fn files(&self) -> impl Iterator<Item = Option<&dyn Storage>> {
+        let top = self.top.iter().map(|top| Some(top.file()));
+        top.chain(self.stack.iter().flat_map(|stack| stack.layers()).map(Layer::file))
     }
 
     fn top(&self) -> Result<&Writable> {
@@ -125,6 +131,28 @@ impl Chain {
         let top = levels.top.iter().map(|top| top.file().path());
         let sealed = levels.stack.iter().flat_map(|stack| stack.layers()).map(Layer::path);
         top.chain(sealed).map(Path::to_owned).collect()
+    }
+
+    /// The rights of a file that holds bytes of the newest `depth` layers: whoever one of them keeps
+    /// out is kept out.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn copy_rights(&self, depth: usize) -> Result<Rights> {
+        Rights::of_copy(self.levels().files().take(depth).flatten())
+            .map_err(|error| Error::io(error, "looking at the layers' modes"))
+    }
+
+    /// The rights of a file that takes the newest layer's place.
+    #[cfg(feature = "store")]
+    pub(crate) fn successor_rights(&self) -> Result<Rights> {
+        let levels = self.levels();
+        levels
+            .files()
+            .next()
+            .flatten()
+            .map_or(Ok(Rights::Usual), Rights::of_successor)
+            .map_err(|error| Error::io(error, "looking at the layer's owner"))
     }
 
     /// Changes the virtual size of the top.

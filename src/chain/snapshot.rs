@@ -10,7 +10,7 @@ use super::{Chain, Levels, MAX_DEPTH, Stack};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
 use crate::live::{self, NewLayer, Writable, durable_header, newest_header};
-use crate::storage::{Access, Folder, Lock, sync_folder, take_lock};
+use crate::storage::{Access, Folder, Lock, Rights, sync_folder, take_lock};
 use crate::types::Identity;
 
 /// The new top's name until it takes the old one's.
@@ -80,9 +80,12 @@ impl Chain {
             let detail = format!("a chain of more than {MAX_DEPTH} layers");
             return Err(Error::new(ErrorKind::Limit, detail));
         }
-        let (id, identity) = levels.top()?.plan_freeze()?;
+        let top = levels.top()?;
+        let (id, identity) = top.plan_freeze()?;
         let link = ParentLink { identity, hint: snapshot.to_owned() };
-        let new_top = self.build_top(link, levels.size)?;
+        let rights = Rights::of_successor(top.file())
+            .map_err(failed(&*self.folder, "looking at the layer's owner"))?;
+        let new_top = self.build_top(link, levels.size, rights)?;
         self.link_snapshot(snapshot).inspect_err(|_| {
             // It means nothing yet; the next snapshot would replace it.
             let _ = self.folder.remove(&new_top_name(&self.name));
@@ -106,8 +109,8 @@ impl Chain {
     }
 
     /// Builds the new top under its temporary name, replacing one that a crash left before it meant
-    /// anything.
-    fn build_top(&self, link: ParentLink, virtual_size: u64) -> Result<Writable> {
+    /// anything. Who may use the disk by its name goes on being able to, and nobody else.
+    fn build_top(&self, link: ParentLink, virtual_size: u64, rights: Rights) -> Result<Writable> {
         let (folder, name) = (&*self.folder, new_top_name(&self.name));
         match folder.remove(&name) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -115,8 +118,8 @@ impl Chain {
             }
             _ => {}
         }
-        let parent = Some((link, virtual_size));
-        Writable::open(live::create(folder, &name, &NewLayer { virtual_size, parent })?)
+        let new = NewLayer { virtual_size, parent: Some((link, virtual_size)) };
+        Writable::open(live::create(&*folder.creating(rights), &name, &new)?)
     }
 
     /// Links the snapshot's name to the layer, durably. A link that a crash left is as good as a new

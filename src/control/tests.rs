@@ -11,6 +11,7 @@ use super::{Answer, Control, DiskUse, Request, carry_out};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::serve::{Leases, Log};
+use crate::storage::Rights;
 use crate::store::{NewImage, Store};
 
 const SIZE: u64 = 1 << 20;
@@ -23,7 +24,7 @@ fn quiet() -> Log {
 fn stocked() -> (tempfile::TempDir, Store) {
     let folder = tempfile::tempdir().unwrap();
     let store = Store::open(folder.path()).unwrap();
-    let draft = store.draft(Some(SIZE), None).unwrap();
+    let draft = store.draft(Some(SIZE), None, Rights::Usual).unwrap();
     draft.chain().write(0, &[1; 4096]).unwrap();
     let new = NewImage {
         reference: "base".parse().unwrap(),

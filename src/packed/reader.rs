@@ -116,6 +116,14 @@ impl Packed {
         &self.footer
     }
 
+    /// The file; none for a layer that is far away.
+    pub fn file(&self) -> Option<&dyn Storage> {
+        match &self.origin {
+            Origin::File(file) => Some(&**file),
+            Origin::Far(_) => None,
+        }
+    }
+
     /// What the layer is called in messages: its file, or where it comes from.
     pub fn path(&self) -> &Path {
         self.origin.name()

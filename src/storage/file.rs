@@ -12,7 +12,7 @@ use nix::libc;
 use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom, fadvise, fallocate, fstatfs, seek};
 use rustix::io::Errno;
 
-use super::{Access, Folder, Lock, Share, Storage, write_zeros};
+use super::{Access, Folder, Lock, Rights, Share, Storage, write_zeros};
 use crate::memory::{Gather, Scatter};
 
 const TMPFS_MAGIC: i64 = 0x0102_1994;
@@ -236,12 +236,14 @@ impl Storage for HostFile {
 #[derive(Clone, Debug)]
 pub struct FileFolder {
     path: PathBuf,
+    /// Those of the files that are made.
+    rights: Rights,
 }
 
 impl FileFolder {
     /// The folder at `path`; files in it are opened only when asked for.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into() }
+        Self { path: path.into(), rights: Rights::default() }
     }
 
     fn join(&self, name: &str) -> io::Result<PathBuf> {
@@ -264,7 +266,13 @@ impl Folder for FileFolder {
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn Storage>> {
-        HostFile::open(self.join(name)?, OpenOptions::new().write(true).create_new(true))
+        let path = self.join(name)?;
+        let file = self.rights.create(&path)?;
+        opened(path, file)
+    }
+
+    fn creating(&self, rights: Rights) -> Arc<dyn Folder> {
+        Arc::new(Self { rights, ..self.clone() })
     }
 
     fn list(&self) -> io::Result<Vec<String>> {

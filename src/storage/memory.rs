@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError};
 use bitvec::vec::BitVec;
 use memmap2::MmapMut;
 
-use super::{Access, Folder, Lock, Share, Storage, read_exact_at, write_all_at};
+use super::{Access, Folder, Lock, Rights, Share, Storage, read_exact_at, write_all_at};
 use crate::memory::{Gather, Scatter};
 use crate::sync::{Mutex, RwLock, RwLockReadGuard, guard};
 
@@ -282,6 +282,10 @@ impl Folder for MemoryFolder {
         let inode = Arc::new(Inode { content: RwLock::new(Content::new()?), locks: Mutex::new(0) });
         self.insert_new(name, inode.clone())?;
         Ok(self.handle(name, inode, Access::Write))
+    }
+
+    fn creating(&self, _: Rights) -> Arc<dyn Folder> {
+        Arc::new(self.clone())
     }
 
     fn list(&self) -> io::Result<Vec<String>> {

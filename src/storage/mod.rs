@@ -7,6 +7,7 @@
 mod buffer;
 mod file;
 mod memory;
+mod rights;
 mod writeback;
 
 use std::fmt::Debug;
@@ -22,6 +23,7 @@ use crate::wait::{Attempt, NotDone, Wait};
 pub use buffer::Buffer;
 pub use file::{FileFolder, holders, opened};
 pub use memory::MemoryFolder;
+pub use rights::Rights;
 pub use writeback::Writeback;
 
 /// A lock that one open file holds against all others, in this process and elsewhere.
@@ -133,6 +135,10 @@ pub trait Folder: Send + Sync + Debug {
 
     /// Creates a file that must not exist, open for writing.
     fn create(&self, name: &str) -> io::Result<Arc<dyn Storage>>;
+
+    /// The same folder, where [`Folder::create`] gives a file these rights, before its name can be
+    /// seen and durably before anything that is written to it.
+    fn creating(&self, rights: Rights) -> Arc<dyn Folder>;
 
     /// The names in it, in no order, those of other things than files included.
     fn list(&self) -> io::Result<Vec<String>>;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::disk::{Disk, DiskKind, Frozen, LAYER, Record};
+use super::disk::{Disk, DiskKind, Frozen, LAYER, Record, rights_over};
 use super::draft::Blob;
 use super::index::is_hex_digest;
 use super::{Image, NewImage, Reference, Store, check_name, json};
@@ -242,7 +242,8 @@ impl Store {
         let blob = if below.is_empty() {
             Blob::pack(self, &frozen)?
         } else {
-            let draft = self.draft(Some(frozen.size()), Some(&image))?;
+            let rights = frozen.successor_rights()?;
+            let draft = self.draft(Some(frozen.size()), Some(&image), rights)?;
             let blobs = self.folders.blobs.clone();
             let below = Chain::open(blobs, &base, Access::Read, self.layers.clone())?;
             frozen.copy_above(&below, draft.chain())?;
@@ -325,15 +326,21 @@ impl Store {
             None => None,
         };
         let folder = self.folder(disk.kind);
-        let parent = match snapshot {
+        let (parent, home) = match snapshot {
             Some(snapshot) => {
                 let file = &self.find_snapshot(&disk, &record, snapshot)?.file;
-                seal(&**folder, file)?
+                (seal(&**folder, file)?, &**folder)
             }
-            None => self.parent(&self.image_of_reset(&disk, &record)?)?,
+            None => (self.parent(&self.image_of_reset(&disk, &record)?)?, self.blobs()),
         };
         let draft = json::draft_name()?;
-        create(folder, &draft, size.or(Some(parent.virtual_size)), Some(&parent), &self.layers)?;
+        let rights = match &claim {
+            Some(file) => json::rights_of(&**file)?,
+            None => rights_over(home, &parent)?,
+        };
+        let drafts = folder.creating(rights);
+        let size = size.or(Some(parent.virtual_size));
+        create(&drafts, &draft, size, Some(&parent), &self.layers)?;
         folder.rename(&draft, &disk.file()).map_err(|error| {
             let _ = folder.remove(&draft);
             Error::io(error, "replacing the layer").in_file(folder.path().join(disk.file()))

@@ -10,7 +10,7 @@ use super::{Guard, Store, check_name, json};
 use crate::chain::{Chain, Parent, create};
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::newest_header;
-use crate::storage::{Access, Folder, Lock, Storage, sync_folder, take_lock};
+use crate::storage::{Access, Folder, Lock, Rights, Storage, sync_folder, take_lock};
 
 /// What a disk is to people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -154,7 +154,11 @@ impl Store {
         // What a creation left that was cut off before its record.
         json::remove(&**folder, &disk.file())?;
         json::remove(&**folder, &disk.new_top_file())?;
-        let made = create(folder, &disk.file(), size, parent, &self.layers)
+        let rights = match parent {
+            Some(parent) => rights_over(self.blobs(), parent)?,
+            None => Rights::Usual,
+        };
+        let made = create(&folder.creating(rights), &disk.file(), size, parent, &self.layers)
             .and_then(|()| self.write_record(disk, record));
         made.inspect_err(|_| {
             // A layer without a record means nothing.
@@ -265,6 +269,15 @@ impl Store {
         sync_folder(folder)?;
         Ok(true)
     }
+}
+
+/// The rights of a disk that shows what a parent in `folder` holds.
+pub(super) fn rights_over(folder: &dyn Folder, parent: &Parent) -> Result<Rights> {
+    let file = folder.open(&parent.link.hint, Access::Read);
+    file.and_then(|file| Rights::of_copy([&*file])).map_err(|error| {
+        let path = folder.path().join(&parent.link.hint);
+        Error::io(error, "looking at the parent's mode").in_file(path)
+    })
 }
 
 /// Whether a file name is one that this disk gives its frozen layers.

@@ -12,7 +12,7 @@ use crate::derive::PackOptions;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::packed::Compression;
-use crate::storage::{Access, Lock, Storage};
+use crate::storage::{Access, Lock, Rights, Storage};
 use crate::types::Identity;
 
 const BUFFER: usize = 1 << 20;
@@ -42,11 +42,16 @@ pub(super) struct Blob {
 
 impl Draft {
     /// A new layer over `parent`, a blob of the store.
-    pub(super) fn new(store: &Store, size: Option<u64>, parent: Option<&Parent>) -> Result<Self> {
+    pub(super) fn new(
+        store: &Store,
+        size: Option<u64>,
+        parent: Option<&Parent>,
+        rights: Rights,
+    ) -> Result<Self> {
         // Under the lock, since nobody holds the file for a moment.
         let _guard = store.lock()?;
         let (folder, name) = (&store.folders.blobs, json::draft_name()?);
-        create(folder, &name, size, parent, &store.layers)?;
+        create(&folder.creating(rights), &name, size, parent, &store.layers)?;
         let chain = Chain::open(folder.clone(), &name, Access::Write, store.layers.clone());
         let chain = chain.inspect_err(|_| drop(folder.remove(&name)))?;
         Ok(Self { store: store.clone(), name, chain })
@@ -73,13 +78,15 @@ impl Draft {
 }
 
 impl Blob {
-    /// Packs the newest layer of `source`, and takes the digest of that.
+    /// Packs the newest layer of `source`, and takes the digest of that. It takes that layer's place,
+    /// so it gets its rights.
     pub(super) fn pack(store: &Store, source: &Chain) -> Result<Self> {
         let folder = &store.folders.blobs;
         let fail = |error| Error::io(error, "writing the new layer").in_file(folder.path());
         let name = json::draft_name()?;
+        let rights = source.successor_rights()?;
         let guard = store.lock()?;
-        let file = folder.create(&name).map_err(fail)?;
+        let file = folder.creating(rights).create(&name).map_err(fail)?;
         let write = || {
             file.lock(Lock::Shared).map_err(fail)?;
             drop(guard);

@@ -18,7 +18,7 @@ use super::{Reference, Store, json};
 use crate::chain::{Chain, Layer, Parent};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
-use crate::storage::{Access, Lock, Storage, sync_folder, take_lock, write_all_at};
+use crate::storage::{Access, Lock, Rights, Storage, sync_folder, take_lock, write_all_at};
 use crate::types::Identity;
 
 /// Media type of a layer blob: a packed layer.
@@ -206,13 +206,13 @@ impl Store {
         Chain::open(folder, &image.top()?, Access::Read, layers)
     }
 
-    /// A new layer to be filled, over an image or none.
+    /// A new layer to be filled, over an image or none; the image's layer will have its rights.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] without a size or an image, or for a size that can't be.
-    pub fn draft(&self, size: Option<u64>, base: Option<&Image>) -> Result<Draft> {
+    pub fn draft(&self, size: Option<u64>, base: Option<&Image>, rights: Rights) -> Result<Draft> {
         let parent = base.map(|image| self.parent(&image.top()?)).transpose()?;
-        Draft::new(self, size, parent.as_ref())
+        Draft::new(self, size, parent.as_ref(), rights)
     }
 
     /// Makes an image of a finished layer over `base`, and gives it its name.
@@ -374,17 +374,20 @@ impl Store {
         cost.map_err(|error| Error::io(error, "looking at a blob").in_file(path))
     }
 
-    /// Stores the bytes of a reader if they have the digest, and leaves them unreferenced. True if
-    /// they were not there before.
-    pub fn add_blob(&self, digest: &str, reader: &mut dyn Read) -> Result<bool> {
+    /// Stores the bytes of a reader if they have the digest, with these rights, and leaves them
+    /// unreferenced. True if they were not there before; those that were keep their rights.
+    pub fn add_blob(&self, digest: &str, reader: &mut dyn Read, rights: &Rights) -> Result<bool> {
         if !is_hex_digest(digest) {
             return Err(bad(format!("a blob called {digest:?}, expected a SHA-256")));
         }
         let name = json::draft_name()?;
         let folder = self.blobs();
         let fail = |error| Error::io(error, "storing a blob").in_file(folder.path().join(digest));
+        let old = folder.open(digest, Access::Read).ok();
+        let rights = old.map_or(Ok(rights.clone()), |old| Rights::of_successor(&*old));
+        let rights = rights.map_err(fail)?;
         let guard = self.lock()?;
-        let file = folder.create(&name).map_err(fail)?;
+        let file = folder.creating(rights).create(&name).map_err(fail)?;
         file.lock(Lock::Shared).map_err(fail)?;
         drop(guard);
         let mut store = || {

@@ -9,7 +9,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::random;
-use crate::storage::{Access, Folder, Storage, failed, read_exact_at, write_all_at};
+use crate::storage::{Access, Folder, Rights, Storage, failed, read_exact_at, write_all_at};
 
 /// Largest JSON file that is read. A manifest of 1,024 layers takes about half a MiB.
 const MAX_JSON: u64 = 4 << 20;
@@ -113,15 +113,25 @@ pub(super) fn draft_name() -> Result<String> {
     Ok(format!("{DRAFT}{}", hex(&random()?)))
 }
 
-/// Replaces a file as a whole, durably: whoever reads it sees all of the old or all of the new.
+/// Those of a file that takes the place of this one.
+pub(super) fn rights_of(file: &dyn Storage) -> Result<Rights> {
+    Rights::of_successor(file).map_err(failed(file, "looking at the owner", 0))
+}
+
+/// Replaces a file as a whole, durably: whoever reads it sees all of the old or all of the new. Its
+/// rights stay.
 pub(super) fn replace(folder: &dyn Folder, name: &str, bytes: &[u8]) -> Result<()> {
     let draft = draft_name()?;
     let fail = |operation| {
         let path = folder.path().join(name);
         move |error| Error::io(error, operation).in_file(path)
     };
+    // What can't be opened has no rights that could be kept.
+    let old = folder.open(name, Access::Read).ok();
+    let rights = old.map_or(Ok(Rights::Usual), |old| rights_of(&*old))?;
+    let drafts = folder.creating(rights);
     let write = || {
-        let file = folder.create(&draft).map_err(fail("creating the file"))?;
+        let file = drafts.create(&draft).map_err(fail("creating the file"))?;
         write_all_at(&*file, bytes, 0).map_err(fail("writing the file"))?;
         file.sync_data().map_err(fail("syncing the file"))?;
         folder.rename(&draft, name).map_err(fail("renaming the file"))

@@ -14,6 +14,7 @@ mod options;
 mod packed;
 mod races;
 mod repair;
+mod rights;
 mod show;
 mod store;
 mod store_kill;

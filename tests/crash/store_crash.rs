@@ -15,7 +15,7 @@ use testkit::crash::parts::Part;
 use thinply::chain::Chain;
 use thinply::device::Device;
 use thinply::error::{ErrorKind, Result};
-use thinply::storage::{Access, Folder};
+use thinply::storage::{Access, Folder, Rights};
 use thinply::store::{Disk, DiskKind, Folders, NewImage, Reference, Store};
 
 const SIZE: u64 = 64 << 10;
@@ -63,7 +63,7 @@ fn volume(name: &str) -> Disk {
 
 fn import(store: &Store, name: &str, base: Option<&str>, fill: u8) -> Result<()> {
     let base = base.map(|base| store.image(base)).transpose()?;
-    let draft = store.draft(Some(SIZE), base.as_ref())?;
+    let draft = store.draft(Some(SIZE), base.as_ref(), Rights::Usual)?;
     draft.chain().write(u64::from(fill) * BLOCK as u64, &[fill; BLOCK])?;
     let new = NewImage {
         reference: reference(name),
@@ -220,7 +220,7 @@ fn load(store: &Store) -> Result<()> {
         let file = other.blob(&digest)?;
         let mut bytes = vec![0; file.length().unwrap() as usize];
         thinply::storage::read_exact_at(&*file, &mut bytes, 0).unwrap();
-        store.add_blob(&digest, &mut bytes.as_slice())?;
+        store.add_blob(&digest, &mut bytes.as_slice(), &Rights::Usual)?;
     }
     store.add_images(&other.index_of(&images)?).map(drop)
 }

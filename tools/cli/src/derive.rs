@@ -58,6 +58,8 @@ pub struct Maker<'a> {
     pub form: Form,
     /// Where its parent is looked for.
     pub layers: &'a LayersArg,
+    /// How many of the chain's newest layers it holds bytes of.
+    pub depth: usize,
     /// Whether to say in JSON what was made.
     pub json: bool,
 }
@@ -65,7 +67,7 @@ pub struct Maker<'a> {
 impl Maker<'_> {
     /// Makes the planned layer of a chain, durable and whole before it has its name.
     pub fn make(&self, chain: &Chain, plan: &Plan) -> Result<()> {
-        let draft = Draft::new(&self.out.directory);
+        let draft = Draft::new(&self.out.directory, chain.copy_rights(self.depth)?);
         let bar = progress::bar(Some(chain.size()));
         let identity = self.fill(&draft, chain, plan, &mut |done| bar.set_position(done));
         bar.finish_and_clear();
@@ -91,7 +93,7 @@ impl Maker<'_> {
         plan: &Plan,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Option<Identity>> {
-        let (folder, layers) = (&self.out.folder, self.layers.layers()?);
+        let (folder, layers) = (&draft.folder(), self.layers.layers()?);
         if let Form::Packed(compression) = self.form {
             let summary = draft.packed(|file| {
                 chain.derive_packed(plan, folder, file, layers, compression, progress)

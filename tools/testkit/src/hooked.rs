@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use thinply::memory::{Gather, Scatter};
-use thinply::storage::{Access, Folder, Lock, Share, Storage, read_exact_at, write_all_at};
+use thinply::storage::{Access, Folder, Lock, Rights, Share, Storage, read_exact_at, write_all_at};
 
 /// A call on the folder or a file.
 #[derive(Clone, Copy, Debug)]
@@ -104,6 +104,10 @@ impl Folder for Hooked {
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn Storage>> {
         Ok(self.wrap(self.inner.create(name)?))
+    }
+
+    fn creating(&self, rights: Rights) -> Arc<dyn Folder> {
+        Arc::new(Self { inner: self.inner.creating(rights), shared: self.shared.clone() })
     }
 
     fn list(&self) -> io::Result<Vec<String>> {

@@ -2,11 +2,11 @@
 //! image says so. What the user named may be referred to; a reference is matched by its file name
 //! alone.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::fs::File;
 use std::io::{self, IoSliceMut, SeekFrom};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use imago::format::builder::FormatDriverBuilder;
@@ -20,6 +20,7 @@ use imago::{FormatAccess, Mapping, ShallowMapping, Storage, StorageOpenOptions};
 use rustix::io::preadv;
 use thinply::chain::Chain;
 use thinply::error::{Error, ErrorKind, Result};
+use thinply::storage::Rights;
 
 use super::format::{Format, serve_it};
 use super::qcow2;
@@ -38,6 +39,7 @@ struct ImageFile {
     length: u64,
     /// Where reads must end: the end of the last cluster, of which the file may have less.
     end: u64,
+    rights: Rights,
     helper: CommonStorageHelper,
 }
 
@@ -48,9 +50,10 @@ impl ImageFile {
         if file.metadata().map_err(failed)?.is_dir() {
             return Err(Error::new(ErrorKind::InvalidInput, "is a folder").in_file(path));
         }
+        let rights = Rights::Copy(file.metadata().map_err(failed)?.mode());
         let length = io::Seek::seek(&mut file, SeekFrom::End(0)).map_err(failed)?;
         let helper = CommonStorageHelper::default();
-        Ok(Self { path: path.to_owned(), file, length, end: length, helper })
+        Ok(Self { path: path.to_owned(), file, length, end: length, rights, helper })
     }
 
     fn header(&self) -> Result<[u8; qcow2::HEADER_SIZE]> {
@@ -135,6 +138,8 @@ pub struct Opener<'a> {
     named: &'a [PathBuf],
     /// Bytes of all files opened so far.
     stored: Cell<u64>,
+    /// The rights of a copy of the files opened since the last disk was made.
+    rights: RefCell<Rights>,
 }
 
 /// Where an image says that its other bytes are.
@@ -146,7 +151,7 @@ struct Backing {
 impl<'a> Opener<'a> {
     /// An opener that lets images refer to these files.
     pub fn new(named: &'a [PathBuf]) -> Self {
-        Self { named, stored: Cell::new(0) }
+        Self { named, stored: Cell::default(), rights: RefCell::default() }
     }
 
     /// An image with all that lies under it, as one disk.
@@ -178,7 +183,8 @@ impl<'a> Opener<'a> {
     }
 
     fn disk(&self, path: &Path, access: FormatAccess<ImageFile>, alone: bool) -> ImageDisk {
-        ImageDisk { path: path.to_owned(), access, alone, stored: self.stored.get() }
+        let rights = self.rights.take();
+        ImageDisk { path: path.to_owned(), access, alone, rights, stored: self.stored.get() }
     }
 
     /// Each image but the first one was named, so a longer chain goes round.
@@ -215,6 +221,7 @@ impl<'a> Opener<'a> {
     fn open(&self, path: &Path) -> Result<ImageFile> {
         let file = ImageFile::open(path)?;
         self.stored.set(self.stored.get().saturating_add(file.length));
+        self.rights.replace_with(|rights| file.rights.clone().and(rights));
         Ok(file)
     }
 
@@ -324,6 +331,7 @@ pub struct ImageDisk {
     access: FormatAccess<ImageFile>,
     /// Whether it is read without what lies under it.
     alone: bool,
+    rights: Rights,
     /// Bytes of all its files.
     stored: u64,
 }
@@ -389,6 +397,10 @@ impl ImageDisk {
 impl Disk for ImageDisk {
     fn length(&self) -> Option<u64> {
         Some(self.access.size())
+    }
+
+    fn rights(&self) -> Rights {
+        self.rights.clone()
     }
 
     fn read(&self, feeder: &Feeder, _: Option<&Chain>) -> Result<()> {

@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use thinply::chain::Chain;
 use thinply::error::Result;
 use thinply::nbd::client::Client;
+use thinply::storage::Rights;
 
 use super::source::Disk;
 use crate::io::pump::{BUFFER, Feeder, Piece};
@@ -34,6 +35,10 @@ impl NbdDisk {
 impl Disk for NbdDisk {
     fn length(&self) -> Option<u64> {
         Some(self.size)
+    }
+
+    fn rights(&self) -> Rights {
+        Rights::Usual
     }
 
     fn read(&self, feeder: &Feeder, _: Option<&Chain>) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 use rustix::io::Errno;
 use thinply::chain::Chain;
 use thinply::error::{Error, ErrorKind, Result};
-use thinply::storage::{Share, Storage, opened};
+use thinply::storage::{Rights, Share, Storage, opened};
 use thinply::types::BLOCK_SIZE;
 
 use super::format::{Format, check_raw};
@@ -27,6 +27,7 @@ pub struct RawDisk {
     file: File,
     /// Unknown for what can only be read from beginning to end.
     length: Option<u64>,
+    rights: Rights,
     /// Whether somebody said that it is raw.
     said: bool,
 }
@@ -41,7 +42,8 @@ impl RawDisk {
         } else {
             File::open(path).map_err(failed)?
         };
-        let kind = file.metadata().map_err(failed)?.file_type();
+        let meta = file.metadata().map_err(failed)?;
+        let kind = meta.file_type();
         if kind.is_dir() {
             return Err(Error::new(ErrorKind::InvalidInput, "is a folder").in_file(path));
         }
@@ -53,7 +55,8 @@ impl RawDisk {
             // Only a hint.
             let _ = fadvise(&file, 0, None, Advice::Sequential);
         }
-        let disk = Self { path: path.to_owned(), file, length, said: said.is_some() };
+        let rights = if whole { Rights::Copy(meta.mode()) } else { Rights::Usual };
+        let disk = Self { path: path.to_owned(), file, length, rights, said: said.is_some() };
         if let Some(length) = length {
             let mut beginning = vec![0; length.min(BEGINNING) as usize];
             disk.file.read_exact_at(&mut beginning, 0).map_err(|e| disk.failed(e, 0))?;
@@ -157,6 +160,10 @@ impl RawDisk {
 impl Disk for RawDisk {
     fn length(&self) -> Option<u64> {
         self.length
+    }
+
+    fn rights(&self) -> Rights {
+        self.rights.clone()
     }
 
     fn read(&self, feeder: &Feeder, shares: Option<&Chain>) -> Result<()> {

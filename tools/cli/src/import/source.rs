@@ -2,6 +2,7 @@
 
 use thinply::chain::Chain;
 use thinply::error::Result;
+use thinply::storage::Rights;
 use thinply::types::SECTOR_SIZE;
 
 use super::sink::{Sink, check_fits};
@@ -16,6 +17,9 @@ pub trait Disk: Send + Sync {
     /// Length in bytes; unknown for what can only be read from beginning to end.
     fn length(&self) -> Option<u64>;
 
+    /// The rights of a file that holds these bytes.
+    fn rights(&self) -> Rights;
+
     /// Sends the disk's bytes in order. What is left out reads as what lies under the layer, or is
     /// in `shares`, a layer without a parent that may have them without copying.
     fn read(&self, feeder: &Feeder, shares: Option<&Chain>) -> Result<()>;
@@ -28,6 +32,11 @@ impl Source {
     /// A source that is this disk.
     pub fn new(disk: impl Disk + 'static) -> Self {
         Self(Box::new(disk))
+    }
+
+    /// The rights of a file that holds these bytes.
+    pub fn rights(&self) -> Rights {
+        self.0.rights()
     }
 
     /// Refuses a size that is too small for it.

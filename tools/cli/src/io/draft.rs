@@ -4,13 +4,13 @@ use std::fs::{self, File};
 use std::hash::{BuildHasher, RandomState};
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 use thinply::error::{Error, Result};
-use thinply::storage::sync_folder;
+use thinply::storage::{FileFolder, Folder, Rights, sync_folder};
 
 use crate::io::paths::Place;
 use crate::io::pump::BUFFER;
@@ -32,6 +32,7 @@ fn drafts() -> MutexGuard<'static, Vec<PathBuf>> {
 pub struct Draft {
     directory: PathBuf,
     name: String,
+    rights: Rights,
     /// Says to others that there is a draft in use in the folder.
     _presence: Option<File>,
 }
@@ -81,8 +82,9 @@ pub enum Replace {
 }
 
 impl Draft {
-    /// A name for a file in `directory`; the caller creates the file.
-    pub fn new(directory: &Path) -> Self {
+    /// A name for a file in `directory` that shall have these rights. The caller creates the file,
+    /// by [`Draft::file`] or in [`Draft::folder`].
+    pub fn new(directory: &Path, rights: Rights) -> Self {
         static HANDLER: Once = Once::new();
         HANDLER.call_once(|| {
             // Without the handler an interrupted process leaves its draft, and that is all.
@@ -94,7 +96,8 @@ impl Draft {
             });
         });
         let name = format!("{PREFIX}{:016x}{SUFFIX}", RandomState::new().hash_one(()));
-        let draft = Self { directory: directory.to_owned(), name, _presence: join(directory) };
+        let _presence = join(directory);
+        let draft = Self { directory: directory.to_owned(), name, rights, _presence };
         drafts().push(draft.path());
         draft
     }
@@ -109,13 +112,23 @@ impl Draft {
         self.directory.join(&self.name)
     }
 
+    /// The folder to create it in.
+    pub fn folder(&self) -> Arc<dyn Folder> {
+        FileFolder::new(&self.directory).creating(self.rights.clone())
+    }
+
+    /// Creates the file.
+    pub fn file(&self) -> std::io::Result<File> {
+        self.rights.create(&self.path())
+    }
+
     /// Creates the file, has `write` put a packed layer into it, and syncs it.
     pub fn packed<T>(
         &self,
         write: impl FnOnce(BufWriter<File>) -> Result<(T, BufWriter<File>)>,
     ) -> Result<T> {
         let failed = |error| Error::io(error, "writing the new file").in_file(&self.directory);
-        let file = File::create_new(self.path()).map_err(failed)?;
+        let file = self.file().map_err(failed)?;
         let (made, out) = write(BufWriter::with_capacity(BUFFER, file))?;
         let file = out.into_inner().map_err(|error| failed(error.into_error()))?;
         file.sync_all().map_err(failed)?;
@@ -209,7 +222,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("taken"), "old").unwrap();
         let draft = |text: &str| {
-            let draft = Draft::new(dir.path());
+            let draft = Draft::new(dir.path(), Rights::Usual);
             fs::write(draft.path(), text).unwrap();
             draft
         };
@@ -241,16 +254,16 @@ mod tests {
         for name in others.into_iter().chain([left]) {
             fs::write(dir.path().join(name), "").unwrap();
         }
-        let alive = Draft::new(dir.path());
+        let alive = Draft::new(dir.path(), Rights::Usual);
         fs::write(alive.path(), "").unwrap();
         assert_eq!(names().len(), others.len() + 1);
         assert!(!names().contains(&left.to_owned()));
         // Somebody has a draft, so nothing is known about the others.
         fs::write(dir.path().join(left), "").unwrap();
-        drop(Draft::new(dir.path()));
+        drop(Draft::new(dir.path(), Rights::Usual));
         assert!(alive.path().exists() && names().contains(&left.to_owned()));
         drop(alive);
-        drop(Draft::new(dir.path()));
+        drop(Draft::new(dir.path(), Rights::Usual));
         assert_eq!(names(), others);
     }
 }

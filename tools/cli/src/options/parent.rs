@@ -8,7 +8,7 @@ use thinply::error::{Error, ErrorKind, Result};
 use thinply::format::header::{State, check_hint};
 use thinply::live::newest_header;
 use thinply::packed::Packed;
-use thinply::storage::Access;
+use thinply::storage::{Access, Rights};
 
 use crate::io::output::say;
 use crate::io::paths::{Place, same_file};
@@ -50,6 +50,13 @@ impl ParentArg {
             say(format_args!("{} is frozen now: it never changes again", path.display()));
         }
         Ok((Some(parent), layers))
+    }
+
+    /// The rights of a file that shows what the parent holds.
+    pub fn rights(&self) -> Result<Rights> {
+        let Some(path) = &self.parent else { return Ok(Rights::Usual) };
+        Rights::of_copy([&*Place::existing(path)?.open(Access::Read)?])
+            .map_err(|error| Error::io(error, "looking at the parent's mode").in_file(path))
     }
 
     /// Refuses a parent that stands where nobody will look for it.

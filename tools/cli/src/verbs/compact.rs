@@ -52,7 +52,7 @@ impl Compact {
         let form = Form::of(&place, &self.packing)?;
         let chain = place.chain(Access::Read, self.layers.layers()?)?;
         let (layers, json) = (&self.layers, self.json);
-        Maker { out: &out, form, layers, json }.make(&chain, &Plan::compact(&chain))?;
+        Maker { out: &out, form, layers, depth: 1, json }.make(&chain, &Plan::compact(&chain))?;
         Ok(Answer::Yes)
     }
 }

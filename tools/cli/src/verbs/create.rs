@@ -41,8 +41,8 @@ impl Create {
         let place = Place::vacant(&self.file)?;
         size::check(self.size)?;
         let (parent, layers) = self.parent.prepare(&place)?;
-        let draft = Draft::new(&place.directory);
-        create(&place.folder, draft.name(), self.size, parent.as_ref(), &layers)?;
+        let draft = Draft::new(&place.directory, self.parent.rights()?);
+        create(&draft.folder(), draft.name(), self.size, parent.as_ref(), &layers)?;
         draft.publish_at(&place)?;
         Ok(Answer::Yes)
     }

@@ -122,7 +122,8 @@ impl Diff {
         let chain = b.chain(Access::Read, self.layers.layers()?)?;
         let form = Form::Packed(self.packing.compression());
         let (layers, json) = (&self.layers, self.json);
-        Maker { out, form, layers, json }.make(&chain, &Plan::rebase(&chain, &parent))
+        Maker { out, form, layers, depth: usize::MAX, json }
+            .make(&chain, &Plan::rebase(&chain, &parent))
     }
 
     fn list(&self, a: &Place, b: &Place) -> Result<()> {

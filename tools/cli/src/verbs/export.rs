@@ -13,7 +13,7 @@ use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use thinply::chain::{Chain, Kind};
 use thinply::device::Device;
 use thinply::error::{Error, ErrorKind, Result};
-use thinply::storage::{Access, Buffer, Share, Storage, Writeback, opened};
+use thinply::storage::{Access, Buffer, Rights, Share, Storage, Writeback, opened};
 
 use crate::io::crew::{Turns, spread};
 use crate::io::draft::{Draft, Replace};
@@ -75,17 +75,20 @@ impl Export {
     }
 
     fn export_file(&self, chain: &Chain) -> Result<()> {
-        let (directory, name, replace) = match vacant(&self.dst) {
+        let (draft, name, replace) = match vacant(&self.dst) {
             Err(error) if error.kind() == ErrorKind::Exists && self.force => {
                 let path = self.replaced(chain)?;
                 let name = path.file_name().unwrap_or_default().to_owned();
-                (path.parent().unwrap_or(&path).to_owned(), name, Replace::Yes)
+                let draft = Draft::new(path.parent().unwrap_or(&path), self.rights_of(&path)?);
+                (draft, name, Replace::Yes)
             }
-            other => other.map(|(directory, name)| (directory, name, Replace::Never))?,
+            other => {
+                let (directory, name) = other?;
+                let rights = chain.copy_rights(usize::MAX)?;
+                (Draft::new(&directory, rights), name, Replace::Never)
+            }
         };
-        let draft = Draft::new(&directory);
-        let file = OpenOptions::new().write(true).create_new(true).open(draft.path());
-        let target = self.target(file, Form::Sparse)?;
+        let target = self.target(draft.file(), Form::Sparse)?;
         target.file.set_len(chain.size()).map_err(|error| target.failed(error, chain.size()))?;
         self.copy(chain, target)?;
         draft.publish(Path::new(&name), replace)
@@ -103,6 +106,17 @@ impl Export {
             return refuse("is a folder");
         }
         Ok(path)
+    }
+
+    /// Those of a file that is replaced.
+    fn rights_of(&self, path: &Path) -> Result<Rights> {
+        let failed = |error| Error::io(error, "opening the file to replace").in_file(&self.dst);
+        match File::open(path) {
+            Ok(file) => Ok(Rights::Successor(Arc::new(file.into()))),
+            // Who may not even look at it can't give them, but the new file needs no more.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(Rights::Copy(0)),
+            Err(error) => Err(failed(error)),
+        }
     }
 
     fn target(&self, file: io::Result<File>, form: Form) -> Result<Target> {

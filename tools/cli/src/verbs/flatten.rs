@@ -54,7 +54,8 @@ impl Flatten {
         let chain = place.chain(Access::Read, self.layers.layers()?)?;
         let plan = Plan::flatten(&chain, onto.as_ref().map(|parent| &parent.link))?;
         let Self { layers, json, .. } = self;
-        Maker { out: &out, form: Form::Frozen, layers, json: *json }.make(&chain, &plan)?;
+        Maker { out: &out, form: Form::Frozen, layers, depth: usize::MAX, json: *json }
+            .make(&chain, &plan)?;
         Ok(Answer::Yes)
     }
 }

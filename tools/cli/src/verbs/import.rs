@@ -123,9 +123,9 @@ fn make(
     layers: &Arc<Layers>,
 ) -> Result<Draft> {
     let visible = parent.map_or(0, |parent| parent.virtual_size);
-    let draft = Draft::new(&place.directory);
+    let draft = Draft::new(&place.directory, source.rights());
     let first_size = source.first_size(size, visible);
-    create(&place.folder, draft.name(), Some(first_size), parent, layers)?;
+    create(&draft.folder(), draft.name(), Some(first_size), parent, layers)?;
     let made = Place { name: draft.name().to_owned(), ..place.clone() };
     closing(made.chain(Access::Write, layers.clone())?, |chain| {
         source.copy_to(chain, size, visible)

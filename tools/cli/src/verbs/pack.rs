@@ -68,7 +68,7 @@ impl Pack {
         }
         let out = Place::vacant(&self.out)?;
         let chain = place.chain(Access::Read, self.layers.layers()?)?;
-        let draft = Draft::new(&out.directory);
+        let draft = Draft::new(&out.directory, chain.copy_rights(1)?);
         let summary = draft.packed(|file| self.pack(&chain, file))?;
         draft.publish_at(&out)?;
         let facts = Facts {

@@ -75,7 +75,7 @@ impl Rebase {
             false => Plan::rebase(&chain, &parent),
         };
         let (layers, json) = (&self.parent.layers, self.json);
-        Maker { out: &out, form, layers, json }.make(&chain, &plan)?;
+        Maker { out: &out, form, layers, depth: usize::MAX, json }.make(&chain, &plan)?;
         Ok(Answer::Yes)
     }
 }

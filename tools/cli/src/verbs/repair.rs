@@ -7,7 +7,7 @@ use serde::Serialize;
 use thinply::error::{Error, Result};
 use thinply::format::header::State;
 use thinply::inspect::{self, Fate, Repaired};
-use thinply::storage::{Access, Lock, take_lock};
+use thinply::storage::{Access, Lock, Rights, take_lock};
 
 use crate::io::draft::Draft;
 use crate::io::output::Output;
@@ -72,8 +72,10 @@ impl Repair {
         let file = source.open(Access::Read)?;
         take_lock(&*file, Lock::Shared)?;
 
-        let draft = Draft::new(&place.directory);
-        let new = place.folder.create(draft.name()).map_err(|error| {
+        let rights = Rights::of_copy([&*file])
+            .map_err(|error| Error::io(error, "looking at the file's mode").in_file(&self.file))?;
+        let draft = Draft::new(&place.directory, rights);
+        let new = draft.folder().create(draft.name()).map_err(|error| {
             Error::io(error, "creating the new layer").in_file(&place.directory)
         })?;
         let repaired = inspect::repair(&*file, &*new)?;

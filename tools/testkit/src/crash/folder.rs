@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thinply::memory::{Gather, Scatter};
-use thinply::storage::{Access, Folder, Lock, Share, Storage, read_exact_at, write_all_at};
+use thinply::storage::{Access, Folder, Lock, Rights, Share, Storage, read_exact_at, write_all_at};
 
 use super::Random;
 use super::disk::{Change, Data, Disk, Names};
@@ -233,6 +233,10 @@ impl Folder for CrashFolder {
         state.apply(Change::Names(names));
         drop(state);
         Ok(self.handle(name, file))
+    }
+
+    fn creating(&self, _: Rights) -> Arc<dyn Folder> {
+        Arc::new(self.clone())
     }
 
     fn list(&self) -> io::Result<Vec<String>> {

@@ -5,11 +5,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use thinply::storage::{Access, Folder, Storage};
+use thinply::storage::{Access, Folder, Rights, Storage};
 
 use super::folder::CrashFolder;
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Part {
     whole: CrashFolder,
     prefix: &'static str,
@@ -39,6 +39,10 @@ impl Folder for Part {
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn Storage>> {
         self.whole.create(&self.inside(name))
+    }
+
+    fn creating(&self, _: Rights) -> Arc<dyn Folder> {
+        Arc::new(self.clone())
     }
 
     fn list(&self) -> io::Result<Vec<String>> {

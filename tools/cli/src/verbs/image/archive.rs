@@ -2,12 +2,13 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
 use thinply::error::{Error, ErrorKind, Result};
-use thinply::storage::Storage;
+use thinply::storage::{Rights, Storage};
 use thinply::store::Store;
 
 use crate::io::draft::{Draft, Replace};
@@ -64,9 +65,11 @@ impl Save {
         blobs.dedup();
         let index = store.index_of(&images)?;
 
-        let draft = Draft::new(&directory);
         let fail = |error| Error::io(error, "writing the archive").in_file(&self.output);
-        let file = File::create_new(draft.path()).map_err(fail)?;
+        let files = blobs.iter().map(|digest| store.blob(digest)).collect::<Result<Vec<_>>>()?;
+        let rights = Rights::of_copy(files.iter().map(|file| &**file)).map_err(fail)?;
+        let draft = Draft::new(&directory, rights);
+        let file = draft.file().map_err(fail)?;
         let mut archive = tar::Builder::new(io::BufWriter::new(file));
         let mut add = |path: String, length: u64, bytes: &mut dyn Read| {
             let mut header = tar::Header::new_gnu();
@@ -77,8 +80,7 @@ impl Save {
         };
         add("oci-layout".into(), LAYOUT.len() as u64, &mut &*LAYOUT)?;
         add("index.json".into(), index.len() as u64, &mut &*index)?;
-        for digest in &blobs {
-            let file = store.blob(digest)?;
+        for (digest, file) in blobs.iter().zip(files) {
             let length = file.length().map_err(fail)?;
             add(format!("{BLOBS}{digest}"), length, &mut Blob { file, at: 0 }.take(length))?;
         }
@@ -88,6 +90,11 @@ impl Save {
         draft.publish(Path::new(&name), Replace::Never)?;
         Ok(Answer::Yes)
     }
+}
+
+/// The rights of a copy of a file.
+fn rights_of(file: &File) -> io::Result<Rights> {
+    Ok(Rights::Copy(file.metadata()?.mode()))
 }
 
 /// Take images from an OCI archive, or from a folder with an OCI layout.
@@ -132,14 +139,17 @@ impl Load {
         for entry in fs::read_dir(self.file.join(BLOBS)).map_err(fail)? {
             let entry = entry.map_err(fail)?;
             let mut file = File::open(entry.path()).map_err(fail)?;
-            store.add_blob(&entry.file_name().to_string_lossy(), &mut file)?;
+            let rights = rights_of(&file).map_err(fail)?;
+            store.add_blob(&entry.file_name().to_string_lossy(), &mut file, &rights)?;
         }
         Ok(index)
     }
 
     fn load_archive(&self, store: &Store) -> Result<Vec<u8>> {
         let fail = |error| self.failed(error);
-        let mut archive = tar::Archive::new(File::open(&self.file).map_err(fail)?);
+        let file = File::open(&self.file).map_err(fail)?;
+        let rights = rights_of(&file).map_err(fail)?;
+        let mut archive = tar::Archive::new(file);
         let mut index = None;
         for entry in archive.entries().map_err(fail)? {
             let mut entry = entry.map_err(fail)?;
@@ -148,7 +158,7 @@ impl Load {
             if path == "index.json" {
                 index = Some(self.read_index(&mut entry)?);
             } else if let Some(digest) = path.strip_prefix(BLOBS).filter(|name| !name.is_empty()) {
-                store.add_blob(digest, &mut entry)?;
+                store.add_blob(digest, &mut entry, &rights)?;
             }
         }
         index.ok_or_else(|| {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use thinply::device::Device;
 use thinply::error::{Error, ErrorKind, Result};
+use thinply::storage::Rights;
 use thinply::store::{Image, NewImage, Reference, Store};
 
 use crate::import::{Source, SourceArgs, open_raw};
@@ -39,6 +40,7 @@ impl New {
         (store, base): (Store, Option<Image>),
         source: &Source,
         size: Option<u64>,
+        rights: Rights,
         name: &Reference,
         created_by: String,
     ) -> Outcome {
@@ -47,7 +49,8 @@ impl New {
             Some(base) => store.open_image(base)?.size(),
             None => 0,
         };
-        let draft = store.draft(Some(source.first_size(size, visible)), base.as_ref())?;
+        let first = Some(source.first_size(size, visible));
+        let draft = store.draft(first, base.as_ref(), rights)?;
         source.copy_to(draft.chain(), size, visible)?;
         let new = NewImage { reference: name.clone(), created_by, comment: self.message.clone() };
         let image = store.publish(draft, base.as_ref(), &new)?;
@@ -92,7 +95,8 @@ impl ImportImage {
         size::check(self.size)?;
         let source = self.source.open(&self.src)?;
         let created_by = format!("import {}", self.src.display());
-        self.new.import(self.new.open()?, &source, self.size, &self.name, created_by)
+        let (opened, rights) = (self.new.open()?, source.rights());
+        self.new.import(opened, &source, self.size, rights, &self.name, created_by)
     }
 }
 
@@ -126,7 +130,8 @@ impl BuildImage {
         build(raw.path(), &self.dir)?;
         let source = open_raw(raw.path())?;
         let created_by = format!("build-from {}", self.dir.display());
-        self.new.import(opened, &source, None, &self.name, created_by)
+        // The temporary file is nobody's; who may read the tree can't be said in one mode.
+        self.new.import(opened, &source, None, Rights::Usual, &self.name, created_by)
     }
 }
 
