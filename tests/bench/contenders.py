@@ -10,6 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 THINPLY = ROOT / "target/release/thinply"
+# Another build of the command, to be measured beside this one.
+BEFORE = os.environ.get("THINPLY_BEFORE")
 LOAD = ROOT / "target/release/examples/bench-load"
 
 
@@ -55,15 +57,19 @@ class Contender:
 
 
 class Thinply(Contender):
-    name, format = "thinply", "thinply"
+    name, format, program = "thinply", "thinply", THINPLY
 
     def create(self, name, parent=None):
         base = ["--parent", self.folder / parent] if parent else ["--size", self.size]
-        run(THINPLY, "create", *base, self.folder / name)
+        run(self.program, "create", *base, self.folder / name)
 
     def command(self, name, socket, read_only=False):
         flags = ["--read-only"] if read_only else []
-        return [THINPLY, "serve", *flags, self.folder / name, "--socket", socket]
+        return [self.program, "serve", *flags, self.folder / name, "--socket", socket]
+
+
+class Before(Thinply):
+    name, program = "thinply before", BEFORE
 
 
 class QemuNbd(Contender):
@@ -151,6 +157,7 @@ CONTENDERS = {
     kind.__name__: kind
     for kind in (
         Thinply, QemuNbd, QemuNbdExtended, StorageDaemon, NbdkitFile, NbdkitCow, SameServerRaw,
+        *([Before] if BEFORE else []),
     )
 }
 

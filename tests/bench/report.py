@@ -7,7 +7,7 @@ from statistics import median
 
 QEMU, EXTENDED = "qemu-nbd qcow2", "qemu-nbd qcow2, extended_l2"
 RAW, SAME = "nbdkit file (raw)", "raw file, thinply's server"
-OURS = "thinply"
+OURS, BEFORE = "thinply", "thinply before"
 READ_1, READ_16 = "random read 4 KiB, QD 1", "random read 4 KiB, QD 16"
 SEQUENTIAL, COPY = "sequential read 256 KiB, QD 4", "nbdcopy of the whole disk, in MiB"
 DURABLE, TAIL = "write 4 KiB and flush, random", "write 4 KiB and flush, the same block"
@@ -83,6 +83,10 @@ def show(row):
     """Prints a row while it is measured."""
     figures = ", ".join(f"{name} {figure(median(v))}" for name, v in row["servers"].items())
     where = " ".join(f"{k} {row[k]}" for k in ("depth", "containers") if k in row)
+    servers = row["servers"]
+    if OURS in servers and BEFORE in servers:
+        pairs = [now / before for now, before in zip(servers[OURS], servers[BEFORE])]
+        figures += f"; median of the paired ratios {median(pairs):.3f}"
     print(f"{row['workload']} {where}: {figures}", flush=True)
 
 
