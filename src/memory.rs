@@ -275,6 +275,14 @@ impl<'a> Gather<'a> {
         Self { parts: self.parts.skip(from).take(to.saturating_sub(from)), lent: PhantomData }
     }
 
+    /// The bytes themselves, where nobody can change them.
+    #[inline]
+    pub fn own(&self) -> Option<&'a [u8]> {
+        let Place::Slice(start) = self.parts.place else { return None };
+        // SAFETY: a part of the `&'a [u8]` that this was made of.
+        Some(unsafe { std::slice::from_raw_parts(start, self.parts.length) })
+    }
+
     /// Copies its begin to `bytes`, as far as they reach. Two copies may differ where others change
     /// the memory.
     pub fn copy_to(self, bytes: &mut [u8]) {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom, fadvise, fallocate, fstatfs, seek};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use super::{Access, Folder, Lock, Rights, Share, Storage, write_zeros};
 use crate::memory::{Gather, Scatter};
@@ -95,11 +95,19 @@ impl Storage for HostFile {
         }
     }
 
-    fn read_cached_at(&self, into: Scatter<'_>, offset: u64) -> io::Result<usize> {
+    fn read_cached_at(&self, mut into: Scatter<'_>, offset: u64) -> io::Result<usize> {
         if self.in_memory {
             return self.read_at(into, offset);
         }
-        match self.read_parts(into, offset, libc::RWF_NOWAIT) {
+        let read = match into.own() {
+            Some(bytes) => {
+                let mut parts = [io::IoSliceMut::new(bytes)];
+                preadv2(&self.file, &mut parts, offset, ReadWriteFlags::NOWAIT)
+                    .map_err(io::Error::from)
+            }
+            None => self.read_parts(into, offset, libc::RWF_NOWAIT),
+        };
+        match read {
             // A file system that can't tell is asked in the way that may wait.
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                 Err(io::ErrorKind::WouldBlock.into())
@@ -109,6 +117,9 @@ impl Storage for HostFile {
     }
 
     fn write_at(&self, from: Gather<'_>, offset: u64) -> io::Result<usize> {
+        if let Some(bytes) = from.own() {
+            return self.file.write_at(bytes, offset);
+        }
         let at = as_offset(offset)?;
         // SAFETY: the descriptor lives as long as `self`, and the addresses stand for memory that is
         // readable as long as `from`. The kernel copies it; that it may change meanwhile is no
