@@ -127,7 +127,8 @@ fn together(
 fn at_desk(seed: u64) -> Outcome {
     scheduled(seed, move || {
         let mut random = Random::new(seed);
-        rounds(&mut random, seed, Script::random, |_| None, run_at_desk)
+        let plan = if seed.is_multiple_of(4) { some_fault } else { |_: &mut Random| None };
+        rounds(&mut random, seed, Script::random, plan, run_at_desk)
     })
 }
 

@@ -4,11 +4,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use shuttle::sync::mpsc;
-use thinply::chain::Chain;
+use thinply::chain::{Chain, seal};
+use thinply::derive::PackOptions;
 use thinply::device::{Device, Wait, ZeroMode};
 use thinply::error::{Error, ErrorKind};
+use thinply::packed::Compression;
 use thinply::serve::{self, Broker, Completion, Desk, Lease, Leases, Opened, Payload};
-use thinply::storage::{Folder, MemoryFolder, Storage};
+use thinply::storage::{Access, Folder, MemoryFolder, Storage, write_all_at};
 
 use super::Random;
 use super::client::{Client, begin, end, whole_blocks};
@@ -32,6 +34,8 @@ pub enum Turn {
     Look(Vec<u64>),
     /// Takes a snapshot beside the users.
     Snapshot,
+    /// Takes a snapshot, packs it, and stands the disk on that: what a commit does.
+    Commit,
 }
 
 /// Who comes to the desk, and whether several may use the disk at a time.
@@ -46,9 +50,10 @@ impl Script {
     pub fn random(random: &mut Random) -> Self {
         let first = random.below(BLOCKS.len() as u64 - 3) as usize;
         let blocks = &BLOCKS[first..first + 3];
-        let mut turn = || match random.below(6) {
+        let mut turn = || match random.below(12) {
             0 => Turn::Snapshot,
-            1 | 2 => Turn::Look(blocks.to_vec()),
+            1 => Turn::Commit,
+            2..6 => Turn::Look(blocks.to_vec()),
             _ => {
                 let ops = (0..1 + random.below(4)).map(|_| match random.below(3) {
                     0 => Op::Flush,
@@ -176,13 +181,41 @@ impl Person {
             }
             Turn::Snapshot => {
                 let served = self.desk.visit(TOP)?;
-                let number = self.client.number();
-                let name = format!("snapshot{number}");
-                let ask = Ask::Snapshot(name.clone());
-                self.client.request(number, ask, || served.change().snapshot(&name))?;
+                self.snapshot(&served.change())?;
+                served.leave()
+            }
+            Turn::Commit => {
+                let served = self.desk.visit(TOP)?;
+                self.commit(&served.change())?;
                 served.leave()
             }
         }
+    }
+
+    fn snapshot(&self, chain: &Chain) -> Result<String> {
+        let number = self.client.number();
+        let name = format!("snapshot{number}");
+        let ask = Ask::Snapshot(name.clone());
+        self.client.request(number, ask, || chain.snapshot(&name))?;
+        Ok(name)
+    }
+
+    fn commit(&self, chain: &Chain) -> Result<()> {
+        let name = self.snapshot(chain)?;
+        let folder = Arc::new(self.client.folder.clone());
+        let frozen = Chain::open(folder.clone(), &name, Access::Read, Arc::default())?;
+        let from = seal(&*folder, &name)?.link.identity;
+        let options = PackOptions { compression: Compression::default(), drop_equal: true };
+        let (_, bytes) = frozen.pack(Vec::new(), &options, &mut |_| {})?;
+        drop(frozen);
+        let packed = format!("packed-{name}");
+        let fail = |error| Error::io(error, "writing the packed layer").in_file(&packed);
+        let file = folder.create(&packed).map_err(fail)?;
+        write_all_at(&*file, &bytes, 0).map_err(fail)?;
+        file.sync_data().map_err(fail)?;
+        drop(file);
+        folder.sync().map_err(fail)?;
+        chain.relink(from, &seal(&*folder, &packed)?.link)
     }
 
     fn request(&self, lease: &Lease, op: &Op) -> Result<()> {
