@@ -5,7 +5,7 @@
 //! touches the top. `format-spec.md` is normative for the bytes and for the durability protocol.
 
 pub mod chain;
-#[cfg(all(feature = "store", not(simulation)))]
+#[cfg(feature = "store")]
 pub mod control;
 pub mod derive;
 pub mod device;
@@ -14,7 +14,6 @@ pub mod format;
 pub mod inspect;
 pub mod live;
 pub mod memory;
-#[cfg(not(simulation))]
 pub mod nbd;
 pub mod packed;
 #[doc(hidden)]

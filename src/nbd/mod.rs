@@ -8,6 +8,7 @@
 mod address;
 pub mod client;
 pub mod proto;
+#[cfg(not(simulation))]
 pub mod server;
 
 pub use address::{Address, Place};

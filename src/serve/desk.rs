@@ -14,8 +14,6 @@ use crate::sync::{Condvar, Mutex, MutexGuard, guard};
 
 /// How long a user waits for the one before to be gone, where nothing else is said.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How often a disk that is in use under another name is tried again meanwhile.
-const TRY_AGAIN: Duration = Duration::from_millis(20);
 
 /// Who does for a desk, by name, what whoever faces strangers may not do itself. In this process for
 /// now.
@@ -27,7 +25,7 @@ pub trait Broker: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] for an unknown name; [`ErrorKind::InUse`] for a disk that somebody
-    /// else has, or the same process under another name.
+    /// else has.
     fn open(&self, name: &str) -> Result<Opened<Self::Disk>>;
 
     /// Name and description of all disks that may be told of.
@@ -259,25 +257,13 @@ impl<B: Broker> Book<B> {
         // From here on whoever wants it waits until it is open, or this entry is dropped; nobody else
         // is held up.
         let entry = Entry { register: self.clone(), name: name.to_owned() };
-        let opened = self.open(name, deadline)?;
+        let opened = self.broker.open(name)?;
         let served = Arc::new(Served::with_entry(name.to_owned(), opened, Some(entry))?);
         if let Some(slot) = self.slots().get_mut(name) {
             (slot.served, slot.shared) = (Arc::downgrade(&served), served.shared());
         }
         self.changed.notify_all();
         Ok(served)
-    }
-
-    /// Opens a disk; the same one may be in use under another name, and just being closed.
-    fn open(&self, name: &str, deadline: Instant) -> Result<Opened<B::Disk>> {
-        loop {
-            match self.broker.open(name) {
-                Err(error) if error.kind() == ErrorKind::InUse && Instant::now() < deadline => {
-                    drop(self.wait(self.slots(), Some(Instant::now() + TRY_AGAIN)));
-                }
-                other => return other,
-            }
-        }
     }
 
     /// A user has left.

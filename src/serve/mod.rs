@@ -38,6 +38,7 @@ mod tests;
 pub use crate::device::Disk;
 pub use crate::storage::Buffer;
 // What a front end of this crate needs for its own threads.
+#[cfg(not(simulation))]
 pub(crate) use crate::sync::{guard, spawn};
 pub use desk::{Broker, Desk, InUse, Lease, Leases, Table};
 pub use moment::Moment;

@@ -1,12 +1,19 @@
 //! The store's disks by the names that front ends and people call them.
 
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::{Disk, DiskKind, Store, json};
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::serve::{Broker, Log, Opened};
 use crate::storage::{Access, Storage};
+
+/// How long a disk that is in use is tried again: the other name of a volume may just be closed, or a
+/// verb of another process be done soon.
+const PATIENCE: Duration = Duration::from_secs(2);
+const TRY_AGAIN: Duration = Duration::from_millis(20);
 
 /// Opens the disks of a store:
 ///
@@ -84,9 +91,16 @@ impl Broker for StoreBroker {
     type Disk = Chain;
 
     fn open(&self, name: &str) -> Result<Opened<Chain>> {
-        let target = Target::parse(name)?;
+        let (target, start) = (Target::parse(name)?, Instant::now());
         let shared = !matches!(target, Target::Writable(_));
-        Ok(Opened { shared, ..Opened::new(target.open(&self.store)?) })
+        loop {
+            match target.open(&self.store) {
+                Err(error) if error.kind() == ErrorKind::InUse && start.elapsed() < PATIENCE => {
+                    thread::sleep(TRY_AGAIN);
+                }
+                opened => return Ok(Opened { shared, ..Opened::new(opened?) }),
+            }
+        }
     }
 
     fn list(&self) -> Result<Vec<(String, String)>> {

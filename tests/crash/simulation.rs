@@ -14,6 +14,7 @@ use thinply::planted::{Bug, plant};
 
 use testkit::crash::Random;
 use testkit::crash::client::{fresh, run_together};
+use testkit::crash::desk::{Script, run_at_desk};
 use testkit::crash::disk::PAGE;
 use testkit::crash::folder::Plan;
 use testkit::crash::lives::{Outcome, campaign, life, ring, rounds, some_fault, with_bursts};
@@ -40,6 +41,15 @@ const BUGS: [(Bug, u64); 19] = [
     (Bug::CacheTrusted, 1000),
     (Bug::EpochNotSynced, 100),
     (Bug::NameNotSynced, 1000),
+];
+
+/// Those of the room where disks are in use.
+const DESK_BUGS: [(Bug, u64); 5] = [
+    (Bug::LeaseGivenTwice, 1000),
+    (Bug::MomentMissesABlock, 1000),
+    (Bug::FlushJoinedTooLate, 2000),
+    (Bug::CloseRacesAnOpen, 1000),
+    (Bug::ChangeOnAClosingDisk, 1000),
 ];
 
 /// One at a time: a planted bug is there for the whole process.
@@ -113,6 +123,15 @@ fn together(
     })
 }
 
+/// People who use one disk by turns or together, look at it and take snapshots of it, at a desk.
+fn at_desk(seed: u64) -> Outcome {
+    scheduled(seed, move || {
+        let mut random = Random::new(seed);
+        let plan = if seed.is_multiple_of(4) { some_fault } else { |_: &mut Random| None };
+        rounds(&mut random, seed, Script::random, plan, run_at_desk)
+    })
+}
+
 /// A life of one of all kinds.
 fn any_life(seed: u64) -> Outcome {
     scheduled(seed, move || {
@@ -137,8 +156,14 @@ fn lives_of_several_clients() {
     campaign("several clients", 50, 100, any_life);
 }
 
+#[test]
+fn lives_at_a_desk() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    campaign("people at a desk", 20, 100, at_desk);
+}
+
 /// The first seed below `seeds` that fails, and how.
-fn first_failure(seeds: u64) -> Option<(u64, String)> {
+fn first_failure(seeds: u64, life: fn(u64) -> Outcome) -> Option<(u64, String)> {
     let next = AtomicU64::new(0);
     let found: Mutex<Option<(u64, String)>> = Mutex::new(None);
     let work = || {
@@ -147,7 +172,7 @@ fn first_failure(seeds: u64) -> Option<(u64, String)> {
             if seed >= seeds || found.lock().unwrap().is_some() {
                 return;
             }
-            if let Err(what) = any_life(seed) {
+            if let Err(what) = life(seed) {
                 let mut found = found.lock().unwrap();
                 if found.as_ref().is_none_or(|(first, _)| seed < *first) {
                     *found = Some((seed, what));
@@ -160,14 +185,13 @@ fn first_failure(seeds: u64) -> Option<(u64, String)> {
     found.into_inner().unwrap()
 }
 
-#[test]
-fn planted_bugs_are_found() {
+fn find(bugs: &[(Bug, u64)], life: fn(u64) -> Outcome) {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     std::panic::set_hook(Box::new(|_| {}));
     let mut missed = Vec::new();
-    for (bug, seeds) in BUGS {
+    for &(bug, seeds) in bugs {
         plant(Some(bug));
-        match first_failure(seeds) {
+        match first_failure(seeds, life) {
             Some((seed, what)) => {
                 let what: String = what.chars().take(150).collect();
                 println!("{bug:?}: found by seed {seed} of {seeds}: {what}");
@@ -178,4 +202,14 @@ fn planted_bugs_are_found() {
     plant(None);
     drop(std::panic::take_hook());
     assert!(missed.is_empty(), "not found: {missed:?}");
+}
+
+#[test]
+fn planted_bugs_are_found() {
+    find(&BUGS, any_life);
+}
+
+#[test]
+fn bugs_planted_at_the_desk_are_found() {
+    find(&DESK_BUGS, at_desk);
 }

@@ -169,17 +169,6 @@ fn a_visit_waits_while_the_disk_is_being_closed() {
 }
 
 #[test]
-fn a_disk_in_use_under_another_name_is_tried_again() {
-    let (desk, _) = patient();
-    *desk.broker().fails.lock().unwrap() = Some(ErrorKind::InUse);
-    desk.lease("disk").unwrap();
-    assert_eq!(opened(&desk), 2);
-    let desk = Desk::with_patience(shelf(1), Duration::ZERO);
-    *desk.broker().fails.lock().unwrap() = Some(ErrorKind::InUse);
-    assert_eq!(kind(desk.visit("disk")), ErrorKind::InUse);
-}
-
-#[test]
 fn an_open_that_fails_or_panics_leaves_the_name_free() {
     let (desk, _) = desk();
     *desk.broker().fails.lock().unwrap() = Some(ErrorKind::Corrupt);

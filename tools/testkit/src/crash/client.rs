@@ -21,7 +21,7 @@ const CROWD: u64 = 8200;
 const MANY: u64 = 340;
 
 /// The whole blocks inside a range, with the device's last block counted as whole.
-fn whole_blocks(offset: u64, length: u64) -> (u64, u64) {
+pub(super) fn whole_blocks(offset: u64, length: u64) -> (u64, u64) {
     let (first, end) = (offset.next_multiple_of(PAGE), offset + length);
     let end = if end == SIZE { end } else { end / PAGE * PAGE };
     (first, end.saturating_sub(first))
@@ -55,16 +55,16 @@ pub fn fresh() -> (Disk, Oracle) {
 
 /// What the clients of a device know together.
 #[derive(Debug)]
-struct Known {
-    oracle: Oracle,
+pub(super) struct Known {
+    pub(super) oracle: Oracle,
     /// The next request's number.
     next: usize,
 }
 
 /// A client. Clones are others of the same device, which they may use at once.
 #[derive(Clone, Debug)]
-struct Client {
-    folder: CrashFolder,
+pub(super) struct Client {
+    pub(super) folder: CrashFolder,
     known: Arc<Mutex<Known>>,
 }
 
@@ -73,15 +73,15 @@ impl Client {
         Self { folder, known: Arc::new(Mutex::new(Known { oracle, next: first })) }
     }
 
-    fn known(&self) -> MutexGuard<'_, Known> {
+    pub(super) fn known(&self) -> MutexGuard<'_, Known> {
         guard(&self.known)
     }
 
-    fn open(&self) -> Result<Chain> {
+    pub(super) fn open(&self) -> Result<Chain> {
         Chain::open(Arc::new(self.folder.clone()), TOP, Access::Write, Arc::default())
     }
 
-    fn number(&self) -> usize {
+    pub(super) fn number(&self) -> usize {
         let mut known = self.known();
         known.next += 1;
         known.next - 1
@@ -95,42 +95,57 @@ impl Client {
     }
 
     /// Asks, acts, and says how it went.
-    fn request(&self, number: usize, ask: Ask, act: impl FnOnce() -> Result<()>) -> Result<()> {
+    pub(super) fn request(
+        &self,
+        number: usize,
+        ask: Ask,
+        act: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         self.note(Note::Asked(number, ask));
         let result = act();
         self.note(if result.is_ok() { Note::Done(number) } else { Note::Failed(number) });
         result
     }
 
-    fn write(&self, chain: &Chain, offset: u64, length: u64) -> Result<()> {
+    pub(super) fn write(
+        &self,
+        offset: u64,
+        length: u64,
+        act: impl FnOnce(&[u8]) -> Result<()>,
+    ) -> Result<()> {
         let number = self.number();
         let data = pattern(number, length);
-        self.request(number, Ask::Write { offset, data: data.clone() }, || {
-            chain.write(offset, &data.0)
-        })
+        self.request(number, Ask::Write { offset, data: data.clone() }, || act(&data.0))
     }
 
-    fn zero(&self, offset: u64, length: u64, act: impl FnOnce() -> Result<()>) -> Result<()> {
+    pub(super) fn zero(
+        &self,
+        offset: u64,
+        length: u64,
+        act: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         self.request(self.number(), Ask::Zero { offset, length }, act)
     }
 
-    fn flush(&self, act: impl FnOnce() -> Result<()>) -> Result<()> {
+    pub(super) fn flush(&self, act: impl FnOnce() -> Result<()>) -> Result<()> {
         self.request(self.number(), Ask::Flush, act)
     }
 
-    fn read(&self, chain: &Chain, block: u64) -> Result<()> {
+    pub(super) fn read(&self, device: &dyn Device, block: u64) -> Result<()> {
         let look = self.known().oracle.look(block);
         let mut found = vec![0; (SIZE - block * PAGE).min(PAGE) as usize];
-        chain.read(block * PAGE, &mut found)?;
+        device.read(block * PAGE, &mut found)?;
         let judged = self.known().oracle.check_read(look, &found);
         judged.map_err(|what| Error::new(ErrorKind::Corrupt, what))
     }
 
     fn run(&self, chain: &Chain, op: &Op) -> Result<()> {
         match *op {
-            Op::Write { offset, length } => self.write(chain, offset, length),
+            Op::Write { offset, length } => {
+                self.write(offset, length, |data| chain.write(offset, data))
+            }
             Op::WriteThrough { offset, length } => {
-                self.write(chain, offset, length)?;
+                self.write(offset, length, |data| chain.write(offset, data))?;
                 self.flush(|| chain.flush())
             }
             Op::Zero { offset, length, allocate } => {
@@ -151,16 +166,17 @@ impl Client {
             Op::Close => self.flush(|| chain.close()),
             Op::Burst => {
                 let at = (CROWD + self.number() as u64 % 7 * 400) * PAGE;
-                self.write(chain, at, 2 * PAGE)?;
+                let write = |at, length| self.write(at, length, |data| chain.write(at, data));
+                write(at, 2 * PAGE)?;
                 chain.write(at + 2 * PAGE, &vec![1; ((MANY - 4) * PAGE) as usize])?;
-                self.write(chain, at + (MANY - 2) * PAGE, 2 * PAGE)
+                write(at + (MANY - 2) * PAGE, 2 * PAGE)
             }
             Op::Commits(count) => {
                 for number in 0..count {
                     let at = (CROWD + 4000 + number) * PAGE;
                     // Not all of them are looked at later.
                     if number % 16 == 0 {
-                        self.write(chain, at, PAGE)?;
+                        self.write(at, PAGE, |data| chain.write(at, data))?;
                     } else {
                         chain.write(at, &[1; PAGE as usize])?;
                     }
@@ -189,7 +205,7 @@ impl Client {
         Ok(())
     }
 
-    fn excuse(&self, error: &Error, what: &str) -> Result<(), String> {
+    pub(super) fn excuse(&self, error: &Error, what: &str) -> Result<(), String> {
         if !self.folder.has_failed() {
             return Err(format!("{what}: {error:?}"));
         }
@@ -210,7 +226,7 @@ fn pattern(request: usize, length: u64) -> Data {
 }
 
 /// Begins a run: a client of a disk, whose every step is recorded, with a fault if one is planned.
-fn begin(disk: &Disk, oracle: &Oracle, fault: Option<Plan>, seed: u64) -> Client {
+pub(super) fn begin(disk: &Disk, oracle: &Oracle, fault: Option<Plan>, seed: u64) -> Client {
     let folder = CrashFolder::new(disk.clone());
     folder.record(seed);
     if let Some(plan) = fault {
@@ -219,7 +235,7 @@ fn begin(disk: &Disk, oracle: &Oracle, fault: Option<Plan>, seed: u64) -> Client
     Client::new(folder, oracle.clone(), (seed as usize & 0xffff) << 12)
 }
 
-fn end(client: &Client, disk: Disk, oracle: Oracle) -> Run {
+pub(super) fn end(client: &Client, disk: Disk, oracle: Oracle) -> Run {
     let folder = &client.folder;
     Run { disk, oracle, events: folder.take_record(), failed: folder.has_failed() }
 }

@@ -6,6 +6,8 @@
 //! recovered and judged.
 
 pub mod client;
+#[cfg(simulation)]
+pub mod desk;
 pub mod disk;
 pub mod folder;
 pub mod judge;
