@@ -23,7 +23,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{ParentLink, State};
 use crate::live::{Writable, newest_header};
 use crate::packed::Packed;
-use crate::planted::{Bug, planted};
 use crate::storage::{Access, Folder, Rights, Storage, sync_folder};
 use crate::sync::{RwLock, RwLockReadGuard};
 use crate::types::Identity;
@@ -260,9 +259,7 @@ fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Resul
     let stack = stack_below(header.parent.as_ref(), header.visible_parent_size, folder, layers)
         .map_err(|error| error.in_file(&path))?;
     // A killed process may have given the file this name in memory alone.
-    if !planted(Bug::NameNotSynced) {
-        sync_folder(&**folder)?;
-    }
+    sync_folder(&**folder)?;
     let top = Writable::open(file)?;
     if top.header().parent != header.parent {
         let error =

@@ -67,13 +67,7 @@ impl Slots {
     /// As [`Slots::read`], for what [`durable_header`] says.
     pub fn read_durable(file: &dyn Storage) -> Result<Self> {
         file.sync_data().map_err(failed(file, "syncing the header", 0))?;
-        if !planted(Bug::CacheTrusted) {
-            file.drop_cache(0, JOURNAL_OFFSET.0).map_err(failed(
-                file,
-                "dropping cached pages",
-                0,
-            ))?;
-        }
+        file.drop_cache(0, JOURNAL_OFFSET.0).map_err(failed(file, "dropping cached pages", 0))?;
         Self::read(file)
     }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thinply::memory::{Gather, Scatter};
+use thinply::planted::{Bug, planted};
 use thinply::storage::{Access, Folder, Lock, Rights, Share, Storage, read_exact_at, write_all_at};
 
 use super::Random;
@@ -275,7 +276,7 @@ impl Folder for CrashFolder {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.sync_names("")
+        if planted(Bug::NameNotSynced) { Ok(()) } else { self.sync_names("") }
     }
 }
 
@@ -416,7 +417,9 @@ impl Storage for CrashFile {
 
     fn drop_cache(&self, offset: u64, length: u64) -> io::Result<()> {
         let (mut state, _) = self.enter(Kind::Other)?;
-        state.apply(Change::DropCache { file: self.file, from: offset, to: offset + length });
+        if !planted(Bug::CacheTrusted) {
+            state.apply(Change::DropCache { file: self.file, from: offset, to: offset + length });
+        }
         Ok(())
     }
 
