@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use super::blob::Blob;
 use super::disk::{Disk, DiskKind, Frozen, LAYER, Record, rights_over};
-use super::draft::Blob;
 use super::index::is_hex_digest;
 use super::{Image, NewImage, Reference, Store, check_name, json};
 use crate::chain::{Chain, create, seal};

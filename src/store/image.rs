@@ -12,7 +12,7 @@ use oci_spec::image::{
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
-use super::draft::{Blob, Draft};
+use super::blob::{Blob, Draft};
 use super::index::{Index, MANIFEST_TYPE, hex_digest, is_hex_digest};
 use super::{Reference, Store, json};
 use crate::chain::{Chain, Layer, Parent};

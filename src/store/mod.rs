@@ -8,11 +8,11 @@
 //!   before a change or the one after it;
 //! - the parent link in a layer decides what it stands on, records and names only describe it.
 
+mod blob;
 mod broker;
 mod collect;
 mod container;
 mod disk;
-mod draft;
 mod image;
 mod index;
 mod json;
@@ -27,11 +27,11 @@ use crate::chain::Layers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, FileFolder, Folder, Lock, Storage, take_lock};
 
+pub use blob::Draft;
 pub use broker::StoreBroker;
 pub use collect::{Collected, Usage};
 pub use container::{Container, Saved};
 pub use disk::{Disk, DiskKind};
-pub use draft::Draft;
 pub use image::{HistoryEntry, Image, NewImage};
 pub use name::{MAX_NAME, Reference, check_name};
 pub use verify::Finding;
