@@ -1,16 +1,18 @@
-//! Layers in the making: files in the folder of blobs that mean nothing until they get their
-//! digest for a name.
+//! The folder of blobs: what is in it by its digest, and layers in the making, files that mean
+//! nothing until they get their digest for a name.
 
 use std::io::{self, BufWriter, Write};
 use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
 
-use super::{Store, json};
-use crate::chain::{Chain, Parent, create, seal};
+use super::image::bad;
+use super::{Store, digest, files};
+use crate::chain::{Chain, Layer, Parent, create, seal};
 use crate::derive::PackOptions;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::format::header::ParentLink;
 use crate::packed::Compression;
 use crate::storage::{Access, Lock, Rights, Storage};
 use crate::types::Identity;
@@ -40,6 +42,55 @@ pub(super) struct Blob {
     pub virtual_size: u64,
 }
 
+impl Store {
+    /// A blob that is JSON, if it has the digest that it should have.
+    pub(super) fn json_blob(&self, digest: &str) -> Result<Option<Vec<u8>>> {
+        let Some(bytes) = files::read_small(self.blobs(), digest)? else { return Ok(None) };
+        let found = digest::sha256(&bytes);
+        if found != digest {
+            let error = bad(format!("the blob was altered: its SHA-256 is {found}"));
+            return Err(error.in_file(self.blobs().path().join(digest)));
+        }
+        Ok(Some(bytes))
+    }
+
+    /// What a child of a layer blob has to know.
+    pub(super) fn parent(&self, digest: &str) -> Result<Parent> {
+        let path = self.blobs().path().join(digest);
+        let file = self
+            .blobs()
+            .open(digest, Access::Read)
+            .map_err(|error| Error::io(error, "opening a layer of the image").in_file(&path))?;
+        let layer = Layer::open(file)?;
+        let identity =
+            layer.identity().ok_or_else(|| bad("a layer that is not sealed").in_file(&path))?;
+        Ok(Parent {
+            link: ParentLink { identity, hint: digest.to_owned() },
+            virtual_size: layer.virtual_size(),
+            newly_frozen: false,
+        })
+    }
+
+    /// Stores a small blob under its digest, durably.
+    pub(super) fn put(&self, bytes: &[u8]) -> Result<()> {
+        files::replace(self.blobs(), &digest::sha256(bytes), bytes)
+    }
+
+    /// Bytes of disk that a blob takes.
+    pub(super) fn blob_cost(&self, digest: &str) -> Result<u64> {
+        let path = self.blobs().path().join(digest);
+        let cost = self.blobs().open(digest, Access::Read).and_then(|file| file.allocated());
+        cost.map_err(|error| Error::io(error, "looking at a blob").in_file(path))
+    }
+
+    /// Opens a blob for reading.
+    pub fn blob(&self, digest: &str) -> Result<Arc<dyn Storage>> {
+        let fail =
+            |error| Error::io(error, "opening a blob").in_file(self.blobs().path().join(digest));
+        self.blobs().open(digest, Access::Read).map_err(fail)
+    }
+}
+
 impl Draft {
     /// A new layer over `parent`, a blob of the store.
     pub(super) fn new(
@@ -50,7 +101,7 @@ impl Draft {
     ) -> Result<Self> {
         // Under the lock, since nobody holds the file for a moment.
         let _guard = store.lock()?;
-        let (folder, name) = (&store.folders.blobs, json::draft_name()?);
+        let (folder, name) = (&store.folders.blobs, files::draft_name()?);
         create(&folder.creating(rights), &name, size, parent, &store.layers)?;
         let chain = Chain::open(folder.clone(), &name, Access::Write, store.layers.clone());
         let chain = chain.inspect_err(|_| drop(folder.remove(&name)))?;
@@ -83,7 +134,7 @@ impl Blob {
     pub(super) fn pack(store: &Store, source: &Chain) -> Result<Self> {
         let folder = &store.folders.blobs;
         let fail = |error| Error::io(error, "writing the new layer").in_file(folder.path());
-        let name = json::draft_name()?;
+        let name = files::draft_name()?;
         let rights = source.successor_rights()?;
         let guard = store.lock()?;
         let file = folder.creating(rights).create(&name).map_err(fail)?;
@@ -133,7 +184,7 @@ impl Sink {
     }
 
     fn digest(self) -> String {
-        json::hex(&self.hasher.finalize())
+        digest::hex(&self.hasher.finalize())
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Disk, DiskKind, Store, json};
+use super::{Disk, DiskKind, Store, files};
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::serve::{Broker, Log, Opened};
@@ -114,10 +114,10 @@ impl Broker for StoreBroker {
     /// In the store's folder, under no name: a name is there for a moment only, and `gc` takes what a
     /// crash leaves of it.
     fn scratch(&self) -> Result<Arc<dyn Storage>> {
-        let (root, name) = (self.store.root(), json::draft_name()?);
+        let (root, name) = (self.store.root(), files::draft_name()?);
         let fail = |error| Error::io(error, "making a temporary file").in_file(root.path());
         let file = root.create(&name).map_err(fail)?;
-        json::remove(root, &name)?;
+        files::remove(root, &name)?;
         Ok(file)
     }
 

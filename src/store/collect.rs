@@ -5,9 +5,11 @@ use std::io;
 
 use serde_json::Value;
 
+use super::digest::{hex_digest, is_hex_digest};
 use super::disk::{Disk, DiskKind, GONE, LAYER, RECORD, Record, is_layer_of};
-use super::index::{Index, hex_digest, is_hex_digest};
-use super::{Guard, Image, Store, json};
+use super::files::listing;
+use super::index::Index;
+use super::{Guard, Image, Store, files, json};
 use crate::chain::finish_snapshot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::State;
@@ -70,14 +72,6 @@ struct Garbage {
     name: String,
 }
 
-/// The names in a folder, sorted.
-pub(super) fn listing(folder: &dyn Folder) -> Result<Vec<String>> {
-    let fail = |error| Error::io(error, "listing the folder").in_file(folder.path());
-    let mut names = folder.list().map_err(fail)?;
-    names.sort();
-    Ok(names)
-}
-
 impl Store {
     /// Everything that something refers to in the folder of blobs: from the index, from records,
     /// and from the parent links of layers, those of no record included, but for what is `doomed`.
@@ -91,7 +85,7 @@ impl Store {
             let folder = &**self.folder(kind);
             for name in listing(folder)? {
                 if name.ends_with(RECORD) || name.ends_with(GONE) {
-                    let record = json::read_json::<Record>(folder, &name)?.unwrap_or_default();
+                    let record = json::read::<Record>(folder, &name)?.unwrap_or_default();
                     if is_hex_digest(&record.manifest) {
                         self.mark_manifest(&record.manifest, &mut marked)?;
                     }
@@ -103,7 +97,7 @@ impl Store {
             }
         }
         // What is being made stands on something too.
-        for name in listing(self.blobs())?.iter().filter(|name| name.starts_with(json::DRAFT)) {
+        for name in listing(self.blobs())?.iter().filter(|name| name.starts_with(files::DRAFT)) {
             if !is_doomed(Place::Blobs, name) {
                 self.mark_parents(self.blobs(), name, &mut marked)?;
             }
@@ -202,7 +196,7 @@ impl Store {
             index.write_smaller(self)?;
         }
         for garbage in &doomed {
-            json::remove(self.place(garbage.place), &garbage.name)?;
+            files::remove(self.place(garbage.place), &garbage.name)?;
         }
         for folder in [
             &self.folders.root,
@@ -223,7 +217,7 @@ impl Store {
         let mut add = |place, names: Vec<String>| {
             found.extend(names.into_iter().map(|name| Garbage { place, name }));
         };
-        let is_draft = |name: &String| name.starts_with(json::DRAFT);
+        let is_draft = |name: &String| name.starts_with(files::DRAFT);
         for place in [Place::Root, Place::Blobs] {
             let mut drafts = listing(self.place(place))?;
             drafts.retain(is_draft);
@@ -349,7 +343,7 @@ impl Store {
         for name in &names {
             let stem = name.strip_prefix('.').unwrap_or(name);
             let stem = stem.strip_suffix(".top").unwrap_or(stem);
-            let stray = if name.starts_with(json::DRAFT) {
+            let stray = if name.starts_with(files::DRAFT) {
                 true
             } else if let Some(stem) = stem.strip_suffix(LAYER) {
                 !self.is_recorded(kind, stem, name, &names)?
@@ -441,7 +435,7 @@ fn parent_hint(folder: &dyn Folder, name: &str) -> Result<Option<String>> {
         return match Packed::open(file) {
             Ok(layer) => Ok(layer.parent().map(|link| link.hint.clone())),
             // One that is being written; the layer that it is made from keeps the parents.
-            Err(_) if name.starts_with(json::DRAFT) => Ok(None),
+            Err(_) if name.starts_with(files::DRAFT) => Ok(None),
             Err(error) => Err(error),
         };
     }
@@ -449,7 +443,7 @@ fn parent_hint(folder: &dyn Folder, name: &str) -> Result<Option<String>> {
         Ok(header) => Ok(header.parent.map(|link| link.hint)),
         Err(error) if error.kind() == ErrorKind::NotAnImage => Ok(None),
         // A header whose checksums don't hold, of a creation that was cut off.
-        Err(error) if name.starts_with(json::DRAFT) && error.kind() == ErrorKind::Corrupt => {
+        Err(error) if name.starts_with(files::DRAFT) && error.kind() == ErrorKind::Corrupt => {
             Ok(None)
         }
         Err(error) => Err(error),

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use super::blob::Blob;
+use super::digest::is_hex_digest;
 use super::disk::{Disk, DiskKind, Frozen, LAYER, Record, rights_over};
-use super::index::is_hex_digest;
-use super::{Image, NewImage, Reference, Store, check_name, json};
+use super::{Image, NewImage, Reference, Store, check_name, files, now};
 use crate::chain::{Chain, create, seal};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
@@ -118,7 +118,7 @@ impl Store {
         let guard = self.lock()?;
         let parent = self.parent(&image.top()?)?;
         let record = Record {
-            created: json::now(),
+            created: now(),
             image: image.name(),
             manifest: image.id.clone(),
             frozen: Vec::new(),
@@ -184,10 +184,10 @@ impl Store {
         let file = format!("{}@{number}{LAYER}", disk.name);
         // What a removed container of that name may have left: once the record has the file, it
         // counts.
-        json::remove(&**self.folder(disk.kind), &file)?;
+        files::remove(&**self.folder(disk.kind), &file)?;
         record.frozen.push(Frozen {
             file: file.clone(),
-            created: json::now(),
+            created: now(),
             snapshot: snapshot.map(str::to_owned),
         });
         self.write_record(disk, &record)?;
@@ -305,7 +305,7 @@ impl Store {
     fn drop_unneeded(&self, disk: &Disk, record: &mut Record) -> Result<()> {
         let unneeded = self.unneeded(disk, record)?;
         for file in &unneeded {
-            json::remove(&**self.folder(disk.kind), file)?;
+            files::remove(&**self.folder(disk.kind), file)?;
         }
         record.frozen.retain(|frozen| !unneeded.contains(&frozen.file));
         Ok(())
@@ -333,9 +333,9 @@ impl Store {
             }
             None => (self.parent(&self.image_of_reset(&disk, &record)?)?, self.blobs()),
         };
-        let draft = json::draft_name()?;
+        let draft = files::draft_name()?;
         let rights = match &claim {
-            Some(file) => json::rights_of(&**file)?,
+            Some(file) => files::rights_of(&**file)?,
             None => rights_over(home, &parent)?,
         };
         let drafts = folder.creating(rights);
@@ -345,7 +345,7 @@ impl Store {
             let _ = folder.remove(&draft);
             Error::io(error, "replacing the layer").in_file(folder.path().join(disk.file()))
         })?;
-        json::remove(&**folder, &disk.new_top_file())?;
+        files::remove(&**folder, &disk.new_top_file())?;
         sync_folder(&**folder)?;
         self.drop_unneeded(&disk, &mut record)?;
         self.write_record(&disk, &record)

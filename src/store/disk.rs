@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::collect::listing;
-use super::{Guard, Store, check_name, json};
+use super::files::listing;
+use super::{Guard, Store, check_name, files, json};
 use crate::chain::{Chain, Parent, create};
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::newest_header;
@@ -128,12 +128,12 @@ impl Store {
 
     /// The record of a disk; none where there is no such disk.
     pub(super) fn record(&self, disk: &Disk) -> Result<Option<Record>> {
-        json::read_json(&**self.folder(disk.kind), &disk.record_file())
+        json::read(&**self.folder(disk.kind), &disk.record_file())
     }
 
     pub(super) fn write_record(&self, disk: &Disk, record: &Record) -> Result<()> {
         let folder = &**self.folder(disk.kind);
-        json::replace(folder, &disk.record_file(), &json::canonical(record)?)
+        files::replace(folder, &disk.record_file(), &json::canonical(record)?)
     }
 
     /// Makes a disk: first the layer, then the record that says that it is there.
@@ -152,8 +152,8 @@ impl Store {
         }
         self.finish_removal(disk)?;
         // What a creation left that was cut off before its record.
-        json::remove(&**folder, &disk.file())?;
-        json::remove(&**folder, &disk.new_top_file())?;
+        files::remove(&**folder, &disk.file())?;
+        files::remove(&**folder, &disk.new_top_file())?;
         let rights = match parent {
             Some(parent) => rights_over(self.blobs(), parent)?,
             None => Rights::Usual,
@@ -233,7 +233,7 @@ impl Store {
         let guard = self.lock()?;
         let folder = &**self.folder(disk.kind);
         // A record that can't be read is no reason to keep the disk.
-        let found = json::read_small(folder, &disk.record_file())?.is_some();
+        let found = files::read_small(folder, &disk.record_file())?.is_some();
         if !found && !self.finish_removal(disk)? {
             return Err(disk.missing());
         }
@@ -254,18 +254,18 @@ impl Store {
     /// there is no mark.
     pub(super) fn finish_removal(&self, disk: &Disk) -> Result<bool> {
         let folder = &**self.folder(disk.kind);
-        let Some(bytes) = json::read_small(folder, &disk.gone_file())? else { return Ok(false) };
+        let Some(bytes) = files::read_small(folder, &disk.gone_file())? else { return Ok(false) };
         // Where it is no record, `gc` finds the layers that no record has.
         let record: Record = json::parse(&bytes).unwrap_or_default();
-        json::remove(folder, &disk.file())?;
-        json::remove(folder, &disk.new_top_file())?;
+        files::remove(folder, &disk.file())?;
+        files::remove(folder, &disk.new_top_file())?;
         for frozen in &record.frozen {
             if is_layer_of(disk, &frozen.file) {
-                json::remove(folder, &frozen.file)?;
+                files::remove(folder, &frozen.file)?;
             }
         }
         sync_folder(folder)?;
-        json::remove(folder, &disk.gone_file())?;
+        files::remove(folder, &disk.gone_file())?;
         sync_folder(folder)?;
         Ok(true)
     }

@@ -12,11 +12,15 @@ mod blob;
 mod broker;
 mod collect;
 mod container;
+mod digest;
 mod disk;
+mod files;
 mod image;
 mod index;
 mod json;
 mod name;
+mod publish;
+mod transfer;
 mod verify;
 mod volume;
 
@@ -32,8 +36,9 @@ pub use broker::StoreBroker;
 pub use collect::{Collected, Usage};
 pub use container::{Container, Saved};
 pub use disk::{Disk, DiskKind};
-pub use image::{HistoryEntry, Image, NewImage};
+pub use image::{HistoryEntry, Image};
 pub use name::{MAX_NAME, Reference, check_name};
+pub use publish::NewImage;
 pub use verify::Finding;
 pub use volume::Volume;
 
@@ -94,7 +99,7 @@ impl Store {
     pub fn over(folders: Folders) -> Result<Self> {
         let layers = Arc::new(Layers::new(vec![folders.blobs.clone()]));
         let store = Self { folders, layers };
-        match json::read_small(store.root(), LAYOUT_FILE)? {
+        match files::read_small(store.root(), LAYOUT_FILE)? {
             Some(found) => store.check_layout(&found)?,
             None => store.initialise()?,
         }
@@ -122,11 +127,11 @@ impl Store {
             _ => {}
         }
         let _guard = self.lock()?;
-        if json::read_small(self.root(), index::FILE)?.is_none() {
+        if files::read_small(self.root(), index::FILE)?.is_none() {
             index::Index::default().write(self)?;
         }
         self.keep_reserve();
-        json::replace(self.root(), LAYOUT_FILE, LAYOUT)
+        files::replace(self.root(), LAYOUT_FILE, LAYOUT)
     }
 
     /// Sets space aside for a removal on a full disk. Where there is none now, later changes try
@@ -199,4 +204,9 @@ impl Store {
             pause = (pause * 2).min(Duration::from_millis(10));
         }
     }
+}
+
+/// The present time as the OCI specification writes it.
+fn now() -> String {
+    humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string()
 }

@@ -1,9 +1,10 @@
 //! `store check`: whether everything is there and is what its name says.
 
-use super::collect::listing;
+use super::digest::is_hex_digest;
 use super::disk::{Disk, DiskKind};
-use super::index::{Index, is_hex_digest};
-use super::{Store, json};
+use super::files::listing;
+use super::index::Index;
+use super::{Store, digest};
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::inspect;
@@ -59,7 +60,7 @@ impl Store {
                     continue;
                 }
             };
-            match json::sha256_file(&*file) {
+            match digest::sha256_file(&*file) {
                 Ok((digest, _)) if digest == *name => {}
                 Ok((digest, _)) => note(format!("blob {name}"), format!("its SHA-256 is {digest}")),
                 Err(error) => note(format!("blob {name}"), error.to_string()),

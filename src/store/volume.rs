@@ -1,7 +1,7 @@
 //! Volumes: live layers without a parent.
 
 use super::disk::{Disk, DiskKind, Record};
-use super::{Store, json};
+use super::{Store, now};
 use crate::error::Result;
 
 /// A volume as its record and its layer tell.
@@ -26,7 +26,7 @@ impl Store {
     pub fn create_volume(&self, name: &str, size: u64) -> Result<()> {
         let disk = Disk::new(DiskKind::Volume, name)?;
         let guard = self.lock()?;
-        let record = Record { created: json::now(), ..Record::default() };
+        let record = Record { created: now(), ..Record::default() };
         self.create_disk(&disk, Some(size), None, &record, &guard)
     }
 
