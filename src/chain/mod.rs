@@ -24,7 +24,7 @@ use crate::format::header::{ParentLink, State};
 use crate::live::{Writable, newest_header};
 use crate::packed::Packed;
 use crate::planted::{Bug, planted};
-use crate::storage::{Access, Folder, Rights, Storage, sync_folder};
+use crate::storage::{Access, Folder, Rights, Storage, open_in, sync_folder};
 use crate::sync::{RwLock, RwLockReadGuard};
 use crate::types::Identity;
 use gate::{Found, check_visible};
@@ -231,7 +231,7 @@ fn stack_below(
 /// The levels of a layer that is only read, on what `layers` finds below it, or alone.
 fn sealed_levels(folder: &Arc<dyn Folder>, name: &str, layers: Option<&Layers>) -> Result<Levels> {
     let path = folder.path().join(name);
-    let layer = Layer::open(setup::open_file(&**folder, name, Access::Read)?)?;
+    let layer = Layer::open(open_in(&**folder, name, Access::Read)?)?;
     let below = match layers {
         Some(layers) => stack_below(layer.parent(), layer.visible_parent_size(), folder, layers)
             .map_err(|error| error.in_file(path))?,
@@ -244,7 +244,7 @@ fn sealed_levels(folder: &Arc<dyn Folder>, name: &str, layers: Option<&Layers>) 
 
 fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Result<Levels> {
     let path = folder.path().join(name);
-    let mut file = setup::open_file(&**folder, name, Access::Write)?;
+    let mut file = open_in(&**folder, name, Access::Write)?;
     if Packed::recognise(&*file)? {
         let error = Error::new(ErrorKind::ReadOnly, "a packed layer never changes");
         return Err(error.in_file(path));
@@ -253,7 +253,7 @@ fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Resul
     if matches!(header.state, State::Frozen(_))
         && snapshot::finish(&**folder, name, header.identity())? == CutOff::Finished
     {
-        file = setup::open_file(&**folder, name, Access::Write)?;
+        file = open_in(&**folder, name, Access::Write)?;
         header = newest_header(&*file)?;
     }
     // The parents come first: a layer that can't be read shall not be marked as in use.

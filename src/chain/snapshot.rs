@@ -5,12 +5,11 @@ use std::sync::{Arc, PoisonError};
 
 use super::gate::Found;
 use super::layer::Layer;
-use super::setup::open_file;
 use super::{Chain, Levels, MAX_DEPTH, Stack};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
 use crate::live::{self, NewLayer, Writable, durable_header, newest_header};
-use crate::storage::{Access, Folder, Lock, Rights, sync_folder, take_lock};
+use crate::storage::{Access, Folder, Lock, Rights, find_in, open_in, sync_folder, take_lock};
 use crate::types::Identity;
 
 /// The new top's name until it takes the old one's.
@@ -45,13 +44,10 @@ pub(super) fn finish(
     // A killed process may have left the freeze in the page cache alone. It has to be durable
     // before a name says that there is a child.
     let by_others = || {
-        let now = durable_header(&*open_file(folder, name, Access::Read)?)?.identity();
+        let now = durable_header(&*open_in(folder, name, Access::Read)?)?.identity();
         Ok(if now == identity { CutOff::Nothing } else { CutOff::Finished })
     };
-    let file = match open_file(folder, &new_top, Access::Write) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return by_others(),
-        other => other?,
-    };
+    let Some(file) = find_in(folder, &new_top, Access::Write)? else { return by_others() };
     take_lock(&*file, Lock::Exclusive)?;
     if by_others()? == CutOff::Finished {
         return Ok(CutOff::Finished);

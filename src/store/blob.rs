@@ -14,7 +14,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::format::header::ParentLink;
 use crate::packed::Compression;
-use crate::storage::{Access, Lock, Rights, Storage};
+use crate::storage::{Access, Lock, Rights, Storage, failed, open_in};
 use crate::types::Identity;
 
 const BUFFER: usize = 1 << 20;
@@ -57,11 +57,7 @@ impl Store {
     /// What a child of a layer blob has to know.
     pub(super) fn parent(&self, digest: &str) -> Result<Parent> {
         let path = self.blobs().path().join(digest);
-        let file = self
-            .blobs()
-            .open(digest, Access::Read)
-            .map_err(|error| Error::io(error, "opening a layer of the image").in_file(&path))?;
-        let layer = Layer::open(file)?;
+        let layer = Layer::open(open_in(self.blobs(), digest, Access::Read)?)?;
         let identity =
             layer.identity().ok_or_else(|| bad("a layer that is not sealed").in_file(&path))?;
         Ok(Parent {
@@ -78,16 +74,13 @@ impl Store {
 
     /// Bytes of disk that a blob takes.
     pub(super) fn blob_cost(&self, digest: &str) -> Result<u64> {
-        let path = self.blobs().path().join(digest);
-        let cost = self.blobs().open(digest, Access::Read).and_then(|file| file.allocated());
-        cost.map_err(|error| Error::io(error, "looking at a blob").in_file(path))
+        let file = self.blob(digest)?;
+        file.allocated().map_err(failed(&*file, "looking at its size", 0))
     }
 
     /// Opens a blob for reading.
     pub fn blob(&self, digest: &str) -> Result<Arc<dyn Storage>> {
-        let fail =
-            |error| Error::io(error, "opening a blob").in_file(self.blobs().path().join(digest));
-        self.blobs().open(digest, Access::Read).map_err(fail)
+        open_in(self.blobs(), digest, Access::Read)
     }
 }
 

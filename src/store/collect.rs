@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::State;
 use crate::live::newest_header;
 use crate::packed::Packed;
-use crate::storage::{Access, Folder, Lock, sync_folder};
+use crate::storage::{Access, Folder, Lock, failed, find_in, sync_folder};
 
 /// What a collection took away, or would.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -323,15 +323,11 @@ impl Store {
 
     /// Whether nobody has a file open with a lock on it.
     fn is_idle(&self, folder: &dyn Folder, name: &str) -> Result<bool> {
-        let fail = |error| Error::io(error, "looking at a file").in_file(folder.path().join(name));
-        let file = match folder.open(name, Access::Write) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-            other => other.map_err(fail)?,
-        };
+        let Some(file) = find_in(folder, name, Access::Write)? else { return Ok(false) };
         match file.lock(Lock::Exclusive) {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
-            Err(error) => Err(fail(error)),
+            Err(error) => Err(failed(&*file, "locking the file", 0)(error)),
         }
     }
 
@@ -426,11 +422,7 @@ impl Store {
 /// The file name that a layer's parent link gives; none where the file is gone, is no layer, or
 /// stands on nothing.
 fn parent_hint(folder: &dyn Folder, name: &str) -> Result<Option<String>> {
-    let path = folder.path().join(name);
-    let file = match folder.open(name, Access::Read) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        other => other.map_err(|error| Error::io(error, "opening a layer").in_file(path))?,
-    };
+    let Some(file) = find_in(folder, name, Access::Read)? else { return Ok(None) };
     if Packed::recognise(&*file)? {
         return match Packed::open(file) {
             Ok(layer) => Ok(layer.parent().map(|link| link.hint.clone())),

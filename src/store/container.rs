@@ -10,7 +10,7 @@ use crate::chain::{Chain, create, seal};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::newest_header;
-use crate::storage::{Access, sync_folder};
+use crate::storage::{Access, open_in, sync_folder};
 
 /// A container as its record and its layer tell.
 #[derive(Clone, Debug)]
@@ -88,17 +88,14 @@ impl Store {
         let folder = self.folder(DiskKind::Container);
         let (mut own, mut next) = (Vec::new(), file.to_owned());
         loop {
-            let path = folder.path().join(&next);
-            let opened = folder
-                .open(&next, Access::Read)
-                .map_err(|error| Error::io(error, "opening the layer").in_file(&path))?;
+            let opened = open_in(&**folder, &next, Access::Read)?;
             let hint = newest_header(&*opened)?.parent.map(|link| link.hint);
             match hint {
                 None => return Ok((own, None)),
                 Some(hint) if is_hex_digest(&hint) => return Ok((own, Some(hint))),
                 Some(hint) if own.contains(&hint) || hint == file => {
                     let error = Error::new(ErrorKind::Corrupt, "the layer is its own ancestor");
-                    return Err(error.in_file(path));
+                    return Err(error.in_file(opened.path()));
                 }
                 Some(hint) => {
                     own.push(hint.clone());

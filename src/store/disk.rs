@@ -10,7 +10,9 @@ use super::{Guard, Store, check_name, files, json};
 use crate::chain::{Chain, Parent, create};
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::newest_header;
-use crate::storage::{Access, Folder, Lock, Rights, Storage, sync_folder, take_lock};
+use crate::storage::{
+    Access, Folder, Lock, Rights, Storage, failed, find_in, open_in, sync_folder, take_lock,
+};
 
 /// What a disk is to people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -184,40 +186,24 @@ impl Store {
         let folder = self.folder(disk.kind);
         let files = record.frozen.iter().map(|frozen| frozen.file.clone());
         let names = files.chain([disk.file(), disk.record_file()]);
-        let cost = |name: String| match folder.open(&name, Access::Read) {
-            Ok(file) => file.allocated(),
+        let cost = |name: String| match find_in(&**folder, &name, Access::Read)? {
+            Some(file) => file.allocated().map_err(failed(&*file, "looking at its size", 0)),
             // A frozen layer that was never made, or has gone meanwhile.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(0),
-            Err(error) => Err(error),
+            None => Ok(0),
         };
-        names
-            .map(|name| {
-                let path = folder.path().join(&name);
-                cost(name).map_err(|error| Error::io(error, "looking at a layer").in_file(path))
-            })
-            .sum()
+        names.map(cost).sum()
     }
 
     /// The disk's virtual size.
     pub(super) fn disk_size(&self, disk: &Disk) -> Result<u64> {
-        let folder = self.folder(disk.kind);
-        let file = folder.open(&disk.file(), Access::Read).map_err(|error| {
-            Error::io(error, "opening the layer").in_file(folder.path().join(disk.file()))
-        })?;
+        let file = open_in(&**self.folder(disk.kind), &disk.file(), Access::Read)?;
         Ok(newest_header(&*file)?.virtual_size)
     }
 
     /// Locks a disk's layer against everybody, under the store's lock.
     pub(super) fn claim(&self, disk: &Disk, _: &Guard) -> Result<Option<Arc<dyn Storage>>> {
-        let folder = self.folder(disk.kind);
-        let file = match folder.open(&disk.file(), Access::Write) {
-            Ok(file) => file,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => {
-                let path = folder.path().join(disk.file());
-                return Err(Error::io(error, "opening the layer").in_file(path));
-            }
-        };
+        let folder = &**self.folder(disk.kind);
+        let Some(file) = find_in(folder, &disk.file(), Access::Write)? else { return Ok(None) };
         take_lock(&*file, Lock::Exclusive).map_err(|error| {
             let detail = format!("{} {:?} is in use: {error}", disk.kind.noun(), disk.name);
             Error::new(error.kind(), detail)
@@ -273,11 +259,8 @@ impl Store {
 
 /// The rights of a disk that shows what a parent in `folder` holds.
 pub(super) fn rights_over(folder: &dyn Folder, parent: &Parent) -> Result<Rights> {
-    let file = folder.open(&parent.link.hint, Access::Read);
-    file.and_then(|file| Rights::of_copy([&*file])).map_err(|error| {
-        let path = folder.path().join(&parent.link.hint);
-        Error::io(error, "looking at the parent's mode").in_file(path)
-    })
+    let file = open_in(folder, &parent.link.hint, Access::Read)?;
+    Rights::of_copy([&*file]).map_err(failed(&*file, "looking at the parent's mode", 0))
 }
 
 /// Whether a file name is one that this disk gives its frozen layers.

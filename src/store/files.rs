@@ -5,22 +5,20 @@ use std::io;
 use super::digest::hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::random;
-use crate::storage::{Access, Folder, Rights, Storage, failed, read_exact_at, write_all_at};
+use crate::storage::{
+    Access, Folder, Rights, Storage, failed, find_in, read_exact_at, write_all_at,
+};
 
 /// Largest JSON file that is read. A manifest of 1,024 layers takes about half a MiB.
 const MAX_JSON: u64 = 4 << 20;
 
 /// Reads a whole small file; `None` where it is not there.
 pub(super) fn read_small(folder: &dyn Folder, name: &str) -> Result<Option<Vec<u8>>> {
-    let path = folder.path().join(name);
-    let file = match folder.open(name, Access::Read) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        other => other.map_err(|error| Error::io(error, "opening the file").in_file(&path))?,
-    };
+    let Some(file) = find_in(folder, name, Access::Read)? else { return Ok(None) };
     let length = file.length().map_err(failed(&*file, "reading the length", 0))?;
     if length > MAX_JSON {
         let detail = format!("{length} bytes of JSON, expected at most {MAX_JSON}");
-        return Err(Error::new(ErrorKind::Limit, detail).in_file(path));
+        return Err(Error::new(ErrorKind::Limit, detail).in_file(file.path()));
     }
     let mut bytes = vec![0; length as usize];
     read_exact_at(&*file, &mut bytes, 0).map_err(failed(&*file, "reading", 0))?;
@@ -65,12 +63,13 @@ pub(super) fn replace(folder: &dyn Folder, name: &str, bytes: &[u8]) -> Result<(
     folder.sync().map_err(fail("syncing the folder"))
 }
 
-/// Removes a file; true if it was there. Not durable until the folder is synced.
-pub(super) fn remove(folder: &dyn Folder, name: &str) -> Result<bool> {
+/// Makes sure that there is no such file. Not durable until the folder is synced.
+pub(super) fn remove(folder: &dyn Folder, name: &str) -> Result<()> {
     match folder.remove(name) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(Error::io(error, "removing the file").in_file(folder.path().join(name))),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Error::io(error, "removing the file").in_file(folder.path().join(name)))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 
 use crate::chain::Layers;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::{Access, FileFolder, Folder, Lock, Storage, take_lock};
+use crate::storage::{Access, FileFolder, Folder, Lock, Storage, failed, open_in, take_lock};
 
 pub use blob::Draft;
 pub use broker::StoreBroker;
@@ -162,15 +162,15 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::InUse`] where another process has it.
     pub(crate) fn take_desk(&self) -> Result<Arc<dyn Storage>> {
-        let path = self.root().path().join(DESK_FILE);
         let file = match self.root().create(DESK_FILE) {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                self.root().open(DESK_FILE, Access::Write)
+                open_in(self.root(), DESK_FILE, Access::Write)?
             }
-            other => other,
+            other => other.map_err(|error| {
+                let path = self.root().path().join(DESK_FILE);
+                Error::io(error, "creating the desk's lock").in_file(path)
+            })?,
         };
-        let file =
-            file.map_err(|error| Error::io(error, "opening the desk's lock").in_file(path))?;
         take_lock(&*file, Lock::Exclusive).map_err(|error| match error.kind() {
             ErrorKind::InUse => {
                 let detail = format!("another process serves this store: {error}");
@@ -183,18 +183,14 @@ impl Store {
 
     /// Waits for the right to change names.
     fn lock(&self) -> Result<Guard> {
-        let path = self.root().path().join(LOCK_FILE);
-        let file = self
-            .root()
-            .open(LOCK_FILE, Access::Write)
-            .map_err(|error| Error::io(error, "opening the lock").in_file(&path))?;
+        let file = open_in(self.root(), LOCK_FILE, Access::Write)?;
         let start = Instant::now();
         let mut pause = Duration::from_micros(100);
         loop {
             match file.lock(Lock::Exclusive) {
                 Ok(()) => return Ok(Guard(file)),
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(Error::io(error, "locking the store").in_file(path)),
+                Err(error) => return Err(failed(&*file, "locking the store", 0)(error)),
             }
             if start.elapsed() > PATIENCE {
                 // Fails with the holder's name, or succeeds after all.

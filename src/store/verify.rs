@@ -6,9 +6,9 @@ use super::files::listing;
 use super::index::Index;
 use super::{Store, digest};
 use crate::chain::Chain;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{ErrorKind, Result};
 use crate::inspect;
-use crate::storage::Access;
+use crate::storage::{Access, open_in};
 
 /// Something that is not as it should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,14 +53,8 @@ impl Store {
 
     fn verify_blobs(&self, note: &mut impl FnMut(String, String)) -> Result<()> {
         for name in listing(self.blobs())?.iter().filter(|name| is_hex_digest(name)) {
-            let file = match self.blobs().open(name, Access::Read) {
-                Ok(file) => file,
-                Err(error) => {
-                    note(format!("blob {name}"), error.to_string());
-                    continue;
-                }
-            };
-            match digest::sha256_file(&*file) {
+            let file = open_in(self.blobs(), name, Access::Read);
+            match file.and_then(|file| digest::sha256_file(&*file)) {
                 Ok((digest, _)) if digest == *name => {}
                 Ok((digest, _)) => note(format!("blob {name}"), format!("its SHA-256 is {digest}")),
                 Err(error) => note(format!("blob {name}"), error.to_string()),
@@ -122,9 +116,7 @@ impl Store {
         note: &mut impl FnMut(String, String),
     ) -> Result<()> {
         let folder = self.folder(disk.kind);
-        let file = folder.open(name, Access::Read).map_err(|error| {
-            Error::io(error, "opening the layer").in_file(folder.path().join(name))
-        })?;
+        let file = open_in(&**folder, name, Access::Read)?;
         for finding in inspect::check(&*file)?.findings {
             note(format!("{} {}", disk.kind.noun(), disk.name), format!("{name}: {finding:?}"));
         }
