@@ -77,13 +77,11 @@ impl Levels {
     }
 
     fn top(&self) -> Result<&Writable> {
-        self.top.as_ref().ok_or_else(|| {
-            let error = Error::new(ErrorKind::ReadOnly, "not open for writing");
-            match self.stack.as_ref().and_then(|stack| stack.layers().next()) {
-                Some(layer) => error.in_file(layer.path()),
-                None => error,
-            }
-        })
+        self.top.as_ref().ok_or_else(|| not_writable(self.stack.as_deref()))
+    }
+
+    fn top_mut(&mut self) -> Result<&mut Writable> {
+        self.top.as_mut().ok_or_else(|| not_writable(self.stack.as_deref()))
     }
 
     fn read_only(stack: Arc<Stack>) -> Self {
@@ -94,6 +92,14 @@ impl Levels {
     fn writable(top: Writable, stack: Option<Arc<Stack>>) -> Self {
         let header = top.header();
         Self { top: Some(top), stack, clip: header.visible_parent_size, size: header.virtual_size }
+    }
+}
+
+fn not_writable(stack: Option<&Stack>) -> Error {
+    let error = Error::new(ErrorKind::ReadOnly, "not open for writing");
+    match stack.and_then(|stack| stack.layers().next()) {
+        Some(layer) => error.in_file(layer.path()),
+        None => error,
     }
 }
 
@@ -172,7 +178,7 @@ impl Chain {
                 ),
             ));
         }
-        let Some(top) = levels.top.as_mut() else { return Ok(()) };
+        let top = levels.top_mut()?;
         top.resize(size)?;
         let header = top.header();
         levels.clip = header.visible_parent_size;
@@ -189,8 +195,8 @@ impl Chain {
     pub fn relink(&self, from: Identity, parent: &ParentLink) -> Result<()> {
         let mut levels = self.state.write().unwrap_or_else(PoisonError::into_inner);
         let stack = self.layers.stack(parent, &self.folder)?;
-        let header = levels.top()?.header();
-        let Some(top) = levels.top.as_mut() else { return Ok(()) };
+        let top = levels.top_mut()?;
+        let header = top.header();
         if header.parent.as_ref().map(|link| link.identity) != Some(from) {
             let detail = format!("doesn't stand on {from} any more");
             return Err(Error::new(ErrorKind::ParentMismatch, detail).in_file(top.file().path()));

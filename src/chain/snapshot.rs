@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 
 use super::gate::Found;
 use super::layer::Layer;
-use super::{Chain, Levels, MAX_DEPTH, Stack};
+use super::{Chain, Levels, MAX_DEPTH, Parent, Stack};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
 use crate::live::{self, NewLayer, Writable, durable_header, newest_header};
@@ -62,14 +62,15 @@ pub(super) fn finish(
 
 impl Chain {
     /// Gives the present content the name `snapshot` in the chain's folder, frozen; this chain and
-    /// its name go on over it. Waits for operations under way, and holds up those that come.
+    /// its name go on over it. Answers what the chain stands on now. Waits for operations under way,
+    /// and holds up those that come.
     ///
     /// # Errors
     /// [`ErrorKind::ReadOnly`]; [`ErrorKind::Exists`] for a name that is taken;
     /// [`ErrorKind::Limit`]; host errors. A snapshot that fails half-way is finished by the next
     /// [`Chain::open`] for writing; until then this chain may refuse writes. It never writes to what
     /// is frozen.
-    pub fn snapshot(&self, snapshot: &str) -> Result<()> {
+    pub fn snapshot(&self, snapshot: &str) -> Result<Parent> {
         let mut levels = self.state.write().unwrap_or_else(PoisonError::into_inner);
         let below = levels.stack.as_ref().map_or(0, |stack| stack.layers().len());
         if below + 2 > MAX_DEPTH {
@@ -81,14 +82,14 @@ impl Chain {
         let link = ParentLink { identity, hint: snapshot.to_owned() };
         let rights = Rights::of_successor(top.file())
             .map_err(failed(&*self.folder, "looking at the layer's owner"))?;
-        let new_top = self.build_top(link, levels.size, rights)?;
+        let virtual_size = levels.size;
+        let new_top = self.build_top(link.clone(), virtual_size, rights)?;
         self.link_snapshot(snapshot).inspect_err(|_| {
             // It means nothing yet; the next snapshot would replace it.
             let _ = self.folder.remove(&new_top_name(&self.name));
         })?;
 
-        let Some(top) = levels.top.as_mut() else { return Ok(()) };
-        let layer = Layer::Live(top.freeze(id)?);
+        let layer = Layer::Live(levels.top_mut()?.freeze(id)?);
         let found = Arc::new(Found { layer, folder: self.folder.clone() });
         let older = levels.stack.iter().flat_map(|stack| stack.found().iter().cloned());
         let stack = Arc::new(Stack::new(std::iter::once(found.clone()).chain(older).collect()));
@@ -101,7 +102,7 @@ impl Chain {
             .map_err(failed(&*self.folder, "renaming the new top"))?;
         sync_folder(&*self.folder)?;
         *levels = Levels::writable(new_top, Some(stack));
-        Ok(())
+        Ok(Parent { link, virtual_size, newly_frozen: true })
     }
 
     /// Builds the new top under its temporary name, replacing one that a crash left before it meant

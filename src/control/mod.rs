@@ -24,7 +24,7 @@ use crate::device::Device;
 use crate::error::{ErrorKind, Result};
 use crate::serve::{Broker, Desk, Log};
 use crate::storage::{Access, Storage};
-use crate::store::{Disk, DiskKind, Store, StoreBroker};
+use crate::store::{DiskKind, DiskName, Store, StoreBroker};
 
 pub use changes::{Changes, Extent};
 pub use files::{Change, FileChange};
@@ -114,7 +114,7 @@ impl Control {
     fn diff(&self, container: &str) -> Result<Changes> {
         if self.lock.is_none() {
             // Nobody else may write it then, and it need not be opened for that.
-            let disk = Disk::new(DiskKind::Container, container)?;
+            let disk = DiskName::new(DiskKind::Container, container)?;
             let chain = Arc::new(self.store().open_disk(&disk, Access::Read)?);
             return Changes::between(self.store(), container, &chain, chain.clone());
         }

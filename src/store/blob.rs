@@ -30,7 +30,7 @@ pub struct Draft {
 
 /// A packed layer that is whole, but has no name that counts yet. Locked and removed as a
 /// [`Draft`] is.
-pub(super) struct Blob {
+pub(super) struct NewBlob {
     store: Store,
     /// None once it has its digest for a name.
     name: Option<String>,
@@ -107,7 +107,7 @@ impl Draft {
     }
 
     /// Packs what the layer holds.
-    pub(super) fn finish(self) -> Result<Blob> {
+    pub(super) fn finish(self) -> Result<NewBlob> {
         let folder = self.store.folders.blobs.clone();
         // Most of the work comes before the lock.
         self.chain.flush()?;
@@ -117,11 +117,11 @@ impl Draft {
         // A chain that is open for reading holds a lock too.
         let source = Chain::open(folder, &self.name, Access::Read, self.store.layers.clone())?;
         drop(guard);
-        Blob::pack(&self.store, &source)
+        NewBlob::pack(&self.store, &source)
     }
 }
 
-impl Blob {
+impl NewBlob {
     /// Packs the newest layer of `source`, and takes the digest of that. It takes that layer's place,
     /// so it gets its rights.
     pub(super) fn pack(store: &Store, source: &Chain) -> Result<Self> {
@@ -202,7 +202,7 @@ impl Drop for Draft {
     }
 }
 
-impl Drop for Blob {
+impl Drop for NewBlob {
     fn drop(&mut self) {
         if let Some(name) = &self.name {
             let _ = self.store.blobs().remove(name);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Disk, DiskKind, Store, files};
+use super::{DiskKind, DiskName, Store, files};
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::serve::{Broker, Log, Opened};
@@ -23,8 +23,8 @@ pub struct StoreBroker {
 
 /// What a name stands for.
 enum Target {
-    Writable(Disk),
-    ReadOnlyVolume(Disk),
+    Writable(DiskName),
+    ReadOnlyVolume(DiskName),
     Snapshot(String, String),
     Image(String),
 }
@@ -41,11 +41,11 @@ impl Target {
             ("container", Some((container, snapshot)), _) => {
                 Ok(Self::Snapshot(container.to_owned(), snapshot.to_owned()))
             }
-            ("container", None, _) => Ok(Self::Writable(Disk::new(DiskKind::Container, rest)?)),
+            ("container", None, _) => Ok(Self::Writable(DiskName::new(DiskKind::Container, rest)?)),
             ("volume", _, Some(rest)) => {
-                Ok(Self::ReadOnlyVolume(Disk::new(DiskKind::Volume, rest)?))
+                Ok(Self::ReadOnlyVolume(DiskName::new(DiskKind::Volume, rest)?))
             }
-            ("volume", _, None) => Ok(Self::Writable(Disk::new(DiskKind::Volume, rest)?)),
+            ("volume", _, None) => Ok(Self::Writable(DiskName::new(DiskKind::Volume, rest)?)),
             _ => Err(unknown(name)),
         }
     }

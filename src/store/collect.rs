@@ -6,7 +6,7 @@ use std::io;
 use serde_json::Value;
 
 use super::digest::{hex_digest, is_hex_digest};
-use super::disk::{Disk, DiskKind, GONE, LAYER, RECORD, Record, is_layer_of};
+use super::disk::{DiskKind, DiskName, GONE, LAYER, RECORD, Record, is_layer_of};
 use super::files::listing;
 use super::index::Index;
 use super::{Guard, Image, Store, files, json};
@@ -233,7 +233,7 @@ impl Store {
             add(Place::Disks(kind), self.strays(kind)?);
         }
         for name in self.disk_names(DiskKind::Container)? {
-            let disk = Disk { kind: DiskKind::Container, name };
+            let disk = DiskName { kind: DiskKind::Container, name };
             add(Place::Disks(DiskKind::Container), self.abandoned(&disk, guard)?);
         }
         Ok(found)
@@ -241,7 +241,7 @@ impl Store {
 
     /// What a snapshot or commit of a container left that was cut off. One that is open is for
     /// whoever has it.
-    fn abandoned(&self, disk: &Disk, guard: &Guard) -> Result<Vec<String>> {
+    fn abandoned(&self, disk: &DiskName, guard: &Guard) -> Result<Vec<String>> {
         let folder = &**self.folder(disk.kind);
         let exists = |name: &str| {
             let fail = |error| Error::io(error, "looking at layers").in_file(folder.path());
@@ -287,7 +287,7 @@ impl Store {
             for name in listing(folder)? {
                 let top = name.strip_prefix('.').and_then(|name| name.strip_suffix(".top"));
                 if let Some(name) = name.strip_suffix(GONE) {
-                    self.finish_removal(&Disk { kind, name: name.to_owned() })?;
+                    self.finish_removal(&DiskName { kind, name: name.to_owned() })?;
                 } else if let Some(layer) = top {
                     match finish_snapshot(folder, layer) {
                         Err(error)
@@ -365,7 +365,7 @@ impl Store {
             Some((owner, _)) => (owner, true),
             None => (stem, false),
         };
-        let disk = Disk { kind, name: owner.to_owned() };
+        let disk = DiskName { kind, name: owner.to_owned() };
         if names.binary_search(&disk.record_file()).is_err() {
             return Ok(false);
         }
@@ -404,7 +404,7 @@ impl Store {
         let disks = |kind| -> Result<Usage> {
             let mut usage = Usage::default();
             for name in self.disk_names(kind)? {
-                let disk = Disk { kind, name };
+                let disk = DiskName { kind, name };
                 let Some(record) = self.record(&disk)? else { continue };
                 let cost = self.disk_cost(&disk, &record)?;
                 let idle = self.is_idle(&**self.folder(kind), &disk.file())?;

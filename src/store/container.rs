@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::blob::Blob;
+use super::blob::NewBlob;
 use super::digest::is_hex_digest;
-use super::disk::{Disk, DiskKind, Frozen, LAYER, Record, rights_over};
+use super::disk::{DiskKind, DiskName, FrozenLayer, LAYER, Record, rights_over};
 use super::{Image, NewImage, Reference, Store, check_name, files, now};
 use crate::chain::{Chain, create, seal};
 use crate::device::Device;
@@ -26,20 +26,20 @@ pub struct Container {
     /// The newest blob that it stands on; none where its layers can't be read.
     pub base: Option<String>,
     /// The names of its snapshots, oldest first.
-    pub snapshots: Vec<Saved>,
+    pub snapshots: Vec<Snapshot>,
 }
 
 /// A snapshot of a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Saved {
+pub struct Snapshot {
     /// Its name.
     pub name: String,
     /// RFC 3339.
     pub created: String,
 }
 
-fn container(name: &str) -> Result<Disk> {
-    Disk::new(DiskKind::Container, name)
+fn container(name: &str) -> Result<DiskName> {
+    DiskName::new(DiskKind::Container, name)
 }
 
 impl Store {
@@ -63,7 +63,7 @@ impl Store {
             if let Some(name) = frozen.snapshot.clone()
                 && self.is_made(&disk, frozen)?
             {
-                snapshots.push(Saved { name, created: frozen.created.clone() });
+                snapshots.push(Snapshot { name, created: frozen.created.clone() });
             }
         }
         Ok(Some(Container {
@@ -150,7 +150,12 @@ impl Store {
         Chain::open(self.folders.blobs.clone(), &base, Access::Read, self.layers.clone())
     }
 
-    fn find_snapshot<'a>(&self, disk: &Disk, record: &'a Record, name: &str) -> Result<&'a Frozen> {
+    fn find_snapshot<'a>(
+        &self,
+        disk: &DiskName,
+        record: &'a Record,
+        name: &str,
+    ) -> Result<&'a FrozenLayer> {
         let found = record.frozen.iter().find(|frozen| frozen.snapshot.as_deref() == Some(name));
         if let Some(frozen) = found
             && self.is_made(disk, frozen)?
@@ -163,7 +168,7 @@ impl Store {
 
     /// Freezes what a container holds under a new file name, which the record has from before; the
     /// container goes on over it.
-    fn freeze(&self, disk: &Disk, chain: &Chain, snapshot: Option<&str>) -> Result<String> {
+    fn freeze(&self, disk: &DiskName, chain: &Chain, snapshot: Option<&str>) -> Result<String> {
         let guard = self.lock()?;
         let mut record = self.record(disk)?.ok_or_else(|| disk.missing())?;
         self.drop_unneeded(disk, &mut record)?;
@@ -182,7 +187,7 @@ impl Store {
         // What a removed container of that name may have left: once the record has the file, it
         // counts.
         files::remove(&**self.folder(disk.kind), &file)?;
-        record.frozen.push(Frozen {
+        record.frozen.push(FrozenLayer {
             file: file.clone(),
             created: now(),
             snapshot: snapshot.map(str::to_owned),
@@ -195,7 +200,7 @@ impl Store {
 
     /// Whether a layer of a record was made: a crash may have kept its file from being there, or
     /// left it as a second name of the layer that is written.
-    pub(super) fn is_made(&self, disk: &Disk, frozen: &Frozen) -> Result<bool> {
+    pub(super) fn is_made(&self, disk: &DiskName, frozen: &FrozenLayer) -> Result<bool> {
         let folder = self.folder(disk.kind);
         let same = |other: &str| {
             let fail = |error| Error::io(error, "looking at layers").in_file(folder.path());
@@ -237,7 +242,7 @@ impl Store {
         let image = self.image_over(&record, &base)?;
 
         let blob = if below.is_empty() {
-            Blob::pack(self, &frozen)?
+            NewBlob::pack(self, &frozen)?
         } else {
             let rights = frozen.successor_rights()?;
             let draft = self.draft(Some(frozen.size()), Some(&image), rights)?;
@@ -274,7 +279,7 @@ impl Store {
 
     /// Brings the record of a container in line with the image it stands on now, and removes its
     /// frozen layers that nothing stands on any more.
-    fn settle(&self, disk: &Disk, image: &Image) -> Result<()> {
+    fn settle(&self, disk: &DiskName, image: &Image) -> Result<()> {
         let _guard = self.lock()?;
         let mut record = self.record(disk)?.ok_or_else(|| disk.missing())?;
         record.image = image.name();
@@ -285,7 +290,7 @@ impl Store {
 
     /// The frozen layers of a container that were never made, or that neither its top nor a
     /// snapshot stands on, children first. The container must not be open elsewhere.
-    pub(super) fn unneeded(&self, disk: &Disk, record: &Record) -> Result<Vec<String>> {
+    pub(super) fn unneeded(&self, disk: &DiskName, record: &Record) -> Result<Vec<String>> {
         let mut needed: BTreeSet<_> = self.own_layers(&disk.file())?.0.into_iter().collect();
         for frozen in record.frozen.iter().filter(|frozen| frozen.snapshot.is_some()) {
             if self.is_made(disk, frozen)? {
@@ -299,7 +304,7 @@ impl Store {
 
     /// Removes the frozen layers that nothing needs, and takes them out of the record, which is to
     /// be written: a record may name a layer that isn't there.
-    fn drop_unneeded(&self, disk: &Disk, record: &mut Record) -> Result<()> {
+    fn drop_unneeded(&self, disk: &DiskName, record: &mut Record) -> Result<()> {
         let unneeded = self.unneeded(disk, record)?;
         for file in &unneeded {
             files::remove(&**self.folder(disk.kind), file)?;
@@ -350,7 +355,7 @@ impl Store {
 
     /// The blob that a container is reset to: that of its layer, or of its record where the layer
     /// can't be read.
-    fn image_of_reset(&self, disk: &Disk, record: &Record) -> Result<String> {
+    fn image_of_reset(&self, disk: &DiskName, record: &Record) -> Result<String> {
         if let Ok(base) = self.base_of(&disk.file()) {
             return Ok(base);
         }

@@ -35,7 +35,7 @@ impl DiskKind {
 
 /// A container or volume by name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Disk {
+pub struct DiskName {
     /// Which of the two.
     pub kind: DiskKind,
     /// Its name.
@@ -55,12 +55,12 @@ pub(super) struct Record {
     pub manifest: String,
     /// Frozen layers of its own, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub frozen: Vec<Frozen>,
+    pub frozen: Vec<FrozenLayer>,
 }
 
 /// A frozen layer of a container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Frozen {
+pub(super) struct FrozenLayer {
     /// File name.
     pub file: String,
     /// RFC 3339.
@@ -75,7 +75,7 @@ pub(super) const RECORD: &str = ".json";
 pub(super) const GONE: &str = ".gone";
 pub(super) const LAYER: &str = ".tply";
 
-impl Disk {
+impl DiskName {
     /// A disk's name, checked.
     pub fn new(kind: DiskKind, name: &str) -> Result<Self> {
         let what = match kind {
@@ -129,11 +129,11 @@ impl Store {
     }
 
     /// The record of a disk; none where there is no such disk.
-    pub(super) fn record(&self, disk: &Disk) -> Result<Option<Record>> {
+    pub(super) fn record(&self, disk: &DiskName) -> Result<Option<Record>> {
         json::read(&**self.folder(disk.kind), &disk.record_file())
     }
 
-    pub(super) fn write_record(&self, disk: &Disk, record: &Record) -> Result<()> {
+    pub(super) fn write_record(&self, disk: &DiskName, record: &Record) -> Result<()> {
         let folder = &**self.folder(disk.kind);
         files::replace(folder, &disk.record_file(), &json::canonical(record)?)
     }
@@ -141,7 +141,7 @@ impl Store {
     /// Makes a disk: first the layer, then the record that says that it is there.
     pub(super) fn create_disk(
         &self,
-        disk: &Disk,
+        disk: &DiskName,
         size: Option<u64>,
         parent: Option<&Parent>,
         record: &Record,
@@ -172,7 +172,7 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] with who has it; those of [`Chain::open`].
-    pub fn open_disk(&self, disk: &Disk, access: Access) -> Result<Chain> {
+    pub fn open_disk(&self, disk: &DiskName, access: Access) -> Result<Chain> {
         let _guard = self.lock()?;
         if self.record(disk)?.is_none() {
             return Err(disk.missing());
@@ -182,7 +182,7 @@ impl Store {
     }
 
     /// Bytes of disk that a disk's own files take.
-    pub(super) fn disk_cost(&self, disk: &Disk, record: &Record) -> Result<u64> {
+    pub(super) fn disk_cost(&self, disk: &DiskName, record: &Record) -> Result<u64> {
         let folder = self.folder(disk.kind);
         let files = record.frozen.iter().map(|frozen| frozen.file.clone());
         let names = files.chain([disk.file(), disk.record_file()]);
@@ -195,13 +195,13 @@ impl Store {
     }
 
     /// The disk's virtual size.
-    pub(super) fn disk_size(&self, disk: &Disk) -> Result<u64> {
+    pub(super) fn disk_size(&self, disk: &DiskName) -> Result<u64> {
         let file = open_in(&**self.folder(disk.kind), &disk.file(), Access::Read)?;
         Ok(newest_header(&*file)?.virtual_size)
     }
 
     /// Locks a disk's layer against everybody, under the store's lock.
-    pub(super) fn claim(&self, disk: &Disk, _: &Guard) -> Result<Option<Arc<dyn Storage>>> {
+    pub(super) fn claim(&self, disk: &DiskName, _: &Guard) -> Result<Option<Arc<dyn Storage>>> {
         let folder = &**self.folder(disk.kind);
         let Some(file) = find_in(folder, &disk.file(), Access::Write)? else { return Ok(None) };
         take_lock(&*file, Lock::Exclusive).map_err(|error| {
@@ -215,7 +215,7 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] with who has it open.
-    pub fn remove_disk(&self, disk: &Disk) -> Result<()> {
+    pub fn remove_disk(&self, disk: &DiskName) -> Result<()> {
         let guard = self.lock()?;
         let folder = &**self.folder(disk.kind);
         // A record that can't be read is no reason to keep the disk.
@@ -238,7 +238,7 @@ impl Store {
 
     /// Removes the layers of a disk whose record is marked as gone, and then the mark; false where
     /// there is no mark.
-    pub(super) fn finish_removal(&self, disk: &Disk) -> Result<bool> {
+    pub(super) fn finish_removal(&self, disk: &DiskName) -> Result<bool> {
         let folder = &**self.folder(disk.kind);
         let Some(bytes) = files::read_small(folder, &disk.gone_file())? else { return Ok(false) };
         // Where it is no record, `gc` finds the layers that no record has.
@@ -264,7 +264,7 @@ pub(super) fn rights_over(folder: &dyn Folder, parent: &Parent) -> Result<Rights
 }
 
 /// Whether a file name is one that this disk gives its frozen layers.
-pub(super) fn is_layer_of(disk: &Disk, file: &str) -> bool {
+pub(super) fn is_layer_of(disk: &DiskName, file: &str) -> bool {
     let rest = file.strip_prefix(&disk.name).and_then(|rest| rest.strip_prefix('@'));
     rest.is_some_and(|rest| rest.ends_with(LAYER) && !rest.contains('/'))
 }

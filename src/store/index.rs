@@ -24,7 +24,7 @@ impl Default for Index {
 
 /// One manifest in the index.
 #[derive(Clone, Debug)]
-pub(super) struct Entry {
+pub(super) struct IndexEntry {
     /// Hexadecimal SHA-256.
     pub digest: String,
     /// None for an image whose name went to another one.
@@ -74,12 +74,12 @@ impl Index {
     }
 
     /// All entries whose digest is one; others can't be images here.
-    pub fn entries(&self) -> impl Iterator<Item = Entry> {
+    pub fn entries(&self) -> impl Iterator<Item = IndexEntry> {
         self.raw().iter().filter_map(|entry| {
             let digest = hex_digest(entry.get("digest")?.as_str()?)?.to_owned();
             let kind = entry.get("mediaType").and_then(Value::as_str);
             let is_manifest = kind == Some(MANIFEST_TYPE);
-            Some(Entry { digest, reference: name_of(entry), is_manifest })
+            Some(IndexEntry { digest, reference: name_of(entry), is_manifest })
         })
     }
 
@@ -128,7 +128,7 @@ impl Index {
     }
 
     /// Takes out the entries that `drop` says.
-    pub fn remove(&mut self, drop: impl Fn(&Entry) -> bool) {
+    pub fn remove(&mut self, drop: impl Fn(&IndexEntry) -> bool) {
         let Some(entries) = self.raw_mut() else { return };
         entries.retain(|raw| {
             let one = Self(json!({"manifests": [raw]}));

@@ -34,8 +34,8 @@ use crate::storage::{Access, FileFolder, Folder, Lock, Storage, failed, open_in,
 pub use blob::Draft;
 pub use broker::StoreBroker;
 pub use collect::{Collected, Usage};
-pub use container::{Container, Saved};
-pub use disk::{Disk, DiskKind};
+pub use container::{Container, Snapshot};
+pub use disk::{DiskKind, DiskName};
 pub use image::{HistoryEntry, Image};
 pub use name::{MAX_NAME, Reference, check_name};
 pub use publish::NewImage;

@@ -8,7 +8,7 @@ use oci_spec::image::{
 };
 use serde_json::Value;
 
-use super::blob::{Blob, Draft};
+use super::blob::{Draft, NewBlob};
 use super::image::{LAYER_TYPE, bad};
 use super::index::{Index, MANIFEST_TYPE};
 use super::{Image, Reference, Store, digest, json, now};
@@ -61,7 +61,7 @@ impl Store {
     /// [`Store::publish`] of a layer that is packed already.
     pub(super) fn publish_blob(
         &self,
-        blob: Blob,
+        blob: NewBlob,
         base: Option<&Image>,
         new: &NewImage,
     ) -> Result<Image> {
@@ -109,7 +109,7 @@ fn identity_text(identity: &Identity) -> String {
 
 /// The bytes of the manifest and of the configuration of an image with one more layer.
 fn describe(
-    blob: &Blob,
+    blob: &NewBlob,
     base: Option<&Image>,
     parent: Option<&Parent>,
     new: &NewImage,

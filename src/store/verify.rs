@@ -1,7 +1,7 @@
 //! `store check`: whether everything is there and is what its name says.
 
 use super::digest::is_hex_digest;
-use super::disk::{Disk, DiskKind};
+use super::disk::{DiskKind, DiskName};
 use super::files::listing;
 use super::index::Index;
 use super::{Store, digest};
@@ -42,7 +42,7 @@ impl Store {
         self.verify_images(&mut note)?;
         for kind in [DiskKind::Container, DiskKind::Volume] {
             for name in self.disk_names(kind)? {
-                let disk = Disk { kind, name };
+                let disk = DiskName { kind, name };
                 if let Err(error) = self.verify_disk(&disk, &mut note) {
                     note(format!("{} {}", kind.noun(), disk.name), error.to_string());
                 }
@@ -98,7 +98,7 @@ impl Store {
         Ok(())
     }
 
-    fn verify_disk(&self, disk: &Disk, note: &mut impl FnMut(String, String)) -> Result<()> {
+    fn verify_disk(&self, disk: &DiskName, note: &mut impl FnMut(String, String)) -> Result<()> {
         let Some(record) = self.record(disk)? else { return Ok(()) };
         let mut files = vec![disk.file()];
         for frozen in record.frozen {
@@ -111,7 +111,7 @@ impl Store {
 
     fn verify_layer(
         &self,
-        disk: &Disk,
+        disk: &DiskName,
         name: &str,
         note: &mut impl FnMut(String, String),
     ) -> Result<()> {

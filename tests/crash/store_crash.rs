@@ -16,7 +16,7 @@ use thinply::chain::Chain;
 use thinply::device::Device;
 use thinply::error::{ErrorKind, Result};
 use thinply::storage::{Access, Folder, Rights};
-use thinply::store::{Disk, DiskKind, Folders, NewImage, Reference, Store};
+use thinply::store::{DiskKind, DiskName, Folders, NewImage, Reference, Store};
 
 const SIZE: u64 = 64 << 10;
 const BLOCK: usize = 4096;
@@ -53,12 +53,12 @@ fn reference(name: &str) -> Reference {
     name.parse().unwrap()
 }
 
-fn container(name: &str) -> Disk {
-    Disk::new(DiskKind::Container, name).unwrap()
+fn container(name: &str) -> DiskName {
+    DiskName::new(DiskKind::Container, name).unwrap()
 }
 
-fn volume(name: &str) -> Disk {
-    Disk::new(DiskKind::Volume, name).unwrap()
+fn volume(name: &str) -> DiskName {
+    DiskName::new(DiskKind::Volume, name).unwrap()
 }
 
 fn import(store: &Store, name: &str, base: Option<&str>, fill: u8) -> Result<()> {
@@ -73,14 +73,18 @@ fn import(store: &Store, name: &str, base: Option<&str>, fill: u8) -> Result<()>
     store.publish(draft, base.as_ref(), &new).map(drop)
 }
 
-fn with_open<T>(store: &Store, disk: &Disk, act: impl FnOnce(&Chain) -> Result<T>) -> Result<T> {
+fn with_open<T>(
+    store: &Store,
+    disk: &DiskName,
+    act: impl FnOnce(&Chain) -> Result<T>,
+) -> Result<T> {
     let chain = store.open_disk(disk, Access::Write)?;
     let done = act(&chain)?;
     chain.close()?;
     Ok(done)
 }
 
-fn write(store: &Store, disk: &Disk, block: u64, fill: u8) -> Result<()> {
+fn write(store: &Store, disk: &DiskName, block: u64, fill: u8) -> Result<()> {
     with_open(store, disk, |chain| chain.write(block * BLOCK as u64, &[fill; BLOCK]))
 }
 

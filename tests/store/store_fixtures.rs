@@ -7,7 +7,7 @@ use testkit::fixtures::{manifest, sha256, unpack};
 use thinply::chain::{Chain, Kind};
 use thinply::device::Device;
 use thinply::storage::Access;
-use thinply::store::{Disk, DiskKind, Image, Store};
+use thinply::store::{DiskKind, DiskName, Image, Store};
 
 /// A copy of the store, and what the manifest says of it.
 fn store() -> (tempfile::TempDir, Store, Value) {
@@ -16,8 +16,8 @@ fn store() -> (tempfile::TempDir, Store, Value) {
     (copy, store, manifest()["store"].take())
 }
 
-fn disk(kind: DiskKind, name: &str) -> Disk {
-    Disk::new(kind, name).unwrap()
+fn disk(kind: DiskKind, name: &str) -> DiskName {
+    DiskName::new(kind, name).unwrap()
 }
 
 fn open(store: &Store, kind: DiskKind, name: &str, access: Access) -> Chain {
