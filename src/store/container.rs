@@ -9,7 +9,7 @@ use super::{Image, NewImage, Reference, Store, check_name, files, now};
 use crate::chain::{Chain, create, seal};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::live::newest_header;
+use crate::live::{durable_header, newest_header};
 use crate::storage::{Access, open_in, sync_folder};
 
 /// A container as its record and its layer tell.
@@ -291,6 +291,18 @@ impl Store {
     /// The frozen layers of a container that were never made, or that neither its top nor a
     /// snapshot stands on, children first. The container must not be open elsewhere.
     pub(super) fn unneeded(&self, disk: &DiskName, record: &Record) -> Result<Vec<String>> {
+        let unneeded = self.unneeded_now(disk, record)?;
+        if unneeded.is_empty() {
+            return Ok(unneeded);
+        }
+        // A killed process may have relinked the top in the page cache alone: what it stands on
+        // after a power loss is needed too.
+        let folder = &**self.folder(disk.kind);
+        durable_header(&*open_in(folder, &disk.file(), Access::Read)?)?;
+        self.unneeded_now(disk, record)
+    }
+
+    fn unneeded_now(&self, disk: &DiskName, record: &Record) -> Result<Vec<String>> {
         let mut needed: BTreeSet<_> = self.own_layers(&disk.file())?.0.into_iter().collect();
         for frozen in record.frozen.iter().filter(|frozen| frozen.snapshot.is_some()) {
             if self.is_made(disk, frozen)? {
