@@ -96,7 +96,7 @@ impl Draft {
         let _guard = store.lock()?;
         let (folder, name) = (&store.folders.blobs, files::draft_name()?);
         create(&folder.creating(rights), &name, size, parent, &store.layers)?;
-        let chain = Chain::open(folder.clone(), &name, Access::Write, store.layers.clone());
+        let chain = store.open_chain(folder, &name, Access::Write);
         let chain = chain.inspect_err(|_| drop(folder.remove(&name)))?;
         Ok(Self { store: store.clone(), name, chain })
     }
@@ -108,14 +108,14 @@ impl Draft {
 
     /// Packs what the layer holds.
     pub(super) fn finish(self) -> Result<NewBlob> {
-        let folder = self.store.folders.blobs.clone();
+        let folder = &self.store.folders.blobs;
         // Most of the work comes before the lock.
         self.chain.flush()?;
         let guard = self.store.lock()?;
         self.chain.close()?;
-        seal(&*folder, &self.name)?;
+        seal(&**folder, &self.name)?;
         // A chain that is open for reading holds a lock too.
-        let source = Chain::open(folder, &self.name, Access::Read, self.store.layers.clone())?;
+        let source = self.store.open_chain(folder, &self.name, Access::Read)?;
         drop(guard);
         NewBlob::pack(&self.store, &source)
     }

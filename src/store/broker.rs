@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{DiskKind, DiskName, Store, files};
-use crate::chain::Chain;
+use super::{DiskKind, DiskName, OpenDisk, Store, files};
 use crate::error::{Error, ErrorKind, Result};
 use crate::serve::{Broker, Log, Opened};
 use crate::storage::{Access, Storage};
@@ -22,7 +21,7 @@ pub struct StoreBroker {
 }
 
 /// What a name stands for.
-enum Target {
+enum Named {
     Writable(DiskName),
     ReadOnlyVolume(DiskName),
     Snapshot(String, String),
@@ -33,7 +32,7 @@ fn unknown(name: &str) -> Error {
     Error::new(ErrorKind::NotFound, format!("there is no disk called {name:?}"))
 }
 
-impl Target {
+impl Named {
     fn parse(name: &str) -> Result<Self> {
         let (noun, rest) = name.split_once('/').ok_or_else(|| unknown(name))?;
         match (noun, rest.split_once('@'), rest.strip_suffix(":ro")) {
@@ -50,7 +49,7 @@ impl Target {
         }
     }
 
-    fn open(&self, store: &Store) -> Result<Chain> {
+    fn open(&self, store: &Store) -> Result<OpenDisk> {
         match self {
             Self::Writable(disk) => store.open_disk(disk, Access::Write),
             Self::ReadOnlyVolume(disk) => store.open_disk(disk, Access::Read),
@@ -81,12 +80,12 @@ impl StoreBroker {
 }
 
 impl Broker for StoreBroker {
-    type Disk = Chain;
+    type Disk = OpenDisk;
 
-    fn open(&self, name: &str) -> Result<Opened<Chain>> {
-        let target = Target::parse(name)?;
-        let shared = !matches!(target, Target::Writable(_));
-        Ok(Opened { shared, ..Opened::new(target.open(&self.store)?) })
+    fn open(&self, name: &str) -> Result<Opened<OpenDisk>> {
+        let named = Named::parse(name)?;
+        let shared = !matches!(named, Named::Writable(_));
+        Ok(Opened { shared, ..Opened::new(named.open(&self.store)?) })
     }
 
     fn list(&self) -> Result<Vec<(String, String)>> {

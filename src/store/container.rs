@@ -5,10 +5,11 @@ use std::collections::BTreeSet;
 use super::blob::NewBlob;
 use super::digest::is_hex_digest;
 use super::disk::{DiskKind, DiskName, FrozenLayer, LAYER, Record, rights_over};
-use super::{Image, NewImage, Reference, Store, check_name, files, now};
-use crate::chain::{Chain, create, seal};
+use super::{Image, NewImage, OpenDisk, Reference, Store, check_name, files, now};
+use crate::chain::{Chain, Parent, create, seal};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::header::ParentLink;
 use crate::live::{durable_header, newest_header};
 use crate::storage::{Access, open_in, sync_folder};
 
@@ -136,18 +137,12 @@ impl Store {
     }
 
     /// Opens a snapshot of a container for reading.
-    pub fn open_snapshot(&self, name: &str, snapshot: &str) -> Result<Chain> {
+    pub fn open_snapshot(&self, name: &str, snapshot: &str) -> Result<OpenDisk> {
         let disk = container(name)?;
         let record = self.record(&disk)?.ok_or_else(|| disk.missing())?;
         let frozen = self.find_snapshot(&disk, &record, snapshot)?;
-        let folder = self.folder(DiskKind::Container).clone();
-        Chain::open(folder, &frozen.file, Access::Read, self.layers.clone())
-    }
-
-    /// Opens what a container stands on, for reading.
-    pub fn open_base(&self, name: &str) -> Result<Chain> {
-        let base = self.base_of(&container(name)?.file())?;
-        Chain::open(self.folders.blobs.clone(), &base, Access::Read, self.layers.clone())
+        let chain = self.open_chain(self.folder(disk.kind), &frozen.file, Access::Read)?;
+        Ok(OpenDisk::new(self, None, chain))
     }
 
     fn find_snapshot<'a>(
@@ -168,7 +163,8 @@ impl Store {
 
     /// Freezes what a container holds under a new file name, which the record has from before; the
     /// container goes on over it.
-    fn freeze(&self, disk: &DiskName, chain: &Chain, snapshot: Option<&str>) -> Result<String> {
+    fn freeze(&self, open: &OpenDisk, snapshot: Option<&str>) -> Result<Parent> {
+        let disk = open.writable_container()?;
         let guard = self.lock()?;
         let mut record = self.record(disk)?.ok_or_else(|| disk.missing())?;
         self.drop_unneeded(disk, &mut record)?;
@@ -194,8 +190,7 @@ impl Store {
         });
         self.write_record(disk, &record)?;
         drop(guard);
-        chain.snapshot(&file)?;
-        Ok(file)
+        Chain::snapshot(open, &file)
     }
 
     /// Whether a layer of a record was made: a crash may have kept its file from being there, or
@@ -207,60 +202,6 @@ impl Store {
             folder.same_file(&frozen.file, other).map_err(fail)
         };
         Ok(same(&frozen.file)? && !same(&disk.file())?)
-    }
-
-    /// Keeps the present state of a container, which `chain` has open for writing, under a name.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Exists`]; those of [`Chain::snapshot`].
-    pub fn snapshot_container(&self, name: &str, chain: &Chain, snapshot: &str) -> Result<()> {
-        check_name("a snapshot", snapshot)?;
-        self.freeze(&container(name)?, chain, Some(snapshot)).map(drop)
-    }
-
-    /// Makes an image of a container, which `chain` has open for writing. The container goes on
-    /// over the new image: what it wrote is the image's newest layer then, and is kept once.
-    ///
-    /// # Errors
-    /// Those of [`Store::publish`] and [`Chain::snapshot`]. After an error the container holds what
-    /// it held.
-    pub fn commit(
-        &self,
-        name: &str,
-        chain: &Chain,
-        reference: &Reference,
-        comment: &str,
-    ) -> Result<Image> {
-        let disk = container(name)?;
-        let file = self.freeze(&disk, chain, None)?;
-        let folder = self.folder(DiskKind::Container).clone();
-        let frozen = Chain::open(folder.clone(), &file, Access::Read, self.layers.clone())?;
-        let from = seal(&*folder, &file)?.link.identity;
-        let (below, base) = self.own_layers(&file)?;
-        let base = base.ok_or_else(|| Error::new(ErrorKind::Corrupt, "stands on no image"))?;
-        let record = self.record(&disk)?.ok_or_else(|| disk.missing())?;
-        let image = self.image_over(&record, &base)?;
-
-        let blob = if below.is_empty() {
-            NewBlob::pack(self, &frozen)?
-        } else {
-            let rights = frozen.successor_rights()?;
-            let draft = self.draft(Some(frozen.size()), Some(&image), rights)?;
-            let blobs = self.folders.blobs.clone();
-            let below = Chain::open(blobs, &base, Access::Read, self.layers.clone())?;
-            frozen.copy_above(&below, draft.chain())?;
-            draft.finish()?
-        };
-        drop(frozen);
-        let new = NewImage {
-            reference: reference.clone(),
-            created_by: format!("commit {name}"),
-            comment: comment.to_owned(),
-        };
-        let made = self.publish_blob(blob, Some(&image), &new)?;
-        chain.relink(from, &self.parent(&made.top()?)?.link)?;
-        self.settle(&disk, &made)?;
-        Ok(made)
     }
 
     /// The image that a container stands on: its record may be behind its layer.
@@ -378,9 +319,88 @@ impl Store {
         };
         image.ok_or_else(missing)?.top()
     }
+}
+
+impl OpenDisk {
+    /// Its name, where it is a container that is open for writing.
+    fn writable_container(&self) -> Result<&DiskName> {
+        let name = self.container()?;
+        if self.read_only() {
+            let detail = format!("container {:?} is not open for writing", name.name);
+            return Err(Error::new(ErrorKind::ReadOnly, detail));
+        }
+        Ok(name)
+    }
+
+    /// Keeps the present state of a container under a name. In place of [`Chain::snapshot`], of which
+    /// no record would know.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`]; [`ErrorKind::InvalidInput`] for what is no name or no container; those
+    /// of [`Chain::snapshot`].
+    pub fn snapshot(&self, name: &str) -> Result<()> {
+        check_name("a snapshot", name)?;
+        self.store().freeze(self, Some(name)).map(drop)
+    }
+
+    /// Makes an image of a container. The container goes on over the new image: what it wrote is the
+    /// image's newest layer then, and is kept once.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for what is no container; those of [`Store::publish`] and
+    /// [`Chain::snapshot`]. After an error the container holds what it held.
+    pub fn commit(&self, reference: &Reference, comment: &str) -> Result<Image> {
+        let (store, disk) = (self.store(), self.writable_container()?);
+        let Parent { link: ParentLink { identity: from, hint: file }, .. } =
+            store.freeze(self, None)?;
+        let (below, base) = store.own_layers(&file)?;
+        let base = base.ok_or_else(|| Error::new(ErrorKind::Corrupt, "stands on no image"))?;
+        let record = store.record(disk)?.ok_or_else(|| disk.missing())?;
+        let image = store.image_over(&record, &base)?;
+
+        let frozen = store.open_chain(store.folder(disk.kind), &file, Access::Read)?;
+        let blob = if below.is_empty() {
+            NewBlob::pack(store, &frozen)?
+        } else {
+            let rights = frozen.successor_rights()?;
+            let draft = store.draft(Some(frozen.size()), Some(&image), rights)?;
+            let below = store.open_chain(&store.folders.blobs, &base, Access::Read)?;
+            frozen.copy_above(&below, draft.chain())?;
+            draft.finish()?
+        };
+        drop(frozen);
+        let new = NewImage {
+            reference: reference.clone(),
+            created_by: format!("commit {}", disk.name),
+            comment: comment.to_owned(),
+        };
+        let made = store.publish_blob(blob, Some(&image), &new)?;
+        self.relink(from, &store.parent(&made.top()?)?.link)?;
+        store.settle(disk, &made)?;
+        Ok(made)
+    }
+
+    fn container(&self) -> Result<&DiskName> {
+        let name = self.name().filter(|name| name.kind == DiskKind::Container);
+        name.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "not a container"))
+    }
 
     /// How many of the layers of a container's chain are its own, for reading what it changed.
-    pub fn own_depth(&self, name: &str) -> Result<usize> {
-        Ok(self.own_layers(&container(name)?.file())?.0.len() + 1)
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for what is no container.
+    pub fn own_depth(&self) -> Result<usize> {
+        Ok(self.store().own_layers(&self.container()?.file())?.0.len() + 1)
+    }
+
+    /// Opens what a container stands on, for reading.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for what is no container; those of [`Chain::open`].
+    pub fn open_base(&self) -> Result<OpenDisk> {
+        let store = self.store();
+        let base = store.base_of(&self.container()?.file())?;
+        let chain = store.open_chain(&store.folders.blobs, &base, Access::Read)?;
+        Ok(OpenDisk::new(store, None, chain))
     }
 }

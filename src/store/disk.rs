@@ -1,6 +1,7 @@
 //! Writable disks of the store: a live layer and a record beside it. Containers and volumes are
 //! both that.
 
+use std::ops::Deref;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -8,11 +9,14 @@ use serde::{Deserialize, Serialize};
 use super::files::listing;
 use super::{Guard, Store, check_name, files, json};
 use crate::chain::{Chain, Parent, create};
+use crate::device::{Detail, Device, Disk, Extent, HostRange, Prefetch, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::newest_header;
+use crate::memory::{Gather, Scatter};
 use crate::storage::{
     Access, Folder, Lock, Rights, Storage, failed, find_in, open_in, sync_folder, take_lock,
 };
+use crate::wait::{Attempt, Wait};
 
 /// What a disk is to people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -110,6 +114,104 @@ impl DiskName {
     }
 }
 
+/// A container, volume, snapshot or image that is open. It reads and writes as the [`Chain`] that it
+/// owns; what its record has to know of is done through it alone ([`OpenDisk::commit`],
+/// [`OpenDisk::snapshot`]).
+#[derive(Debug)]
+pub struct OpenDisk {
+    store: Store,
+    name: Option<DiskName>,
+    chain: Chain,
+}
+
+impl OpenDisk {
+    pub(super) fn new(store: &Store, name: Option<DiskName>, chain: Chain) -> Self {
+        Self { store: store.clone(), name, chain }
+    }
+
+    /// Its name; none for a snapshot or image, which never changes.
+    pub fn name(&self) -> Option<&DiskName> {
+        self.name.as_ref()
+    }
+
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+}
+
+impl Deref for OpenDisk {
+    type Target = Chain;
+
+    fn deref(&self) -> &Chain {
+        &self.chain
+    }
+}
+
+impl Disk for OpenDisk {
+    fn close(&self) -> Result<()> {
+        self.chain.close()
+    }
+}
+
+impl Device for OpenDisk {
+    fn size(&self) -> u64 {
+        self.chain.size()
+    }
+
+    fn read_only(&self) -> bool {
+        self.chain.read_only()
+    }
+
+    fn try_read(&self, offset: u64, into: Scatter<'_>, wait: Wait) -> Attempt {
+        self.chain.try_read(offset, into, wait)
+    }
+
+    fn host_range(&self, offset: u64, length: u64) -> Result<Option<HostRange>> {
+        self.chain.host_range(offset, length)
+    }
+
+    fn try_write(&self, offset: u64, from: Gather<'_>, wait: Wait) -> Result<u64> {
+        self.chain.try_write(offset, from, wait)
+    }
+
+    fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<()> {
+        self.chain.zero(offset, length, mode)
+    }
+
+    fn trim(&self, offset: u64, length: u64) -> Result<()> {
+        self.chain.trim(offset, length)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.chain.flush()
+    }
+
+    fn try_extents(
+        &self,
+        offset: u64,
+        length: u64,
+        detail: Detail,
+        limit: usize,
+        out: &mut Vec<Extent>,
+        wait: Wait,
+    ) -> Attempt {
+        self.chain.try_extents(offset, length, detail, limit, out, wait)
+    }
+
+    fn prefetch(&self, offset: u64, length: u64) -> Result<Prefetch> {
+        self.chain.prefetch(offset, length)
+    }
+}
+
+/// How far a removal that was cut off has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CutOffRemoval {
+    /// It is done now.
+    Finished,
+    /// There was none.
+    Nothing,
+}
+
 impl Store {
     pub(super) fn folder(&self, kind: DiskKind) -> &Arc<dyn Folder> {
         match kind {
@@ -172,13 +274,22 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] with who has it; those of [`Chain::open`].
-    pub fn open_disk(&self, disk: &DiskName, access: Access) -> Result<Chain> {
+    pub fn open_disk(&self, disk: &DiskName, access: Access) -> Result<OpenDisk> {
         let _guard = self.lock()?;
         if self.record(disk)?.is_none() {
             return Err(disk.missing());
         }
-        let folder = self.folder(disk.kind).clone();
-        Chain::open(folder, &disk.file(), access, self.layers.clone())
+        let chain = self.open_chain(self.folder(disk.kind), &disk.file(), access)?;
+        Ok(OpenDisk::new(self, Some(disk.clone()), chain))
+    }
+
+    pub(super) fn open_chain(
+        &self,
+        folder: &Arc<dyn Folder>,
+        name: &str,
+        access: Access,
+    ) -> Result<Chain> {
+        Chain::open(folder.clone(), name, access, self.layers.clone())
     }
 
     /// Bytes of disk that a disk's own files take.
@@ -219,12 +330,11 @@ impl Store {
         let guard = self.lock()?;
         let folder = &**self.folder(disk.kind);
         // A record that can't be read is no reason to keep the disk.
-        let found = files::read_small(folder, &disk.record_file())?.is_some();
-        if !found && !self.finish_removal(disk)? {
-            return Err(disk.missing());
-        }
-        if !found {
-            return Ok(());
+        if files::read_small(folder, &disk.record_file())?.is_none() {
+            return match self.finish_removal(disk)? {
+                CutOffRemoval::Finished => Ok(()),
+                CutOffRemoval::Nothing => Err(disk.missing()),
+            };
         }
         let _claim = self.claim(disk, &guard)?;
         folder.rename(&disk.record_file(), &disk.gone_file()).map_err(|error| {
@@ -236,11 +346,12 @@ impl Store {
         Ok(())
     }
 
-    /// Removes the layers of a disk whose record is marked as gone, and then the mark; false where
-    /// there is no mark.
-    pub(super) fn finish_removal(&self, disk: &DiskName) -> Result<bool> {
+    /// Removes the layers of a disk whose record is marked as gone, and then the mark.
+    pub(super) fn finish_removal(&self, disk: &DiskName) -> Result<CutOffRemoval> {
         let folder = &**self.folder(disk.kind);
-        let Some(bytes) = files::read_small(folder, &disk.gone_file())? else { return Ok(false) };
+        let Some(bytes) = files::read_small(folder, &disk.gone_file())? else {
+            return Ok(CutOffRemoval::Nothing);
+        };
         // Where it is no record, `gc` finds the layers that no record has.
         let record: Record = json::parse(&bytes).unwrap_or_default();
         files::remove(folder, &disk.file())?;
@@ -253,7 +364,7 @@ impl Store {
         sync_folder(folder)?;
         files::remove(folder, &disk.gone_file())?;
         sync_folder(folder)?;
-        Ok(true)
+        Ok(CutOffRemoval::Finished)
     }
 }
 

@@ -4,8 +4,7 @@ use oci_spec::image::{Descriptor, History, ImageConfiguration, ImageManifest};
 
 use super::digest::hex_digest;
 use super::index::Index;
-use super::{Reference, Store, files, json};
-use crate::chain::Chain;
+use super::{OpenDisk, Reference, Store, files, json};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, Lock, sync_folder, take_lock};
 
@@ -139,9 +138,9 @@ impl Store {
     }
 
     /// Opens an image for reading.
-    pub fn open_image(&self, image: &Image) -> Result<Chain> {
-        let (folder, layers) = (self.folders.blobs.clone(), self.layers.clone());
-        Chain::open(folder, &image.top()?, Access::Read, layers)
+    pub fn open_image(&self, image: &Image) -> Result<OpenDisk> {
+        let chain = self.open_chain(&self.folders.blobs, &image.top()?, Access::Read)?;
+        Ok(OpenDisk::new(self, None, chain))
     }
 
     /// Gives an image another name. One that had it stays without a name.

@@ -35,7 +35,7 @@ pub use blob::Draft;
 pub use broker::StoreBroker;
 pub use collect::{Collected, Usage};
 pub use container::{Container, Snapshot};
-pub use disk::{DiskKind, DiskName};
+pub use disk::{DiskKind, DiskName, OpenDisk};
 pub use image::{HistoryEntry, Image};
 pub use name::{MAX_NAME, Reference, check_name};
 pub use publish::NewImage;

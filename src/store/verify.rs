@@ -5,7 +5,6 @@ use super::disk::{DiskKind, DiskName};
 use super::files::listing;
 use super::index::Index;
 use super::{Store, digest};
-use crate::chain::Chain;
 use crate::error::{ErrorKind, Result};
 use crate::inspect;
 use crate::storage::{Access, open_in};
@@ -121,7 +120,7 @@ impl Store {
             note(format!("{} {}", disk.kind.noun(), disk.name), format!("{name}: {finding:?}"));
         }
         drop(file);
-        match Chain::open(folder.clone(), name, Access::Read, self.layers.clone()) {
+        match self.open_chain(folder, name, Access::Read) {
             // Somebody writes it, and has opened its chain.
             Err(error) if error.kind() == ErrorKind::InUse => Ok(()),
             other => other.map(drop),
