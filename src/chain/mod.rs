@@ -23,7 +23,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{ParentLink, State};
 use crate::live::{Writable, newest_header};
 use crate::packed::Packed;
-use crate::storage::{Access, Folder, Rights, Storage, sync_folder};
+use crate::storage::{Access, Folder, Rights, Storage, open_in, sync_folder};
 use crate::sync::{RwLock, RwLockReadGuard};
 use crate::types::Identity;
 use gate::{Found, check_visible};
@@ -76,13 +76,11 @@ impl Levels {
     }
 
     fn top(&self) -> Result<&Writable> {
-        self.top.as_ref().ok_or_else(|| {
-            let error = Error::new(ErrorKind::ReadOnly, "not open for writing");
-            match self.stack.as_ref().and_then(|stack| stack.layers().next()) {
-                Some(layer) => error.in_file(layer.path()),
-                None => error,
-            }
-        })
+        self.top.as_ref().ok_or_else(|| not_writable(self.stack.as_deref()))
+    }
+
+    fn top_mut(&mut self) -> Result<&mut Writable> {
+        self.top.as_mut().ok_or_else(|| not_writable(self.stack.as_deref()))
     }
 
     fn read_only(stack: Arc<Stack>) -> Self {
@@ -93,6 +91,14 @@ impl Levels {
     fn writable(top: Writable, stack: Option<Arc<Stack>>) -> Self {
         let header = top.header();
         Self { top: Some(top), stack, clip: header.visible_parent_size, size: header.virtual_size }
+    }
+}
+
+fn not_writable(stack: Option<&Stack>) -> Error {
+    let error = Error::new(ErrorKind::ReadOnly, "not open for writing");
+    match stack.and_then(|stack| stack.layers().next()) {
+        Some(layer) => error.in_file(layer.path()),
+        None => error,
     }
 }
 
@@ -171,7 +177,7 @@ impl Chain {
                 ),
             ));
         }
-        let Some(top) = levels.top.as_mut() else { return Ok(()) };
+        let top = levels.top_mut()?;
         top.resize(size)?;
         let header = top.header();
         levels.clip = header.visible_parent_size;
@@ -188,8 +194,8 @@ impl Chain {
     pub fn relink(&self, from: Identity, parent: &ParentLink) -> Result<()> {
         let mut levels = self.state.write().unwrap_or_else(PoisonError::into_inner);
         let stack = self.layers.stack(parent, &self.folder)?;
-        let header = levels.top()?.header();
-        let Some(top) = levels.top.as_mut() else { return Ok(()) };
+        let top = levels.top_mut()?;
+        let header = top.header();
         if header.parent.as_ref().map(|link| link.identity) != Some(from) {
             let detail = format!("doesn't stand on {from} any more");
             return Err(Error::new(ErrorKind::ParentMismatch, detail).in_file(top.file().path()));
@@ -230,7 +236,7 @@ fn stack_below(
 /// The levels of a layer that is only read, on what `layers` finds below it, or alone.
 fn sealed_levels(folder: &Arc<dyn Folder>, name: &str, layers: Option<&Layers>) -> Result<Levels> {
     let path = folder.path().join(name);
-    let layer = Layer::open(setup::open_file(&**folder, name, Access::Read)?)?;
+    let layer = Layer::open(open_in(&**folder, name, Access::Read)?)?;
     let below = match layers {
         Some(layers) => stack_below(layer.parent(), layer.visible_parent_size(), folder, layers)
             .map_err(|error| error.in_file(path))?,
@@ -243,7 +249,7 @@ fn sealed_levels(folder: &Arc<dyn Folder>, name: &str, layers: Option<&Layers>) 
 
 fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Result<Levels> {
     let path = folder.path().join(name);
-    let mut file = setup::open_file(&**folder, name, Access::Write)?;
+    let mut file = open_in(&**folder, name, Access::Write)?;
     if Packed::recognise(&*file)? {
         let error = Error::new(ErrorKind::ReadOnly, "a packed layer never changes");
         return Err(error.in_file(path));
@@ -252,7 +258,7 @@ fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Resul
     if matches!(header.state, State::Frozen(_))
         && snapshot::finish(&**folder, name, header.identity())? == CutOff::Finished
     {
-        file = setup::open_file(&**folder, name, Access::Write)?;
+        file = open_in(&**folder, name, Access::Write)?;
         header = newest_header(&*file)?;
     }
     // The parents come first: a layer that can't be read shall not be marked as in use.

@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{ParentLink, State};
 use crate::live::{self, NewLayer, Sealed, Writable, durable_header};
 use crate::packed::Packed;
-use crate::storage::{Access, Folder, Storage, failed, sync_folder};
+use crate::storage::{Access, Folder, failed, open_in, sync_folder};
 
 /// A layer that children may stand on.
 #[derive(Clone, Debug)]
@@ -21,16 +21,6 @@ pub struct Parent {
     pub newly_frozen: bool,
 }
 
-pub(super) fn open_file(
-    folder: &dyn Folder,
-    name: &str,
-    access: Access,
-) -> Result<Arc<dyn Storage>> {
-    folder
-        .open(name, access)
-        .map_err(|error| Error::io(error, "opening the file").in_file(folder.path().join(name)))
-}
-
 /// Makes sure that the layer `name` is sealed and durable, name included: a writable one is frozen
 /// for ever, a packed one is sealed as it is. A snapshot that was cut off is finished first, so that
 /// `name` goes on leading to what the answer says.
@@ -41,7 +31,7 @@ pub(super) fn open_file(
 pub fn seal(folder: &dyn Folder, name: &str) -> Result<Parent> {
     // Whoever made or froze it may have been killed with all of that in memory alone.
     sync_folder(folder)?;
-    let mut file = open_file(folder, name, Access::Read)?;
+    let mut file = open_in(folder, name, Access::Read)?;
     if Packed::recognise(&*file)? {
         file.sync_data().map_err(failed(&*file, "syncing the parent", 0))?;
         let layer = Packed::open(file)?;
@@ -55,12 +45,12 @@ pub fn seal(folder: &dyn Folder, name: &str) -> Result<Parent> {
     if matches!(header.state, State::Frozen(_))
         && snapshot::finish(folder, name, header.identity())? == CutOff::Finished
     {
-        file = open_file(folder, name, Access::Read)?;
+        file = open_in(folder, name, Access::Read)?;
         header = durable_header(&*file)?;
     }
     let newly_frozen = !matches!(header.state, State::Frozen(_));
     let sealed = if newly_frozen {
-        let mut layer = Writable::open(open_file(folder, name, Access::Write)?)?;
+        let mut layer = Writable::open(open_in(folder, name, Access::Write)?)?;
         let (id, _) = layer.plan_freeze()?;
         layer.freeze(id)?
     } else {
@@ -85,7 +75,7 @@ pub fn seal(folder: &dyn Folder, name: &str) -> Result<Parent> {
 /// # Errors
 /// [`ErrorKind::InUse`] where somebody is making it just now; host errors.
 pub fn finish_snapshot(folder: &dyn Folder, name: &str) -> Result<()> {
-    let header = durable_header(&*open_file(folder, name, Access::Read)?)?;
+    let header = durable_header(&*open_in(folder, name, Access::Read)?)?;
     if matches!(header.state, State::Frozen(_)) {
         snapshot::finish(folder, name, header.identity())?;
     }
@@ -145,7 +135,7 @@ mod tests {
     fn a_snapshot_that_was_cut_off_is_finished_without_opening_what_is_new() {
         let (folder, _) = cut_off();
         finish_snapshot(&*folder, "a").unwrap();
-        let header = durable_header(&*open_file(&*folder, "a", Access::Read).unwrap()).unwrap();
+        let header = durable_header(&*open_in(&*folder, "a", Access::Read).unwrap()).unwrap();
         assert_eq!(header.state, State::Writable);
         finish_snapshot(&*folder, "a").unwrap();
         assert!(folder.open(".a.top", Access::Read).is_err());

@@ -5,12 +5,11 @@ use std::sync::{Arc, PoisonError};
 
 use super::gate::Found;
 use super::layer::Layer;
-use super::setup::open_file;
-use super::{Chain, Levels, MAX_DEPTH, Stack};
+use super::{Chain, Levels, MAX_DEPTH, Parent, Stack};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
 use crate::live::{self, NewLayer, Writable, durable_header, newest_header};
-use crate::storage::{Access, Folder, Lock, Rights, sync_folder, take_lock};
+use crate::storage::{Access, Folder, Lock, Rights, find_in, open_in, sync_folder, take_lock};
 use crate::types::Identity;
 
 /// The new top's name until it takes the old one's.
@@ -45,13 +44,10 @@ pub(super) fn finish(
     // A killed process may have left the freeze in the page cache alone. It has to be durable
     // before a name says that there is a child.
     let by_others = || {
-        let now = durable_header(&*open_file(folder, name, Access::Read)?)?.identity();
+        let now = durable_header(&*open_in(folder, name, Access::Read)?)?.identity();
         Ok(if now == identity { CutOff::Nothing } else { CutOff::Finished })
     };
-    let file = match open_file(folder, &new_top, Access::Write) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return by_others(),
-        other => other?,
-    };
+    let Some(file) = find_in(folder, &new_top, Access::Write)? else { return by_others() };
     take_lock(&*file, Lock::Exclusive)?;
     if by_others()? == CutOff::Finished {
         return Ok(CutOff::Finished);
@@ -66,14 +62,15 @@ pub(super) fn finish(
 
 impl Chain {
     /// Gives the present content the name `snapshot` in the chain's folder, frozen; this chain and
-    /// its name go on over it. Waits for operations under way, and holds up those that come.
+    /// its name go on over it. Answers what the chain stands on now. Waits for operations under way,
+    /// and holds up those that come.
     ///
     /// # Errors
     /// [`ErrorKind::ReadOnly`]; [`ErrorKind::Exists`] for a name that is taken;
     /// [`ErrorKind::Limit`]; host errors. A snapshot that fails half-way is finished by the next
     /// [`Chain::open`] for writing; until then this chain may refuse writes. It never writes to what
     /// is frozen.
-    pub fn snapshot(&self, snapshot: &str) -> Result<()> {
+    pub fn snapshot(&self, snapshot: &str) -> Result<Parent> {
         let mut levels = self.state.write().unwrap_or_else(PoisonError::into_inner);
         let below = levels.stack.as_ref().map_or(0, |stack| stack.layers().len());
         if below + 2 > MAX_DEPTH {
@@ -85,14 +82,14 @@ impl Chain {
         let link = ParentLink { identity, hint: snapshot.to_owned() };
         let rights = Rights::of_successor(top.file())
             .map_err(failed(&*self.folder, "looking at the layer's owner"))?;
-        let new_top = self.build_top(link, levels.size, rights)?;
+        let virtual_size = levels.size;
+        let new_top = self.build_top(link.clone(), virtual_size, rights)?;
         self.link_snapshot(snapshot).inspect_err(|_| {
             // It means nothing yet; the next snapshot would replace it.
             let _ = self.folder.remove(&new_top_name(&self.name));
         })?;
 
-        let Some(top) = levels.top.as_mut() else { return Ok(()) };
-        let layer = Layer::Live(top.freeze(id)?);
+        let layer = Layer::Live(levels.top_mut()?.freeze(id)?);
         let found = Arc::new(Found { layer, folder: self.folder.clone() });
         let older = levels.stack.iter().flat_map(|stack| stack.found().iter().cloned());
         let stack = Arc::new(Stack::new(std::iter::once(found.clone()).chain(older).collect()));
@@ -105,7 +102,7 @@ impl Chain {
             .map_err(failed(&*self.folder, "renaming the new top"))?;
         sync_folder(&*self.folder)?;
         *levels = Levels::writable(new_top, Some(stack));
-        Ok(())
+        Ok(Parent { link, virtual_size, newly_frozen: true })
     }
 
     /// Builds the new top under its temporary name, replacing one that a crash left before it meant

@@ -9,7 +9,7 @@ use super::files::{self, FileChange};
 use crate::chain::{Chain, Kind};
 use crate::device::{Detail, Device};
 use crate::error::Result;
-use crate::store::Store;
+use crate::store::OpenDisk;
 
 /// What a container changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,15 +32,10 @@ pub struct Extent {
 }
 
 impl Changes {
-    /// Those of a container whose chain is open; `still` is what its disk holds.
-    pub(super) fn between(
-        store: &Store,
-        container: &str,
-        chain: &Chain,
-        still: Arc<dyn files::Still>,
-    ) -> Result<Self> {
-        let extents = extents(chain, store.own_depth(container)?)?;
-        let files = files::changed(Arc::new(store.open_base(container)?), still)?;
+    /// Those of a container; `still` is what its disk holds.
+    pub(super) fn of(container: &OpenDisk, still: Arc<dyn files::Still>) -> Result<Self> {
+        let extents = extents(container, container.own_depth()?)?;
+        let files = files::changed(Arc::new(container.open_base()?), still)?;
         Ok(Self { extents, files })
     }
 }

@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use ext4_view::{Ext4, Ext4Error, Ext4Read, Metadata};
 use serde::{Deserialize, Serialize};
 
-use crate::chain::Chain;
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::serve::Moment;
@@ -52,7 +51,7 @@ pub(super) trait Still: Send + Sync {
 }
 
 /// One that nobody has open for writing.
-impl Still for Chain {
+impl<D: Device> Still for D {
     fn size(&self) -> u64 {
         Device::size(self)
     }

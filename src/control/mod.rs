@@ -19,12 +19,11 @@ mod tests;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::chain::Chain;
 use crate::device::Device;
 use crate::error::{ErrorKind, Result};
 use crate::serve::{Broker, Desk, Log};
 use crate::storage::{Access, Storage};
-use crate::store::{Disk, DiskKind, Store, StoreBroker};
+use crate::store::{DiskKind, DiskName, OpenDisk, Store, StoreBroker};
 
 pub use changes::{Changes, Extent};
 pub use files::{Change, FileChange};
@@ -72,22 +71,18 @@ impl Control {
         match request {
             Request::Commit { container, image, comment } => {
                 let image = image.parse()?;
-                let made = self.change(&export(container), |chain| {
-                    self.store().commit(container, chain, &image, comment)
-                })?;
+                let made = self.change(&export(container), |disk| disk.commit(&image, comment))?;
                 Ok(Answer::Commit { image: made.id })
             }
             Request::Snapshot { container, name } => {
-                self.change(&export(container), |chain| {
-                    self.store().snapshot_container(container, chain, name)
-                })?;
+                self.change(&export(container), |disk| disk.snapshot(name))?;
                 Ok(Answer::Snapshot)
             }
             Request::Diff { container } => self.diff(container).map(Answer::Diff),
             Request::Resize { disk, size, shrink } => {
-                let size = self.change(disk, |chain| {
-                    chain.resize(*size, *shrink)?;
-                    Ok(chain.size())
+                let size = self.change(disk, |disk| {
+                    disk.resize(*size, *shrink)?;
+                    Ok(disk.size())
                 })?;
                 Ok(Answer::Resize { size })
             }
@@ -101,7 +96,7 @@ impl Control {
     }
 
     /// Changes a disk as a whole, beside its users.
-    fn change<T>(&self, name: &str, act: impl FnOnce(&Chain) -> Result<T>) -> Result<T> {
+    fn change<T>(&self, name: &str, act: impl FnOnce(&OpenDisk) -> Result<T>) -> Result<T> {
         let served = self.desk.visit(name)?;
         let done = act(&served.change());
         // A refused change must not leave the layer marked as in use.
@@ -114,15 +109,15 @@ impl Control {
     fn diff(&self, container: &str) -> Result<Changes> {
         if self.lock.is_none() {
             // Nobody else may write it then, and it need not be opened for that.
-            let disk = Disk::new(DiskKind::Container, container)?;
-            let chain = Arc::new(self.store().open_disk(&disk, Access::Read)?);
-            return Changes::between(self.store(), container, &chain, chain.clone());
+            let disk = DiskName::new(DiskKind::Container, container)?;
+            let disk = Arc::new(self.store().open_disk(&disk, Access::Read)?);
+            return Changes::of(&disk, disk.clone());
         }
         let served = self.desk.visit(&export(container))?;
         let look = || {
-            let chain = served.change();
+            let disk = served.change();
             let moment = served.moment(self.desk.broker().scratch()?)?;
-            Changes::between(self.store(), container, &chain, Arc::new(moment))
+            Changes::of(&disk, Arc::new(moment))
         };
         let changes = look();
         let left = served.leave();

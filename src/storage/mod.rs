@@ -168,6 +168,25 @@ pub fn failed(
     move |error| Error::io(error, operation).at(offset).in_file(storage.path())
 }
 
+/// Opens a file in a folder; an error names it.
+pub fn open_in(folder: &dyn Folder, name: &str, access: Access) -> Result<Arc<dyn Storage>> {
+    folder
+        .open(name, access)
+        .map_err(|error| Error::io(error, "opening the file").in_file(folder.path().join(name)))
+}
+
+/// [`open_in`] of a file that may be missing.
+pub fn find_in(
+    folder: &dyn Folder,
+    name: &str,
+    access: Access,
+) -> Result<Option<Arc<dyn Storage>>> {
+    match open_in(folder, name, access) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        other => other.map(Some),
+    }
+}
+
 /// Makes the changes of names in a folder durable.
 pub fn sync_folder(folder: &dyn Folder) -> Result<()> {
     folder.sync().map_err(|error| Error::io(error, "syncing the folder").in_file(folder.path()))

@@ -4,8 +4,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Disk, DiskKind, Store, json};
-use crate::chain::Chain;
+use super::{DiskKind, DiskName, OpenDisk, Store, files};
 use crate::error::{Error, ErrorKind, Result};
 use crate::serve::{Broker, Log, Opened};
 use crate::storage::{Access, Storage};
@@ -29,9 +28,9 @@ pub struct StoreBroker {
 }
 
 /// What a name stands for.
-enum Target {
-    Writable(Disk),
-    ReadOnlyVolume(Disk),
+enum Named {
+    Writable(DiskName),
+    ReadOnlyVolume(DiskName),
     Snapshot(String, String),
     Image(String),
 }
@@ -40,7 +39,7 @@ fn unknown(name: &str) -> Error {
     Error::new(ErrorKind::NotFound, format!("there is no disk called {name:?}"))
 }
 
-impl Target {
+impl Named {
     fn parse(name: &str) -> Result<Self> {
         let (noun, rest) = name.split_once('/').ok_or_else(|| unknown(name))?;
         match (noun, rest.split_once('@'), rest.strip_suffix(":ro")) {
@@ -48,16 +47,16 @@ impl Target {
             ("container", Some((container, snapshot)), _) => {
                 Ok(Self::Snapshot(container.to_owned(), snapshot.to_owned()))
             }
-            ("container", None, _) => Ok(Self::Writable(Disk::new(DiskKind::Container, rest)?)),
+            ("container", None, _) => Ok(Self::Writable(DiskName::new(DiskKind::Container, rest)?)),
             ("volume", _, Some(rest)) => {
-                Ok(Self::ReadOnlyVolume(Disk::new(DiskKind::Volume, rest)?))
+                Ok(Self::ReadOnlyVolume(DiskName::new(DiskKind::Volume, rest)?))
             }
-            ("volume", _, None) => Ok(Self::Writable(Disk::new(DiskKind::Volume, rest)?)),
+            ("volume", _, None) => Ok(Self::Writable(DiskName::new(DiskKind::Volume, rest)?)),
             _ => Err(unknown(name)),
         }
     }
 
-    fn open(&self, store: &Store) -> Result<Chain> {
+    fn open(&self, store: &Store) -> Result<OpenDisk> {
         match self {
             Self::Writable(disk) => store.open_disk(disk, Access::Write),
             Self::ReadOnlyVolume(disk) => store.open_disk(disk, Access::Read),
@@ -88,13 +87,13 @@ impl StoreBroker {
 }
 
 impl Broker for StoreBroker {
-    type Disk = Chain;
+    type Disk = OpenDisk;
 
-    fn open(&self, name: &str) -> Result<Opened<Chain>> {
-        let (target, start) = (Target::parse(name)?, Instant::now());
-        let shared = !matches!(target, Target::Writable(_));
+    fn open(&self, name: &str) -> Result<Opened<OpenDisk>> {
+        let (named, start) = (Named::parse(name)?, Instant::now());
+        let shared = !matches!(named, Named::Writable(_));
         loop {
-            match target.open(&self.store) {
+            match named.open(&self.store) {
                 Err(error) if error.kind() == ErrorKind::InUse && start.elapsed() < PATIENCE => {
                     thread::sleep(TRY_AGAIN);
                 }
@@ -128,10 +127,10 @@ impl Broker for StoreBroker {
     /// In the store's folder, under no name: a name is there for a moment only, and `gc` takes what a
     /// crash leaves of it.
     fn scratch(&self) -> Result<Arc<dyn Storage>> {
-        let (root, name) = (self.store.root(), json::draft_name()?);
+        let (root, name) = (self.store.root(), files::draft_name()?);
         let fail = |error| Error::io(error, "making a temporary file").in_file(root.path());
         let file = root.create(&name).map_err(fail)?;
-        json::remove(root, &name)?;
+        files::remove(root, &name)?;
         Ok(file)
     }
 

@@ -5,15 +5,17 @@ use std::io;
 
 use serde_json::Value;
 
-use super::disk::{Disk, DiskKind, GONE, LAYER, RECORD, Record, is_layer_of};
-use super::index::{Index, hex_digest, is_hex_digest};
-use super::{Guard, Image, Store, json};
+use super::digest::{hex_digest, is_hex_digest};
+use super::disk::{DiskKind, DiskName, GONE, LAYER, RECORD, Record, is_layer_of};
+use super::files::listing;
+use super::index::Index;
+use super::{Guard, Image, Store, files, json};
 use crate::chain::finish_snapshot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::State;
 use crate::live::newest_header;
 use crate::packed::Packed;
-use crate::storage::{Access, Folder, Lock, sync_folder};
+use crate::storage::{Access, Folder, Lock, failed, find_in, sync_folder};
 
 /// What a collection took away, or would.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -70,14 +72,6 @@ struct Garbage {
     name: String,
 }
 
-/// The names in a folder, sorted.
-pub(super) fn listing(folder: &dyn Folder) -> Result<Vec<String>> {
-    let fail = |error| Error::io(error, "listing the folder").in_file(folder.path());
-    let mut names = folder.list().map_err(fail)?;
-    names.sort();
-    Ok(names)
-}
-
 impl Store {
     /// Everything that something refers to in the folder of blobs: from the index, from records,
     /// and from the parent links of layers, those of no record included, but for what is `doomed`.
@@ -91,7 +85,7 @@ impl Store {
             let folder = &**self.folder(kind);
             for name in listing(folder)? {
                 if name.ends_with(RECORD) || name.ends_with(GONE) {
-                    let record = json::read_json::<Record>(folder, &name)?.unwrap_or_default();
+                    let record = json::read::<Record>(folder, &name)?.unwrap_or_default();
                     if is_hex_digest(&record.manifest) {
                         self.mark_manifest(&record.manifest, &mut marked)?;
                     }
@@ -103,7 +97,7 @@ impl Store {
             }
         }
         // What is being made stands on something too.
-        for name in listing(self.blobs())?.iter().filter(|name| name.starts_with(json::DRAFT)) {
+        for name in listing(self.blobs())?.iter().filter(|name| name.starts_with(files::DRAFT)) {
             if !is_doomed(Place::Blobs, name) {
                 self.mark_parents(self.blobs(), name, &mut marked)?;
             }
@@ -202,7 +196,7 @@ impl Store {
             index.write_smaller(self)?;
         }
         for garbage in &doomed {
-            json::remove(self.place(garbage.place), &garbage.name)?;
+            files::remove(self.place(garbage.place), &garbage.name)?;
         }
         for folder in [
             &self.folders.root,
@@ -223,7 +217,7 @@ impl Store {
         let mut add = |place, names: Vec<String>| {
             found.extend(names.into_iter().map(|name| Garbage { place, name }));
         };
-        let is_draft = |name: &String| name.starts_with(json::DRAFT);
+        let is_draft = |name: &String| name.starts_with(files::DRAFT);
         for place in [Place::Root, Place::Blobs] {
             let mut drafts = listing(self.place(place))?;
             drafts.retain(is_draft);
@@ -239,7 +233,7 @@ impl Store {
             add(Place::Disks(kind), self.strays(kind)?);
         }
         for name in self.disk_names(DiskKind::Container)? {
-            let disk = Disk { kind: DiskKind::Container, name };
+            let disk = DiskName { kind: DiskKind::Container, name };
             add(Place::Disks(DiskKind::Container), self.abandoned(&disk, guard)?);
         }
         Ok(found)
@@ -247,7 +241,7 @@ impl Store {
 
     /// What a snapshot or commit of a container left that was cut off. One that is open is for
     /// whoever has it.
-    fn abandoned(&self, disk: &Disk, guard: &Guard) -> Result<Vec<String>> {
+    fn abandoned(&self, disk: &DiskName, guard: &Guard) -> Result<Vec<String>> {
         let folder = &**self.folder(disk.kind);
         let exists = |name: &str| {
             let fail = |error| Error::io(error, "looking at layers").in_file(folder.path());
@@ -293,7 +287,7 @@ impl Store {
             for name in listing(folder)? {
                 let top = name.strip_prefix('.').and_then(|name| name.strip_suffix(".top"));
                 if let Some(name) = name.strip_suffix(GONE) {
-                    self.finish_removal(&Disk { kind, name: name.to_owned() })?;
+                    self.finish_removal(&DiskName { kind, name: name.to_owned() })?;
                 } else if let Some(layer) = top {
                     match finish_snapshot(folder, layer) {
                         Err(error)
@@ -329,15 +323,11 @@ impl Store {
 
     /// Whether nobody has a file open with a lock on it.
     fn is_idle(&self, folder: &dyn Folder, name: &str) -> Result<bool> {
-        let fail = |error| Error::io(error, "looking at a file").in_file(folder.path().join(name));
-        let file = match folder.open(name, Access::Write) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-            other => other.map_err(fail)?,
-        };
+        let Some(file) = find_in(folder, name, Access::Write)? else { return Ok(false) };
         match file.lock(Lock::Exclusive) {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
-            Err(error) => Err(fail(error)),
+            Err(error) => Err(failed(&*file, "locking the file", 0)(error)),
         }
     }
 
@@ -349,7 +339,7 @@ impl Store {
         for name in &names {
             let stem = name.strip_prefix('.').unwrap_or(name);
             let stem = stem.strip_suffix(".top").unwrap_or(stem);
-            let stray = if name.starts_with(json::DRAFT) {
+            let stray = if name.starts_with(files::DRAFT) {
                 true
             } else if let Some(stem) = stem.strip_suffix(LAYER) {
                 !self.is_recorded(kind, stem, name, &names)?
@@ -375,7 +365,7 @@ impl Store {
             Some((owner, _)) => (owner, true),
             None => (stem, false),
         };
-        let disk = Disk { kind, name: owner.to_owned() };
+        let disk = DiskName { kind, name: owner.to_owned() };
         if names.binary_search(&disk.record_file()).is_err() {
             return Ok(false);
         }
@@ -414,7 +404,7 @@ impl Store {
         let disks = |kind| -> Result<Usage> {
             let mut usage = Usage::default();
             for name in self.disk_names(kind)? {
-                let disk = Disk { kind, name };
+                let disk = DiskName { kind, name };
                 let Some(record) = self.record(&disk)? else { continue };
                 let cost = self.disk_cost(&disk, &record)?;
                 let idle = self.is_idle(&**self.folder(kind), &disk.file())?;
@@ -432,16 +422,12 @@ impl Store {
 /// The file name that a layer's parent link gives; none where the file is gone, is no layer, or
 /// stands on nothing.
 fn parent_hint(folder: &dyn Folder, name: &str) -> Result<Option<String>> {
-    let path = folder.path().join(name);
-    let file = match folder.open(name, Access::Read) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        other => other.map_err(|error| Error::io(error, "opening a layer").in_file(path))?,
-    };
+    let Some(file) = find_in(folder, name, Access::Read)? else { return Ok(None) };
     if Packed::recognise(&*file)? {
         return match Packed::open(file) {
             Ok(layer) => Ok(layer.parent().map(|link| link.hint.clone())),
             // One that is being written; the layer that it is made from keeps the parents.
-            Err(_) if name.starts_with(json::DRAFT) => Ok(None),
+            Err(_) if name.starts_with(files::DRAFT) => Ok(None),
             Err(error) => Err(error),
         };
     }
@@ -449,7 +435,7 @@ fn parent_hint(folder: &dyn Folder, name: &str) -> Result<Option<String>> {
         Ok(header) => Ok(header.parent.map(|link| link.hint)),
         Err(error) if error.kind() == ErrorKind::NotAnImage => Ok(None),
         // A header whose checksums don't hold, of a creation that was cut off.
-        Err(error) if name.starts_with(json::DRAFT) && error.kind() == ErrorKind::Corrupt => {
+        Err(error) if name.starts_with(files::DRAFT) && error.kind() == ErrorKind::Corrupt => {
             Ok(None)
         }
         Err(error) => Err(error),

@@ -2,15 +2,16 @@
 
 use std::collections::BTreeSet;
 
-use super::disk::{Disk, DiskKind, Frozen, LAYER, Record, rights_over};
-use super::draft::Blob;
-use super::index::is_hex_digest;
-use super::{Image, NewImage, Reference, Store, check_name, json};
-use crate::chain::{Chain, create, seal};
+use super::blob::NewBlob;
+use super::digest::is_hex_digest;
+use super::disk::{DiskKind, DiskName, FrozenLayer, LAYER, Record, rights_over};
+use super::{Image, NewImage, OpenDisk, Reference, Store, check_name, files, now};
+use crate::chain::{Chain, Parent, create, seal};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::live::newest_header;
-use crate::storage::{Access, sync_folder};
+use crate::format::header::ParentLink;
+use crate::live::{durable_header, newest_header};
+use crate::storage::{Access, open_in, sync_folder};
 
 /// A container as its record and its layer tell.
 #[derive(Clone, Debug)]
@@ -26,20 +27,20 @@ pub struct Container {
     /// The newest blob that it stands on; none where its layers can't be read.
     pub base: Option<String>,
     /// The names of its snapshots, oldest first.
-    pub snapshots: Vec<Saved>,
+    pub snapshots: Vec<Snapshot>,
 }
 
 /// A snapshot of a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Saved {
+pub struct Snapshot {
     /// Its name.
     pub name: String,
     /// RFC 3339.
     pub created: String,
 }
 
-fn container(name: &str) -> Result<Disk> {
-    Disk::new(DiskKind::Container, name)
+fn container(name: &str) -> Result<DiskName> {
+    DiskName::new(DiskKind::Container, name)
 }
 
 impl Store {
@@ -63,7 +64,7 @@ impl Store {
             if let Some(name) = frozen.snapshot.clone()
                 && self.is_made(&disk, frozen)?
             {
-                snapshots.push(Saved { name, created: frozen.created.clone() });
+                snapshots.push(Snapshot { name, created: frozen.created.clone() });
             }
         }
         Ok(Some(Container {
@@ -88,17 +89,14 @@ impl Store {
         let folder = self.folder(DiskKind::Container);
         let (mut own, mut next) = (Vec::new(), file.to_owned());
         loop {
-            let path = folder.path().join(&next);
-            let opened = folder
-                .open(&next, Access::Read)
-                .map_err(|error| Error::io(error, "opening the layer").in_file(&path))?;
+            let opened = open_in(&**folder, &next, Access::Read)?;
             let hint = newest_header(&*opened)?.parent.map(|link| link.hint);
             match hint {
                 None => return Ok((own, None)),
                 Some(hint) if is_hex_digest(&hint) => return Ok((own, Some(hint))),
                 Some(hint) if own.contains(&hint) || hint == file => {
                     let error = Error::new(ErrorKind::Corrupt, "the layer is its own ancestor");
-                    return Err(error.in_file(path));
+                    return Err(error.in_file(opened.path()));
                 }
                 Some(hint) => {
                     own.push(hint.clone());
@@ -118,7 +116,7 @@ impl Store {
         let guard = self.lock()?;
         let parent = self.parent(&image.top()?)?;
         let record = Record {
-            created: json::now(),
+            created: now(),
             image: image.name(),
             manifest: image.id.clone(),
             frozen: Vec::new(),
@@ -139,21 +137,20 @@ impl Store {
     }
 
     /// Opens a snapshot of a container for reading.
-    pub fn open_snapshot(&self, name: &str, snapshot: &str) -> Result<Chain> {
+    pub fn open_snapshot(&self, name: &str, snapshot: &str) -> Result<OpenDisk> {
         let disk = container(name)?;
         let record = self.record(&disk)?.ok_or_else(|| disk.missing())?;
         let frozen = self.find_snapshot(&disk, &record, snapshot)?;
-        let folder = self.folder(DiskKind::Container).clone();
-        Chain::open(folder, &frozen.file, Access::Read, self.layers.clone())
+        let chain = self.open_chain(self.folder(disk.kind), &frozen.file, Access::Read)?;
+        Ok(OpenDisk::new(self, None, chain))
     }
 
-    /// Opens what a container stands on, for reading.
-    pub fn open_base(&self, name: &str) -> Result<Chain> {
-        let base = self.base_of(&container(name)?.file())?;
-        Chain::open(self.folders.blobs.clone(), &base, Access::Read, self.layers.clone())
-    }
-
-    fn find_snapshot<'a>(&self, disk: &Disk, record: &'a Record, name: &str) -> Result<&'a Frozen> {
+    fn find_snapshot<'a>(
+        &self,
+        disk: &DiskName,
+        record: &'a Record,
+        name: &str,
+    ) -> Result<&'a FrozenLayer> {
         let found = record.frozen.iter().find(|frozen| frozen.snapshot.as_deref() == Some(name));
         if let Some(frozen) = found
             && self.is_made(disk, frozen)?
@@ -166,7 +163,8 @@ impl Store {
 
     /// Freezes what a container holds under a new file name, which the record has from before; the
     /// container goes on over it.
-    fn freeze(&self, disk: &Disk, chain: &Chain, snapshot: Option<&str>) -> Result<String> {
+    fn freeze(&self, open: &OpenDisk, snapshot: Option<&str>) -> Result<Parent> {
+        let disk = open.writable_container()?;
         let guard = self.lock()?;
         let mut record = self.record(disk)?.ok_or_else(|| disk.missing())?;
         self.drop_unneeded(disk, &mut record)?;
@@ -184,81 +182,26 @@ impl Store {
         let file = format!("{}@{number}{LAYER}", disk.name);
         // What a removed container of that name may have left: once the record has the file, it
         // counts.
-        json::remove(&**self.folder(disk.kind), &file)?;
-        record.frozen.push(Frozen {
+        files::remove(&**self.folder(disk.kind), &file)?;
+        record.frozen.push(FrozenLayer {
             file: file.clone(),
-            created: json::now(),
+            created: now(),
             snapshot: snapshot.map(str::to_owned),
         });
         self.write_record(disk, &record)?;
         drop(guard);
-        chain.snapshot(&file)?;
-        Ok(file)
+        Chain::snapshot(open, &file)
     }
 
     /// Whether a layer of a record was made: a crash may have kept its file from being there, or
     /// left it as a second name of the layer that is written.
-    pub(super) fn is_made(&self, disk: &Disk, frozen: &Frozen) -> Result<bool> {
+    pub(super) fn is_made(&self, disk: &DiskName, frozen: &FrozenLayer) -> Result<bool> {
         let folder = self.folder(disk.kind);
         let same = |other: &str| {
             let fail = |error| Error::io(error, "looking at layers").in_file(folder.path());
             folder.same_file(&frozen.file, other).map_err(fail)
         };
         Ok(same(&frozen.file)? && !same(&disk.file())?)
-    }
-
-    /// Keeps the present state of a container, which `chain` has open for writing, under a name.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Exists`]; those of [`Chain::snapshot`].
-    pub fn snapshot_container(&self, name: &str, chain: &Chain, snapshot: &str) -> Result<()> {
-        check_name("a snapshot", snapshot)?;
-        self.freeze(&container(name)?, chain, Some(snapshot)).map(drop)
-    }
-
-    /// Makes an image of a container, which `chain` has open for writing. The container goes on
-    /// over the new image: what it wrote is the image's newest layer then, and is kept once.
-    ///
-    /// # Errors
-    /// Those of [`Store::publish`] and [`Chain::snapshot`]. After an error the container holds what
-    /// it held.
-    pub fn commit(
-        &self,
-        name: &str,
-        chain: &Chain,
-        reference: &Reference,
-        comment: &str,
-    ) -> Result<Image> {
-        let disk = container(name)?;
-        let file = self.freeze(&disk, chain, None)?;
-        let folder = self.folder(DiskKind::Container).clone();
-        let frozen = Chain::open(folder.clone(), &file, Access::Read, self.layers.clone())?;
-        let from = seal(&*folder, &file)?.link.identity;
-        let (below, base) = self.own_layers(&file)?;
-        let base = base.ok_or_else(|| Error::new(ErrorKind::Corrupt, "stands on no image"))?;
-        let record = self.record(&disk)?.ok_or_else(|| disk.missing())?;
-        let image = self.image_over(&record, &base)?;
-
-        let blob = if below.is_empty() {
-            Blob::pack(self, &frozen)?
-        } else {
-            let rights = frozen.successor_rights()?;
-            let draft = self.draft(Some(frozen.size()), Some(&image), rights)?;
-            let blobs = self.folders.blobs.clone();
-            let below = Chain::open(blobs, &base, Access::Read, self.layers.clone())?;
-            frozen.copy_above(&below, draft.chain())?;
-            draft.finish()?
-        };
-        drop(frozen);
-        let new = NewImage {
-            reference: reference.clone(),
-            created_by: format!("commit {name}"),
-            comment: comment.to_owned(),
-        };
-        let made = self.publish_blob(blob, Some(&image), &new)?;
-        chain.relink(from, &self.parent(&made.top()?)?.link)?;
-        self.settle(&disk, &made)?;
-        Ok(made)
     }
 
     /// The image that a container stands on: its record may be behind its layer.
@@ -277,7 +220,7 @@ impl Store {
 
     /// Brings the record of a container in line with the image it stands on now, and removes its
     /// frozen layers that nothing stands on any more.
-    fn settle(&self, disk: &Disk, image: &Image) -> Result<()> {
+    fn settle(&self, disk: &DiskName, image: &Image) -> Result<()> {
         let _guard = self.lock()?;
         let mut record = self.record(disk)?.ok_or_else(|| disk.missing())?;
         record.image = image.name();
@@ -288,7 +231,19 @@ impl Store {
 
     /// The frozen layers of a container that were never made, or that neither its top nor a
     /// snapshot stands on, children first. The container must not be open elsewhere.
-    pub(super) fn unneeded(&self, disk: &Disk, record: &Record) -> Result<Vec<String>> {
+    pub(super) fn unneeded(&self, disk: &DiskName, record: &Record) -> Result<Vec<String>> {
+        let unneeded = self.unneeded_now(disk, record)?;
+        if unneeded.is_empty() {
+            return Ok(unneeded);
+        }
+        // A killed process may have relinked the top in the page cache alone: what it stands on
+        // after a power loss is needed too.
+        let folder = &**self.folder(disk.kind);
+        durable_header(&*open_in(folder, &disk.file(), Access::Read)?)?;
+        self.unneeded_now(disk, record)
+    }
+
+    fn unneeded_now(&self, disk: &DiskName, record: &Record) -> Result<Vec<String>> {
         let mut needed: BTreeSet<_> = self.own_layers(&disk.file())?.0.into_iter().collect();
         for frozen in record.frozen.iter().filter(|frozen| frozen.snapshot.is_some()) {
             if self.is_made(disk, frozen)? {
@@ -302,10 +257,10 @@ impl Store {
 
     /// Removes the frozen layers that nothing needs, and takes them out of the record, which is to
     /// be written: a record may name a layer that isn't there.
-    fn drop_unneeded(&self, disk: &Disk, record: &mut Record) -> Result<()> {
+    fn drop_unneeded(&self, disk: &DiskName, record: &mut Record) -> Result<()> {
         let unneeded = self.unneeded(disk, record)?;
         for file in &unneeded {
-            json::remove(&**self.folder(disk.kind), file)?;
+            files::remove(&**self.folder(disk.kind), file)?;
         }
         record.frozen.retain(|frozen| !unneeded.contains(&frozen.file));
         Ok(())
@@ -333,9 +288,9 @@ impl Store {
             }
             None => (self.parent(&self.image_of_reset(&disk, &record)?)?, self.blobs()),
         };
-        let draft = json::draft_name()?;
+        let draft = files::draft_name()?;
         let rights = match &claim {
-            Some(file) => json::rights_of(&**file)?,
+            Some(file) => files::rights_of(&**file)?,
             None => rights_over(home, &parent)?,
         };
         let drafts = folder.creating(rights);
@@ -345,7 +300,7 @@ impl Store {
             let _ = folder.remove(&draft);
             Error::io(error, "replacing the layer").in_file(folder.path().join(disk.file()))
         })?;
-        json::remove(&**folder, &disk.new_top_file())?;
+        files::remove(&**folder, &disk.new_top_file())?;
         sync_folder(&**folder)?;
         self.drop_unneeded(&disk, &mut record)?;
         self.write_record(&disk, &record)
@@ -353,7 +308,7 @@ impl Store {
 
     /// The blob that a container is reset to: that of its layer, or of its record where the layer
     /// can't be read.
-    fn image_of_reset(&self, disk: &Disk, record: &Record) -> Result<String> {
+    fn image_of_reset(&self, disk: &DiskName, record: &Record) -> Result<String> {
         if let Ok(base) = self.base_of(&disk.file()) {
             return Ok(base);
         }
@@ -364,9 +319,88 @@ impl Store {
         };
         image.ok_or_else(missing)?.top()
     }
+}
+
+impl OpenDisk {
+    /// Its name, where it is a container that is open for writing.
+    fn writable_container(&self) -> Result<&DiskName> {
+        let name = self.container()?;
+        if self.read_only() {
+            let detail = format!("container {:?} is not open for writing", name.name);
+            return Err(Error::new(ErrorKind::ReadOnly, detail));
+        }
+        Ok(name)
+    }
+
+    /// Keeps the present state of a container under a name. In place of [`Chain::snapshot`], of which
+    /// no record would know.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`]; [`ErrorKind::InvalidInput`] for what is no name or no container; those
+    /// of [`Chain::snapshot`].
+    pub fn snapshot(&self, name: &str) -> Result<()> {
+        check_name("a snapshot", name)?;
+        self.store().freeze(self, Some(name)).map(drop)
+    }
+
+    /// Makes an image of a container. The container goes on over the new image: what it wrote is the
+    /// image's newest layer then, and is kept once.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for what is no container; those of [`Store::publish`] and
+    /// [`Chain::snapshot`]. After an error the container holds what it held.
+    pub fn commit(&self, reference: &Reference, comment: &str) -> Result<Image> {
+        let (store, disk) = (self.store(), self.writable_container()?);
+        let Parent { link: ParentLink { identity: from, hint: file }, .. } =
+            store.freeze(self, None)?;
+        let (below, base) = store.own_layers(&file)?;
+        let base = base.ok_or_else(|| Error::new(ErrorKind::Corrupt, "stands on no image"))?;
+        let record = store.record(disk)?.ok_or_else(|| disk.missing())?;
+        let image = store.image_over(&record, &base)?;
+
+        let frozen = store.open_chain(store.folder(disk.kind), &file, Access::Read)?;
+        let blob = if below.is_empty() {
+            NewBlob::pack(store, &frozen)?
+        } else {
+            let rights = frozen.successor_rights()?;
+            let draft = store.draft(Some(frozen.size()), Some(&image), rights)?;
+            let below = store.open_chain(&store.folders.blobs, &base, Access::Read)?;
+            frozen.copy_above(&below, draft.chain())?;
+            draft.finish()?
+        };
+        drop(frozen);
+        let new = NewImage {
+            reference: reference.clone(),
+            created_by: format!("commit {}", disk.name),
+            comment: comment.to_owned(),
+        };
+        let made = store.publish_blob(blob, Some(&image), &new)?;
+        self.relink(from, &store.parent(&made.top()?)?.link)?;
+        store.settle(disk, &made)?;
+        Ok(made)
+    }
+
+    fn container(&self) -> Result<&DiskName> {
+        let name = self.name().filter(|name| name.kind == DiskKind::Container);
+        name.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "not a container"))
+    }
 
     /// How many of the layers of a container's chain are its own, for reading what it changed.
-    pub fn own_depth(&self, name: &str) -> Result<usize> {
-        Ok(self.own_layers(&container(name)?.file())?.0.len() + 1)
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for what is no container.
+    pub fn own_depth(&self) -> Result<usize> {
+        Ok(self.store().own_layers(&self.container()?.file())?.0.len() + 1)
+    }
+
+    /// Opens what a container stands on, for reading.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for what is no container; those of [`Chain::open`].
+    pub fn open_base(&self) -> Result<OpenDisk> {
+        let store = self.store();
+        let base = store.base_of(&self.container()?.file())?;
+        let chain = store.open_chain(&store.folders.blobs, &base, Access::Read)?;
+        Ok(OpenDisk::new(store, None, chain))
     }
 }

@@ -1,16 +1,22 @@
 //! Writable disks of the store: a live layer and a record beside it. Containers and volumes are
 //! both that.
 
+use std::ops::Deref;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::collect::listing;
-use super::{Guard, Store, check_name, json};
+use super::files::listing;
+use super::{Guard, Store, check_name, files, json};
 use crate::chain::{Chain, Parent, create};
+use crate::device::{Detail, Device, Disk, Extent, HostRange, Prefetch, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::newest_header;
-use crate::storage::{Access, Folder, Lock, Rights, Storage, sync_folder, take_lock};
+use crate::memory::{Gather, Scatter};
+use crate::storage::{
+    Access, Folder, Lock, Rights, Storage, failed, find_in, open_in, sync_folder, take_lock,
+};
+use crate::wait::{Attempt, Wait};
 
 /// What a disk is to people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -33,7 +39,7 @@ impl DiskKind {
 
 /// A container or volume by name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Disk {
+pub struct DiskName {
     /// Which of the two.
     pub kind: DiskKind,
     /// Its name.
@@ -53,12 +59,12 @@ pub(super) struct Record {
     pub manifest: String,
     /// Frozen layers of its own, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub frozen: Vec<Frozen>,
+    pub frozen: Vec<FrozenLayer>,
 }
 
 /// A frozen layer of a container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Frozen {
+pub(super) struct FrozenLayer {
     /// File name.
     pub file: String,
     /// RFC 3339.
@@ -73,7 +79,7 @@ pub(super) const RECORD: &str = ".json";
 pub(super) const GONE: &str = ".gone";
 pub(super) const LAYER: &str = ".tply";
 
-impl Disk {
+impl DiskName {
     /// A disk's name, checked.
     pub fn new(kind: DiskKind, name: &str) -> Result<Self> {
         let what = match kind {
@@ -108,6 +114,104 @@ impl Disk {
     }
 }
 
+/// A container, volume, snapshot or image that is open. It reads and writes as the [`Chain`] that it
+/// owns; what its record has to know of is done through it alone ([`OpenDisk::commit`],
+/// [`OpenDisk::snapshot`]).
+#[derive(Debug)]
+pub struct OpenDisk {
+    store: Store,
+    name: Option<DiskName>,
+    chain: Chain,
+}
+
+impl OpenDisk {
+    pub(super) fn new(store: &Store, name: Option<DiskName>, chain: Chain) -> Self {
+        Self { store: store.clone(), name, chain }
+    }
+
+    /// Its name; none for a snapshot or image, which never changes.
+    pub fn name(&self) -> Option<&DiskName> {
+        self.name.as_ref()
+    }
+
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+}
+
+impl Deref for OpenDisk {
+    type Target = Chain;
+
+    fn deref(&self) -> &Chain {
+        &self.chain
+    }
+}
+
+impl Disk for OpenDisk {
+    fn close(&self) -> Result<()> {
+        self.chain.close()
+    }
+}
+
+impl Device for OpenDisk {
+    fn size(&self) -> u64 {
+        self.chain.size()
+    }
+
+    fn read_only(&self) -> bool {
+        self.chain.read_only()
+    }
+
+    fn try_read(&self, offset: u64, into: Scatter<'_>, wait: Wait) -> Attempt {
+        self.chain.try_read(offset, into, wait)
+    }
+
+    fn host_range(&self, offset: u64, length: u64) -> Result<Option<HostRange>> {
+        self.chain.host_range(offset, length)
+    }
+
+    fn try_write(&self, offset: u64, from: Gather<'_>, wait: Wait) -> Result<u64> {
+        self.chain.try_write(offset, from, wait)
+    }
+
+    fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<()> {
+        self.chain.zero(offset, length, mode)
+    }
+
+    fn trim(&self, offset: u64, length: u64) -> Result<()> {
+        self.chain.trim(offset, length)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.chain.flush()
+    }
+
+    fn try_extents(
+        &self,
+        offset: u64,
+        length: u64,
+        detail: Detail,
+        limit: usize,
+        out: &mut Vec<Extent>,
+        wait: Wait,
+    ) -> Attempt {
+        self.chain.try_extents(offset, length, detail, limit, out, wait)
+    }
+
+    fn prefetch(&self, offset: u64, length: u64) -> Result<Prefetch> {
+        self.chain.prefetch(offset, length)
+    }
+}
+
+/// How far a removal that was cut off has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CutOffRemoval {
+    /// It is done now.
+    Finished,
+    /// There was none.
+    Nothing,
+}
+
 impl Store {
     pub(super) fn folder(&self, kind: DiskKind) -> &Arc<dyn Folder> {
         match kind {
@@ -127,19 +231,19 @@ impl Store {
     }
 
     /// The record of a disk; none where there is no such disk.
-    pub(super) fn record(&self, disk: &Disk) -> Result<Option<Record>> {
-        json::read_json(&**self.folder(disk.kind), &disk.record_file())
+    pub(super) fn record(&self, disk: &DiskName) -> Result<Option<Record>> {
+        json::read(&**self.folder(disk.kind), &disk.record_file())
     }
 
-    pub(super) fn write_record(&self, disk: &Disk, record: &Record) -> Result<()> {
+    pub(super) fn write_record(&self, disk: &DiskName, record: &Record) -> Result<()> {
         let folder = &**self.folder(disk.kind);
-        json::replace(folder, &disk.record_file(), &json::canonical(record)?)
+        files::replace(folder, &disk.record_file(), &json::canonical(record)?)
     }
 
     /// Makes a disk: first the layer, then the record that says that it is there.
     pub(super) fn create_disk(
         &self,
-        disk: &Disk,
+        disk: &DiskName,
         size: Option<u64>,
         parent: Option<&Parent>,
         record: &Record,
@@ -152,8 +256,8 @@ impl Store {
         }
         self.finish_removal(disk)?;
         // What a creation left that was cut off before its record.
-        json::remove(&**folder, &disk.file())?;
-        json::remove(&**folder, &disk.new_top_file())?;
+        files::remove(&**folder, &disk.file())?;
+        files::remove(&**folder, &disk.new_top_file())?;
         let rights = match parent {
             Some(parent) => rights_over(self.blobs(), parent)?,
             None => Rights::Usual,
@@ -170,54 +274,47 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] with who has it; those of [`Chain::open`].
-    pub fn open_disk(&self, disk: &Disk, access: Access) -> Result<Chain> {
+    pub fn open_disk(&self, disk: &DiskName, access: Access) -> Result<OpenDisk> {
         let _guard = self.lock()?;
         if self.record(disk)?.is_none() {
             return Err(disk.missing());
         }
-        let folder = self.folder(disk.kind).clone();
-        Chain::open(folder, &disk.file(), access, self.layers.clone())
+        let chain = self.open_chain(self.folder(disk.kind), &disk.file(), access)?;
+        Ok(OpenDisk::new(self, Some(disk.clone()), chain))
+    }
+
+    pub(super) fn open_chain(
+        &self,
+        folder: &Arc<dyn Folder>,
+        name: &str,
+        access: Access,
+    ) -> Result<Chain> {
+        Chain::open(folder.clone(), name, access, self.layers.clone())
     }
 
     /// Bytes of disk that a disk's own files take.
-    pub(super) fn disk_cost(&self, disk: &Disk, record: &Record) -> Result<u64> {
+    pub(super) fn disk_cost(&self, disk: &DiskName, record: &Record) -> Result<u64> {
         let folder = self.folder(disk.kind);
         let files = record.frozen.iter().map(|frozen| frozen.file.clone());
         let names = files.chain([disk.file(), disk.record_file()]);
-        let cost = |name: String| match folder.open(&name, Access::Read) {
-            Ok(file) => file.allocated(),
+        let cost = |name: String| match find_in(&**folder, &name, Access::Read)? {
+            Some(file) => file.allocated().map_err(failed(&*file, "looking at its size", 0)),
             // A frozen layer that was never made, or has gone meanwhile.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(0),
-            Err(error) => Err(error),
+            None => Ok(0),
         };
-        names
-            .map(|name| {
-                let path = folder.path().join(&name);
-                cost(name).map_err(|error| Error::io(error, "looking at a layer").in_file(path))
-            })
-            .sum()
+        names.map(cost).sum()
     }
 
     /// The disk's virtual size.
-    pub(super) fn disk_size(&self, disk: &Disk) -> Result<u64> {
-        let folder = self.folder(disk.kind);
-        let file = folder.open(&disk.file(), Access::Read).map_err(|error| {
-            Error::io(error, "opening the layer").in_file(folder.path().join(disk.file()))
-        })?;
+    pub(super) fn disk_size(&self, disk: &DiskName) -> Result<u64> {
+        let file = open_in(&**self.folder(disk.kind), &disk.file(), Access::Read)?;
         Ok(newest_header(&*file)?.virtual_size)
     }
 
     /// Locks a disk's layer against everybody, under the store's lock.
-    pub(super) fn claim(&self, disk: &Disk, _: &Guard) -> Result<Option<Arc<dyn Storage>>> {
-        let folder = self.folder(disk.kind);
-        let file = match folder.open(&disk.file(), Access::Write) {
-            Ok(file) => file,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => {
-                let path = folder.path().join(disk.file());
-                return Err(Error::io(error, "opening the layer").in_file(path));
-            }
-        };
+    pub(super) fn claim(&self, disk: &DiskName, _: &Guard) -> Result<Option<Arc<dyn Storage>>> {
+        let folder = &**self.folder(disk.kind);
+        let Some(file) = find_in(folder, &disk.file(), Access::Write)? else { return Ok(None) };
         take_lock(&*file, Lock::Exclusive).map_err(|error| {
             let detail = format!("{} {:?} is in use: {error}", disk.kind.noun(), disk.name);
             Error::new(error.kind(), detail)
@@ -229,16 +326,15 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] with who has it open.
-    pub fn remove_disk(&self, disk: &Disk) -> Result<()> {
+    pub fn remove_disk(&self, disk: &DiskName) -> Result<()> {
         let guard = self.lock()?;
         let folder = &**self.folder(disk.kind);
         // A record that can't be read is no reason to keep the disk.
-        let found = json::read_small(folder, &disk.record_file())?.is_some();
-        if !found && !self.finish_removal(disk)? {
-            return Err(disk.missing());
-        }
-        if !found {
-            return Ok(());
+        if files::read_small(folder, &disk.record_file())?.is_none() {
+            return match self.finish_removal(disk)? {
+                CutOffRemoval::Finished => Ok(()),
+                CutOffRemoval::Nothing => Err(disk.missing()),
+            };
         }
         let _claim = self.claim(disk, &guard)?;
         folder.rename(&disk.record_file(), &disk.gone_file()).map_err(|error| {
@@ -250,38 +346,36 @@ impl Store {
         Ok(())
     }
 
-    /// Removes the layers of a disk whose record is marked as gone, and then the mark; false where
-    /// there is no mark.
-    pub(super) fn finish_removal(&self, disk: &Disk) -> Result<bool> {
+    /// Removes the layers of a disk whose record is marked as gone, and then the mark.
+    pub(super) fn finish_removal(&self, disk: &DiskName) -> Result<CutOffRemoval> {
         let folder = &**self.folder(disk.kind);
-        let Some(bytes) = json::read_small(folder, &disk.gone_file())? else { return Ok(false) };
+        let Some(bytes) = files::read_small(folder, &disk.gone_file())? else {
+            return Ok(CutOffRemoval::Nothing);
+        };
         // Where it is no record, `gc` finds the layers that no record has.
         let record: Record = json::parse(&bytes).unwrap_or_default();
-        json::remove(folder, &disk.file())?;
-        json::remove(folder, &disk.new_top_file())?;
+        files::remove(folder, &disk.file())?;
+        files::remove(folder, &disk.new_top_file())?;
         for frozen in &record.frozen {
             if is_layer_of(disk, &frozen.file) {
-                json::remove(folder, &frozen.file)?;
+                files::remove(folder, &frozen.file)?;
             }
         }
         sync_folder(folder)?;
-        json::remove(folder, &disk.gone_file())?;
+        files::remove(folder, &disk.gone_file())?;
         sync_folder(folder)?;
-        Ok(true)
+        Ok(CutOffRemoval::Finished)
     }
 }
 
 /// The rights of a disk that shows what a parent in `folder` holds.
 pub(super) fn rights_over(folder: &dyn Folder, parent: &Parent) -> Result<Rights> {
-    let file = folder.open(&parent.link.hint, Access::Read);
-    file.and_then(|file| Rights::of_copy([&*file])).map_err(|error| {
-        let path = folder.path().join(&parent.link.hint);
-        Error::io(error, "looking at the parent's mode").in_file(path)
-    })
+    let file = open_in(folder, &parent.link.hint, Access::Read)?;
+    Rights::of_copy([&*file]).map_err(failed(&*file, "looking at the parent's mode", 0))
 }
 
 /// Whether a file name is one that this disk gives its frozen layers.
-pub(super) fn is_layer_of(disk: &Disk, file: &str) -> bool {
+pub(super) fn is_layer_of(disk: &DiskName, file: &str) -> bool {
     let rest = file.strip_prefix(&disk.name).and_then(|rest| rest.strip_prefix('@'));
     rest.is_some_and(|rest| rest.ends_with(LAYER) && !rest.contains('/'))
 }

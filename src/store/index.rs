@@ -3,7 +3,8 @@
 
 use serde_json::{Value, json};
 
-use super::{RESERVE_FILE, Reference, Store, json};
+use super::digest::hex_digest;
+use super::{RESERVE_FILE, Reference, Store, files, json};
 use crate::error::{Error, ErrorKind, Result};
 
 pub(super) const FILE: &str = "index.json";
@@ -23,7 +24,7 @@ impl Default for Index {
 
 /// One manifest in the index.
 #[derive(Clone, Debug)]
-pub(super) struct Entry {
+pub(super) struct IndexEntry {
     /// Hexadecimal SHA-256.
     pub digest: String,
     /// None for an image whose name went to another one.
@@ -32,23 +33,13 @@ pub(super) struct Entry {
     pub is_manifest: bool,
 }
 
-/// The hexadecimal part of a digest that a file of `blobs/sha256` can have.
-pub(super) fn hex_digest(digest: &str) -> Option<&str> {
-    let hex = digest.strip_prefix("sha256:")?;
-    is_hex_digest(hex).then_some(hex)
-}
-
-pub(super) fn is_hex_digest(name: &str) -> bool {
-    name.len() == 64 && name.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
-}
-
 fn name_of(entry: &Value) -> Option<Reference> {
     entry.get("annotations")?.get(NAME)?.as_str()?.parse().ok()
 }
 
 impl Index {
     pub fn read(store: &Store) -> Result<Self> {
-        let Some(value) = json::read_json::<Value>(store.root(), FILE)? else {
+        let Some(value) = json::read::<Value>(store.root(), FILE)? else {
             let error = Error::new(ErrorKind::Corrupt, "the store has no index");
             return Err(error.in_file(store.root().path().join(FILE)));
         };
@@ -60,14 +51,14 @@ impl Index {
     }
 
     pub fn write(&self, store: &Store) -> Result<()> {
-        json::replace(store.root(), FILE, &json::canonical(&self.0)?)
+        files::replace(store.root(), FILE, &json::canonical(&self.0)?)
     }
 
     /// Writes an index that has become smaller, on a full disk too.
     pub fn write_smaller(&self, store: &Store) -> Result<()> {
         match self.write(store) {
             Err(error) if error.kind() == ErrorKind::NoSpace => {
-                json::remove(store.root(), RESERVE_FILE)?;
+                files::remove(store.root(), RESERVE_FILE)?;
                 self.write(store)
             }
             other => other,
@@ -83,12 +74,12 @@ impl Index {
     }
 
     /// All entries whose digest is one; others can't be images here.
-    pub fn entries(&self) -> impl Iterator<Item = Entry> {
+    pub fn entries(&self) -> impl Iterator<Item = IndexEntry> {
         self.raw().iter().filter_map(|entry| {
             let digest = hex_digest(entry.get("digest")?.as_str()?)?.to_owned();
             let kind = entry.get("mediaType").and_then(Value::as_str);
             let is_manifest = kind == Some(MANIFEST_TYPE);
-            Some(Entry { digest, reference: name_of(entry), is_manifest })
+            Some(IndexEntry { digest, reference: name_of(entry), is_manifest })
         })
     }
 
@@ -137,7 +128,7 @@ impl Index {
     }
 
     /// Takes out the entries that `drop` says.
-    pub fn remove(&mut self, drop: impl Fn(&Entry) -> bool) {
+    pub fn remove(&mut self, drop: impl Fn(&IndexEntry) -> bool) {
         let Some(entries) = self.raw_mut() else { return };
         entries.retain(|raw| {
             let one = Self(json!({"manifests": [raw]}));

@@ -8,15 +8,19 @@
 //!   before a change or the one after it;
 //! - the parent link in a layer decides what it stands on, records and names only describe it.
 
+mod blob;
 mod broker;
 mod collect;
 mod container;
+mod digest;
 mod disk;
-mod draft;
+mod files;
 mod image;
 mod index;
 mod json;
 mod name;
+mod publish;
+mod transfer;
 mod verify;
 mod volume;
 
@@ -25,15 +29,16 @@ use std::time::{Duration, Instant};
 
 use crate::chain::Layers;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::{Access, FileFolder, Folder, Lock, Storage, take_lock};
+use crate::storage::{Access, FileFolder, Folder, Lock, Storage, failed, open_in, take_lock};
 
+pub use blob::Draft;
 pub use broker::StoreBroker;
 pub use collect::{Collected, Usage};
-pub use container::{Container, Saved};
-pub use disk::{Disk, DiskKind};
-pub use draft::Draft;
-pub use image::{HistoryEntry, Image, NewImage};
+pub use container::{Container, Snapshot};
+pub use disk::{DiskKind, DiskName, OpenDisk};
+pub use image::{HistoryEntry, Image};
 pub use name::{MAX_NAME, Reference, check_name};
+pub use publish::NewImage;
 pub use verify::Finding;
 pub use volume::Volume;
 
@@ -94,7 +99,7 @@ impl Store {
     pub fn over(folders: Folders) -> Result<Self> {
         let layers = Arc::new(Layers::new(vec![folders.blobs.clone()]));
         let store = Self { folders, layers };
-        match json::read_small(store.root(), LAYOUT_FILE)? {
+        match files::read_small(store.root(), LAYOUT_FILE)? {
             Some(found) => store.check_layout(&found)?,
             None => store.initialise()?,
         }
@@ -122,11 +127,11 @@ impl Store {
             _ => {}
         }
         let _guard = self.lock()?;
-        if json::read_small(self.root(), index::FILE)?.is_none() {
+        if files::read_small(self.root(), index::FILE)?.is_none() {
             index::Index::default().write(self)?;
         }
         self.keep_reserve();
-        json::replace(self.root(), LAYOUT_FILE, LAYOUT)
+        files::replace(self.root(), LAYOUT_FILE, LAYOUT)
     }
 
     /// Sets space aside for a removal on a full disk. Where there is none now, later changes try
@@ -157,15 +162,15 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::InUse`] where another process has it.
     pub(crate) fn take_desk(&self) -> Result<Arc<dyn Storage>> {
-        let path = self.root().path().join(DESK_FILE);
         let file = match self.root().create(DESK_FILE) {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                self.root().open(DESK_FILE, Access::Write)
+                open_in(self.root(), DESK_FILE, Access::Write)?
             }
-            other => other,
+            other => other.map_err(|error| {
+                let path = self.root().path().join(DESK_FILE);
+                Error::io(error, "creating the desk's lock").in_file(path)
+            })?,
         };
-        let file =
-            file.map_err(|error| Error::io(error, "opening the desk's lock").in_file(path))?;
         take_lock(&*file, Lock::Exclusive).map_err(|error| match error.kind() {
             ErrorKind::InUse => {
                 let detail = format!("another process serves this store: {error}");
@@ -178,18 +183,14 @@ impl Store {
 
     /// Waits for the right to change names.
     fn lock(&self) -> Result<Guard> {
-        let path = self.root().path().join(LOCK_FILE);
-        let file = self
-            .root()
-            .open(LOCK_FILE, Access::Write)
-            .map_err(|error| Error::io(error, "opening the lock").in_file(&path))?;
+        let file = open_in(self.root(), LOCK_FILE, Access::Write)?;
         let start = Instant::now();
         let mut pause = Duration::from_micros(100);
         loop {
             match file.lock(Lock::Exclusive) {
                 Ok(()) => return Ok(Guard(file)),
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(Error::io(error, "locking the store").in_file(path)),
+                Err(error) => return Err(failed(&*file, "locking the store", 0)(error)),
             }
             if start.elapsed() > PATIENCE {
                 // Fails with the holder's name, or succeeds after all.
@@ -199,4 +200,9 @@ impl Store {
             pause = (pause * 2).min(Duration::from_millis(10));
         }
     }
+}
+
+/// The present time as the OCI specification writes it.
+fn now() -> String {
+    humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string()
 }

@@ -1,13 +1,13 @@
 //! `store check`: whether everything is there and is what its name says.
 
-use super::collect::listing;
-use super::disk::{Disk, DiskKind};
-use super::index::{Index, is_hex_digest};
-use super::{Store, json};
-use crate::chain::Chain;
-use crate::error::{Error, ErrorKind, Result};
+use super::digest::is_hex_digest;
+use super::disk::{DiskKind, DiskName};
+use super::files::listing;
+use super::index::Index;
+use super::{Store, digest};
+use crate::error::{ErrorKind, Result};
 use crate::inspect;
-use crate::storage::Access;
+use crate::storage::{Access, open_in};
 
 /// Something that is not as it should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,7 +41,7 @@ impl Store {
         self.verify_images(&mut note)?;
         for kind in [DiskKind::Container, DiskKind::Volume] {
             for name in self.disk_names(kind)? {
-                let disk = Disk { kind, name };
+                let disk = DiskName { kind, name };
                 if let Err(error) = self.verify_disk(&disk, &mut note) {
                     note(format!("{} {}", kind.noun(), disk.name), error.to_string());
                 }
@@ -52,14 +52,8 @@ impl Store {
 
     fn verify_blobs(&self, note: &mut impl FnMut(String, String)) -> Result<()> {
         for name in listing(self.blobs())?.iter().filter(|name| is_hex_digest(name)) {
-            let file = match self.blobs().open(name, Access::Read) {
-                Ok(file) => file,
-                Err(error) => {
-                    note(format!("blob {name}"), error.to_string());
-                    continue;
-                }
-            };
-            match json::sha256_file(&*file) {
+            let file = open_in(self.blobs(), name, Access::Read);
+            match file.and_then(|file| digest::sha256_file(&*file)) {
                 Ok((digest, _)) if digest == *name => {}
                 Ok((digest, _)) => note(format!("blob {name}"), format!("its SHA-256 is {digest}")),
                 Err(error) => note(format!("blob {name}"), error.to_string()),
@@ -103,7 +97,7 @@ impl Store {
         Ok(())
     }
 
-    fn verify_disk(&self, disk: &Disk, note: &mut impl FnMut(String, String)) -> Result<()> {
+    fn verify_disk(&self, disk: &DiskName, note: &mut impl FnMut(String, String)) -> Result<()> {
         let Some(record) = self.record(disk)? else { return Ok(()) };
         let mut files = vec![disk.file()];
         for frozen in record.frozen {
@@ -116,19 +110,17 @@ impl Store {
 
     fn verify_layer(
         &self,
-        disk: &Disk,
+        disk: &DiskName,
         name: &str,
         note: &mut impl FnMut(String, String),
     ) -> Result<()> {
         let folder = self.folder(disk.kind);
-        let file = folder.open(name, Access::Read).map_err(|error| {
-            Error::io(error, "opening the layer").in_file(folder.path().join(name))
-        })?;
+        let file = open_in(&**folder, name, Access::Read)?;
         for finding in inspect::check(&*file)?.findings {
             note(format!("{} {}", disk.kind.noun(), disk.name), format!("{name}: {finding:?}"));
         }
         drop(file);
-        match Chain::open(folder.clone(), name, Access::Read, self.layers.clone()) {
+        match self.open_chain(folder, name, Access::Read) {
             // Somebody writes it, and has opened its chain.
             Err(error) if error.kind() == ErrorKind::InUse => Ok(()),
             other => other.map(drop),

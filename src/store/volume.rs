@@ -1,7 +1,7 @@
 //! Volumes: live layers without a parent.
 
-use super::disk::{Disk, DiskKind, Record};
-use super::{Store, json};
+use super::disk::{DiskKind, DiskName, Record};
+use super::{Store, now};
 use crate::error::Result;
 
 /// A volume as its record and its layer tell.
@@ -24,9 +24,9 @@ impl Store {
     /// [`crate::error::ErrorKind::Exists`]; [`crate::error::ErrorKind::InvalidInput`] for a name or
     /// size that can't be.
     pub fn create_volume(&self, name: &str, size: u64) -> Result<()> {
-        let disk = Disk::new(DiskKind::Volume, name)?;
+        let disk = DiskName::new(DiskKind::Volume, name)?;
         let guard = self.lock()?;
-        let record = Record { created: json::now(), ..Record::default() };
+        let record = Record { created: now(), ..Record::default() };
         self.create_disk(&disk, Some(size), None, &record, &guard)
     }
 
@@ -39,12 +39,12 @@ impl Store {
 
     /// One volume.
     pub fn volume(&self, name: &str) -> Result<Volume> {
-        let missing = || Ok(Disk::new(DiskKind::Volume, name)?.missing());
+        let missing = || Ok(DiskName::new(DiskKind::Volume, name)?.missing());
         self.find_volume(name)?.map_or_else(|| Err(missing()?), Ok)
     }
 
     fn find_volume(&self, name: &str) -> Result<Option<Volume>> {
-        let disk = Disk::new(DiskKind::Volume, name)?;
+        let disk = DiskName::new(DiskKind::Volume, name)?;
         let Some(record) = self.record(&disk)? else { return Ok(None) };
         Ok(Some(Volume {
             name: name.to_owned(),

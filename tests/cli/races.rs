@@ -15,7 +15,7 @@ use testkit::plain::Client;
 use thinply::chain::Chain;
 use thinply::device::Device;
 use thinply::storage::Access;
-use thinply::store::{Disk, DiskKind, Store};
+use thinply::store::{DiskKind, DiskName, Store};
 
 use crate::store::Served;
 use crate::support::{Folder, KIB, Run, alone, noise, output, start};
@@ -136,7 +136,7 @@ pub fn view(folder: &Folder) -> View {
             seen.insert(format!("image {}", image.name()), digest(&chain));
         }
         for found in store.containers().unwrap() {
-            let disk = Disk::new(DiskKind::Container, &found.name).unwrap();
+            let disk = DiskName::new(DiskKind::Container, &found.name).unwrap();
             let chain = store.open_disk(&disk, Access::Read).unwrap();
             seen.insert(format!("container {}", found.name), digest(&chain));
             for saved in found.snapshots {
@@ -145,7 +145,7 @@ pub fn view(folder: &Folder) -> View {
             }
         }
         for found in store.volumes().unwrap() {
-            let disk = Disk::new(DiskKind::Volume, &found.name).unwrap();
+            let disk = DiskName::new(DiskKind::Volume, &found.name).unwrap();
             let chain = store.open_disk(&disk, Access::Read).unwrap();
             seen.insert(format!("volume {}", found.name), digest(&chain));
         }

@@ -16,7 +16,7 @@ use thinply::chain::Chain;
 use thinply::device::Device;
 use thinply::error::{ErrorKind, Result};
 use thinply::storage::{Access, Folder, Rights};
-use thinply::store::{Disk, DiskKind, Folders, NewImage, Reference, Store};
+use thinply::store::{DiskKind, DiskName, Folders, NewImage, OpenDisk, Reference, Store};
 
 const SIZE: u64 = 64 << 10;
 const BLOCK: usize = 4096;
@@ -53,12 +53,12 @@ fn reference(name: &str) -> Reference {
     name.parse().unwrap()
 }
 
-fn container(name: &str) -> Disk {
-    Disk::new(DiskKind::Container, name).unwrap()
+fn container(name: &str) -> DiskName {
+    DiskName::new(DiskKind::Container, name).unwrap()
 }
 
-fn volume(name: &str) -> Disk {
-    Disk::new(DiskKind::Volume, name).unwrap()
+fn volume(name: &str) -> DiskName {
+    DiskName::new(DiskKind::Volume, name).unwrap()
 }
 
 fn import(store: &Store, name: &str, base: Option<&str>, fill: u8) -> Result<()> {
@@ -73,14 +73,18 @@ fn import(store: &Store, name: &str, base: Option<&str>, fill: u8) -> Result<()>
     store.publish(draft, base.as_ref(), &new).map(drop)
 }
 
-fn with_open<T>(store: &Store, disk: &Disk, act: impl FnOnce(&Chain) -> Result<T>) -> Result<T> {
+fn with_open<T>(
+    store: &Store,
+    disk: &DiskName,
+    act: impl FnOnce(&OpenDisk) -> Result<T>,
+) -> Result<T> {
     let chain = store.open_disk(disk, Access::Write)?;
     let done = act(&chain)?;
     chain.close()?;
     Ok(done)
 }
 
-fn write(store: &Store, disk: &Disk, block: u64, fill: u8) -> Result<()> {
+fn write(store: &Store, disk: &DiskName, block: u64, fill: u8) -> Result<()> {
     with_open(store, disk, |chain| chain.write(block * BLOCK as u64, &[fill; BLOCK]))
 }
 
@@ -106,7 +110,7 @@ fn stocked() -> Media {
         write(store, &container(name), 6, 6).unwrap();
     }
     let chain = store.open_disk(&container("web"), Access::Write).unwrap();
-    store.snapshot_container("web", &chain, "first").unwrap();
+    chain.snapshot("first").unwrap();
     chain.close().unwrap();
     write(store, &container("web"), 7, 7).unwrap();
     store.create_volume("data", SIZE).unwrap();
@@ -153,7 +157,7 @@ fn needed(store: &Store) -> BTreeSet<String> {
     for image in store.images().unwrap() {
         files.extend(store.blobs_of(&image).unwrap().iter().map(|blob| format!("blobs/{blob}")));
     }
-    let mut add = |chain: Chain| {
+    let mut add = |chain: OpenDisk| {
         let paths = chain.paths();
         files.extend(
             paths
@@ -192,9 +196,7 @@ const VERBS: &[(&str, Verb)] = &[
     ("container commit", |store| commit(store, "idle")),
     ("container commit with a snapshot", |store| commit(store, "web")),
     ("container snapshot", |store| {
-        with_open(store, &container("web"), |chain| {
-            store.snapshot_container("web", chain, "second")
-        })
+        with_open(store, &container("web"), |chain| chain.snapshot("second"))
     }),
     ("container reset", |store| store.reset_container("web", None)),
     ("container reset to a snapshot", |store| store.reset_container("web", Some("first"))),
@@ -205,9 +207,7 @@ const VERBS: &[(&str, Verb)] = &[
 ];
 
 fn commit(store: &Store, name: &str) -> Result<()> {
-    with_open(store, &container(name), |chain| {
-        store.commit(name, chain, &reference("committed"), "").map(drop)
-    })
+    with_open(store, &container(name), |chain| chain.commit(&reference("committed"), "").map(drop))
 }
 
 /// Loads an image of another store.

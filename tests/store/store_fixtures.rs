@@ -7,7 +7,7 @@ use testkit::fixtures::{manifest, sha256, unpack};
 use thinply::chain::{Chain, Kind};
 use thinply::device::Device;
 use thinply::storage::Access;
-use thinply::store::{Disk, DiskKind, Image, Store};
+use thinply::store::{DiskKind, DiskName, Image, OpenDisk, Store};
 
 /// A copy of the store, and what the manifest says of it.
 fn store() -> (tempfile::TempDir, Store, Value) {
@@ -16,11 +16,11 @@ fn store() -> (tempfile::TempDir, Store, Value) {
     (copy, store, manifest()["store"].take())
 }
 
-fn disk(kind: DiskKind, name: &str) -> Disk {
-    Disk::new(kind, name).unwrap()
+fn disk(kind: DiskKind, name: &str) -> DiskName {
+    DiskName::new(kind, name).unwrap()
 }
 
-fn open(store: &Store, kind: DiskKind, name: &str, access: Access) -> Chain {
+fn open(store: &Store, kind: DiskKind, name: &str, access: Access) -> OpenDisk {
     store.open_disk(&disk(kind, name), access).unwrap()
 }
 
@@ -106,9 +106,8 @@ fn what_was_kept_is_there() {
     );
 
     // What the container changed since its image.
-    let (chain, own) =
-        (open(&store, DiskKind::Container, "web", Access::Read), store.own_depth("web"));
-    let (own, mut changed) = (own.unwrap(), Vec::new());
+    let chain = open(&store, DiskKind::Container, "web", Access::Read);
+    let (own, mut changed) = (chain.own_depth().unwrap(), Vec::new());
     chain
         .walk(&mut |extent| {
             if extent.depth.is_some_and(|depth| depth < own) {
@@ -136,8 +135,8 @@ fn work_goes_on_in_it() {
         chain.close().unwrap();
     }
     let chain = open(&store, DiskKind::Container, "web", Access::Write);
-    store.snapshot_container("web", &chain, "now").unwrap();
-    let app = store.commit("web", &chain, &"app:3".parse().unwrap(), "three").unwrap();
+    chain.snapshot("now").unwrap();
+    let app = chain.commit(&"app:3".parse().unwrap(), "three").unwrap();
     chain.close().unwrap();
     drop(chain);
     assert_eq!(store.verify().unwrap(), []);

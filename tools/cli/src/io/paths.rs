@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use thinply::chain::{Chain, Layers};
 use thinply::error::{Error, ErrorKind, Result};
-use thinply::storage::{Access, FileFolder, Folder, Storage};
+use thinply::storage::{Access, FileFolder, Folder, Storage, open_in};
 
 /// A layer file: its folder and its name in it.
 #[derive(Clone, Debug)]
@@ -47,9 +47,7 @@ impl Place {
 
     /// Opens the file alone.
     pub fn open(&self, access: Access) -> Result<Arc<dyn Storage>> {
-        self.folder
-            .open(&self.name, access)
-            .map_err(|error| Error::io(error, "opening the file").in_file(self.path()))
+        open_in(&*self.folder, &self.name, access)
     }
 
     /// Opens the chain that ends with this file.

@@ -1,6 +1,6 @@
 //! What containers and volumes have in common.
 
-use thinply::store::{Disk, DiskKind};
+use thinply::store::{DiskKind, DiskName};
 
 use crate::io::output::Output;
 use crate::options::StoreArg;
@@ -11,7 +11,7 @@ pub fn remove_disks(store: &StoreArg, kind: DiskKind, names: &[String]) -> Outco
     let store = store.open()?;
     let mut output = Output::new();
     let removed = names.iter().try_for_each(|name| {
-        store.remove_disk(&Disk::new(kind, name)?)?;
+        store.remove_disk(&DiskName::new(kind, name)?)?;
         output.line(name)
     });
     output.print()?;

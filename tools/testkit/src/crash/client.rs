@@ -161,7 +161,9 @@ impl Client {
             Op::Snapshot => {
                 let number = self.number();
                 let name = format!("snapshot{number}");
-                self.request(number, Ask::Snapshot(name.clone()), || chain.snapshot(&name))
+                self.request(number, Ask::Snapshot(name.clone()), || {
+                    chain.snapshot(&name).map(drop)
+                })
             }
             Op::Close => self.flush(|| chain.close()),
             Op::Burst => {

@@ -196,7 +196,7 @@ impl Person {
         let number = self.client.number();
         let name = format!("snapshot{number}");
         let ask = Ask::Snapshot(name.clone());
-        self.client.request(number, ask, || chain.snapshot(&name))?;
+        self.client.request(number, ask, || chain.snapshot(&name).map(drop))?;
         Ok(name)
     }
 

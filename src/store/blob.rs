@@ -1,18 +1,20 @@
-//! Layers in the making: files in the folder of blobs that mean nothing until they get their
-//! digest for a name.
+//! The folder of blobs: what is in it by its digest, and layers in the making, files that mean
+//! nothing until they get their digest for a name.
 
 use std::io::{self, BufWriter, Write};
 use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
 
-use super::{Store, json};
-use crate::chain::{Chain, Parent, create, seal};
+use super::image::bad;
+use super::{Store, digest, files};
+use crate::chain::{Chain, Layer, Parent, create, seal};
 use crate::derive::PackOptions;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::format::header::ParentLink;
 use crate::packed::Compression;
-use crate::storage::{Access, Lock, Rights, Storage};
+use crate::storage::{Access, Lock, Rights, Storage, failed, open_in};
 use crate::types::Identity;
 
 const BUFFER: usize = 1 << 20;
@@ -28,7 +30,7 @@ pub struct Draft {
 
 /// A packed layer that is whole, but has no name that counts yet. Locked and removed as a
 /// [`Draft`] is.
-pub(super) struct Blob {
+pub(super) struct NewBlob {
     store: Store,
     /// None once it has its digest for a name.
     name: Option<String>,
@@ -38,6 +40,48 @@ pub(super) struct Blob {
     pub length: u64,
     pub identity: Identity,
     pub virtual_size: u64,
+}
+
+impl Store {
+    /// A blob that is JSON, if it has the digest that it should have.
+    pub(super) fn json_blob(&self, digest: &str) -> Result<Option<Vec<u8>>> {
+        let Some(bytes) = files::read_small(self.blobs(), digest)? else { return Ok(None) };
+        let found = digest::sha256(&bytes);
+        if found != digest {
+            let error = bad(format!("the blob was altered: its SHA-256 is {found}"));
+            return Err(error.in_file(self.blobs().path().join(digest)));
+        }
+        Ok(Some(bytes))
+    }
+
+    /// What a child of a layer blob has to know.
+    pub(super) fn parent(&self, digest: &str) -> Result<Parent> {
+        let path = self.blobs().path().join(digest);
+        let layer = Layer::open(open_in(self.blobs(), digest, Access::Read)?)?;
+        let identity =
+            layer.identity().ok_or_else(|| bad("a layer that is not sealed").in_file(&path))?;
+        Ok(Parent {
+            link: ParentLink { identity, hint: digest.to_owned() },
+            virtual_size: layer.virtual_size(),
+            newly_frozen: false,
+        })
+    }
+
+    /// Stores a small blob under its digest, durably.
+    pub(super) fn put(&self, bytes: &[u8]) -> Result<()> {
+        files::replace(self.blobs(), &digest::sha256(bytes), bytes)
+    }
+
+    /// Bytes of disk that a blob takes.
+    pub(super) fn blob_cost(&self, digest: &str) -> Result<u64> {
+        let file = self.blob(digest)?;
+        file.allocated().map_err(failed(&*file, "looking at its size", 0))
+    }
+
+    /// Opens a blob for reading.
+    pub fn blob(&self, digest: &str) -> Result<Arc<dyn Storage>> {
+        open_in(self.blobs(), digest, Access::Read)
+    }
 }
 
 impl Draft {
@@ -50,9 +94,9 @@ impl Draft {
     ) -> Result<Self> {
         // Under the lock, since nobody holds the file for a moment.
         let _guard = store.lock()?;
-        let (folder, name) = (&store.folders.blobs, json::draft_name()?);
+        let (folder, name) = (&store.folders.blobs, files::draft_name()?);
         create(&folder.creating(rights), &name, size, parent, &store.layers)?;
-        let chain = Chain::open(folder.clone(), &name, Access::Write, store.layers.clone());
+        let chain = store.open_chain(folder, &name, Access::Write);
         let chain = chain.inspect_err(|_| drop(folder.remove(&name)))?;
         Ok(Self { store: store.clone(), name, chain })
     }
@@ -63,27 +107,27 @@ impl Draft {
     }
 
     /// Packs what the layer holds.
-    pub(super) fn finish(self) -> Result<Blob> {
-        let folder = self.store.folders.blobs.clone();
+    pub(super) fn finish(self) -> Result<NewBlob> {
+        let folder = &self.store.folders.blobs;
         // Most of the work comes before the lock.
         self.chain.flush()?;
         let guard = self.store.lock()?;
         self.chain.close()?;
-        seal(&*folder, &self.name)?;
+        seal(&**folder, &self.name)?;
         // A chain that is open for reading holds a lock too.
-        let source = Chain::open(folder, &self.name, Access::Read, self.store.layers.clone())?;
+        let source = self.store.open_chain(folder, &self.name, Access::Read)?;
         drop(guard);
-        Blob::pack(&self.store, &source)
+        NewBlob::pack(&self.store, &source)
     }
 }
 
-impl Blob {
+impl NewBlob {
     /// Packs the newest layer of `source`, and takes the digest of that. It takes that layer's place,
     /// so it gets its rights.
     pub(super) fn pack(store: &Store, source: &Chain) -> Result<Self> {
         let folder = &store.folders.blobs;
         let fail = |error| Error::io(error, "writing the new layer").in_file(folder.path());
-        let name = json::draft_name()?;
+        let name = files::draft_name()?;
         let rights = source.successor_rights()?;
         let guard = store.lock()?;
         let file = folder.creating(rights).create(&name).map_err(fail)?;
@@ -133,7 +177,7 @@ impl Sink {
     }
 
     fn digest(self) -> String {
-        json::hex(&self.hasher.finalize())
+        digest::hex(&self.hasher.finalize())
     }
 }
 
@@ -158,7 +202,7 @@ impl Drop for Draft {
     }
 }
 
-impl Drop for Blob {
+impl Drop for NewBlob {
     fn drop(&mut self) {
         if let Some(name) = &self.name {
             let _ = self.store.blobs().remove(name);
