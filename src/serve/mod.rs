@@ -25,6 +25,105 @@
 //! Lock order: the turn to change a disk as a whole, then its moments (each change of content holds
 //! them for reading), then the kept blocks of one moment, then the device's own locks. The desk's book,
 //! the queue's state and the list of flushes are each held alone, and for no longer than a look.
+//!
+//! # A front end
+//!
+//! All that a door takes, for a toy protocol over a socket: lines `open NAME`, `read OFFSET LENGTH`,
+//! `write OFFSET LENGTH` with that many bytes behind it, and `flush`, each answered by `ok LENGTH` with
+//! that many bytes behind it, or `error TEXT`.
+//!
+//! ```
+//! use std::io::{self, BufRead, BufReader, Read, Write};
+//! use std::os::unix::net::UnixStream;
+//! use std::sync::mpsc::{Sender, channel};
+//!
+//! use thinply::device::{Device, NotDone, Wait};
+//! use thinply::error::{Error, ErrorKind, Result};
+//! use thinply::serve::{Lease, Leases, Op, Payload};
+//!
+//! const MOST: u64 = 1 << 20;
+//!
+//! fn serve(mut stream: UnixStream, disks: &dyn Leases) -> io::Result<()> {
+//!     let mut input = BufReader::new(stream.try_clone()?);
+//!     let (mut disk, mut line): (Option<Lease>, _) = (None, String::new());
+//!     while input.by_ref().take(4096).read_line(&mut line)? > 0 {
+//!         let words: Vec<_> = line.split_whitespace().collect();
+//!         let number = |at: usize| words.get(at).and_then(|word| word.parse().ok()).unwrap_or(0);
+//!         let (offset, length) = (number(1), number(2).min(MOST) as usize);
+//!         let answer = match (words[..].first(), &disk) {
+//!             (Some(&"open"), _) => disks.lease(words.get(1).unwrap_or(&"")).map(|lease| {
+//!                 disk = Some(lease);
+//!                 Vec::new()
+//!             }),
+//!             (Some(&"read"), Some(disk)) => read(disk, offset, length),
+//!             (Some(&"write"), Some(disk)) => {
+//!                 let mut data = vec![0; length];
+//!                 input.read_exact(&mut data)?;
+//!                 write(disk, offset, data)
+//!             }
+//!             (Some(&"flush"), Some(disk)) => wait(|tell| disk.flush(move |r| drop(tell.send(r)))),
+//!             _ => Err(Error::new(ErrorKind::InvalidInput, "not a request, or no disk is open")),
+//!         };
+//!         match answer {
+//!             Ok(bytes) => {
+//!                 writeln!(stream, "ok {}", bytes.len())?;
+//!                 stream.write_all(&bytes)?;
+//!             }
+//!             Err(error) => writeln!(stream, "error {error}")?,
+//!         }
+//!         line.clear();
+//!     }
+//!     Ok(())
+//! }
+//!
+//! /// At once what the page cache holds, and by the disk's own threads what has to wait.
+//! fn read(disk: &Lease, offset: u64, length: usize) -> Result<Vec<u8>> {
+//!     let mut bytes = vec![0; length];
+//!     match disk.try_read(offset, (&mut bytes).into(), Wait::Never) {
+//!         Ok(()) => Ok(bytes),
+//!         Err(NotDone::Failed(error)) => Err(error),
+//!         Err(NotDone::WouldWait) => wait(|tell| {
+//!             disk.submit(Op::Read { offset, length }, false, move |r| drop(tell.send(r)));
+//!         }),
+//!     }
+//! }
+//!
+//! fn write(disk: &Lease, offset: u64, mut data: Vec<u8>) -> Result<Vec<u8>> {
+//!     let written = disk.try_write(offset, (&data).into(), Wait::Never)?;
+//!     let rest = Payload::Bytes(data.split_off(written as usize));
+//!     let op = Op::Write { offset: offset + written, data: rest };
+//!     wait(|tell| disk.submit(op, false, move |r| drop(tell.send(r))))
+//! }
+//!
+//! /// A better front end goes on with the next request, and answers this one from its completion.
+//! fn wait(begin: impl FnOnce(Sender<Result<Vec<u8>>>)) -> Result<Vec<u8>> {
+//!     let (tell, done) = channel();
+//!     begin(tell);
+//!     done.recv().unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the request was given up")))
+//! }
+//!
+//! // A disk, and a client.
+//! # use std::sync::Arc;
+//! # use thinply::chain::{Chain, Layers, create};
+//! # use thinply::serve::{Opened, Served, Table};
+//! # use thinply::storage::{Access, Folder, MemoryFolder};
+//! # let folder: Arc<dyn Folder> = Arc::new(MemoryFolder::new("memory"));
+//! # let layers = Arc::new(Layers::default());
+//! # create(&folder, "disk.tply", Some(1 << 30), None, &layers)?;
+//! let chain = Chain::open(folder, "disk.tply", Access::Write, layers)?;
+//! let disks = Table::new();
+//! disks.insert(Arc::new(Served::new("disk", Opened::new(chain))?))?;
+//! let (client, server) = UnixStream::pair()?;
+//! let serving = std::thread::spawn(move || serve(server, &disks));
+//! (&client).write_all(b"open disk\nwrite 4096 5\nhelloflush\nread 4094 9\nread 1073741824 1\n")?;
+//! client.shutdown(std::net::Shutdown::Write)?;
+//! let mut answers = Vec::new();
+//! (&client).read_to_end(&mut answers)?;
+//! serving.join().unwrap()?;
+//! let expected = b"ok 0\nok 0\nok 0\nok 9\n\0\0hello\0\0error 1 bytes at 1073741824 reach beyond";
+//! assert!(answers.starts_with(expected), "{}", String::from_utf8_lossy(&answers));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 use std::sync::Arc;
 
