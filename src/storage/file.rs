@@ -33,11 +33,12 @@ impl HostFile {
         opened(path, file)
     }
 
-    /// Runs `fallocate`; false where the file system does not know that mode.
+    /// Runs `fallocate`; false where the file system does not know that mode. Some say so as if the
+    /// range were wrong (fuse2fs).
     fn fallocate(&self, mode: FallocateFlags, offset: u64, length: u64) -> io::Result<bool> {
         match fallocate(&self.file, mode, offset, length) {
             Ok(()) => Ok(true),
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(false),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }
@@ -175,13 +176,17 @@ impl Storage for HostFile {
         match seek(&self.file, SeekFrom::Data(offset)) {
             Ok(at) => Ok(Some(at)),
             Err(Errno::NXIO) => Ok(None),
+            // Where holes can't be told, all of it is data.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => {
+                Ok(Some(offset).filter(|_| offset < self.length().unwrap_or(0)))
+            }
             Err(error) => Err(error.into()),
         }
     }
 
     fn next_hole(&self, offset: u64) -> io::Result<u64> {
         match seek(&self.file, SeekFrom::Hole(offset)) {
-            Err(Errno::NXIO) => self.length(),
+            Err(Errno::NXIO | Errno::INVAL | Errno::OPNOTSUPP) => self.length(),
             other => Ok(other?),
         }
     }
