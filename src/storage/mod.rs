@@ -19,7 +19,7 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 
 pub use buffer::Buffer;
-pub use file::{FileFolder, holders, opened};
+pub use file::{FileFolder, holders, is_used, is_written, opened};
 pub use memory::MemoryFolder;
 pub use rights::Rights;
 pub use writeback::Writeback;

@@ -9,6 +9,7 @@ mod help;
 mod kill;
 mod layering;
 mod layers;
+mod locks;
 mod nbd;
 mod options;
 mod packed;
