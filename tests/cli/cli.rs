@@ -10,6 +10,7 @@ mod kill;
 mod layering;
 mod layers;
 mod locks;
+mod logging;
 mod nbd;
 mod options;
 mod packed;

@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
@@ -34,8 +35,14 @@ use connection::Lookouts;
 use link::Link;
 use work::STACK;
 
-/// Hears of what went wrong with a client or a device, a line each.
+/// Hears of what went wrong with a client or a device, a line each. It must not wait: whoever tells
+/// it holds up a client meanwhile. That it panics is told to nobody.
 pub type Log = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// Tells a line to whoever hears, and goes on whatever comes of that.
+fn tell(log: &Log, line: &str) {
+    let _ = catch_unwind(AssertUnwindSafe(|| log(line)));
+}
 
 /// How long a server without descriptors or memory waits before it accepts again.
 const ACCEPT_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
@@ -195,7 +202,7 @@ impl Shared {
             Err(Host::AGAIN | Host::INTR | Host::CONNABORTED) => {}
             Err(error) => {
                 // The client stays in the backlog and would be reported again at once.
-                (self.config.log)(&format!("cannot accept clients for now: {error}"));
+                tell(&self.config.log, &format!("cannot accept clients for now: {error}"));
                 let _ = poll(&mut [PollFd::new(&self.stop, PollFlags::IN)], Some(&ACCEPT_PAUSE));
             }
         }
@@ -205,7 +212,7 @@ impl Shared {
         let mut clients = guard(&self.clients);
         if clients.links.len() >= self.config.max_connections {
             drop(clients);
-            (self.config.log)("hanging up on a client: too many connections");
+            tell(&self.config.log, "hanging up on a client: too many connections");
             return;
         }
         let id = clients.next;
@@ -216,7 +223,8 @@ impl Shared {
         let guard = Registered { shared: Arc::clone(self), id };
         let thread = thread::Builder::new().name("nbd-client".into()).stack_size(STACK);
         if let Err(error) = thread.spawn(move || connection::serve(&guard.shared, &link)) {
-            (self.config.log)(&format!("hanging up on client {id}: no thread for it: {error}"));
+            let line = format!("hanging up on client {id}: no thread for it: {error}");
+            tell(&self.config.log, &line);
         }
     }
 
