@@ -157,6 +157,7 @@ fn kind_of(error: &io::Error) -> ErrorKind {
         Host::NotFound => ErrorKind::NotFound,
         Host::AlreadyExists => ErrorKind::Exists,
         Host::PermissionDenied => ErrorKind::PermissionDenied,
+        Host::ResourceBusy => ErrorKind::InUse,
         Host::ReadOnlyFilesystem => ErrorKind::ReadOnly,
         Host::Unsupported => ErrorKind::Unsupported,
         _ => ErrorKind::Io,

@@ -34,11 +34,12 @@ impl HostFile {
         opened(path, file)
     }
 
-    /// Runs `fallocate`; none where the file system does not know that mode.
+    /// Runs `fallocate`; none where the file system does not know that mode. Some say so as if the
+    /// range were wrong (fuse2fs).
     fn fallocate(&self, mode: FallocateFlags, offset: u64, length: u64) -> io::Result<Option<()>> {
         match fallocate(&self.file, mode, offset, length) {
             Ok(()) => Ok(Some(())),
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(None),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(None),
             Err(error) => Err(error.into()),
         }
     }
@@ -212,13 +213,17 @@ impl Storage for HostFile {
         match seek(&self.file, SeekFrom::Data(offset)) {
             Ok(at) => Ok(Some(at)),
             Err(Errno::NXIO) => Ok(None),
+            // Where holes can't be told, all of it is data.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => {
+                Ok(Some(offset).filter(|_| offset < self.length().unwrap_or(0)))
+            }
             Err(error) => Err(error.into()),
         }
     }
 
     fn next_hole(&self, offset: u64) -> io::Result<u64> {
         match seek(&self.file, SeekFrom::Hole(offset)) {
-            Err(Errno::NXIO) => self.length(),
+            Err(Errno::NXIO | Errno::INVAL | Errno::OPNOTSUPP) => self.length(),
             other => Ok(other?),
         }
     }
@@ -228,14 +233,15 @@ impl Storage for HostFile {
             Lock::Shared => libc::F_RDLCK,
             Lock::Exclusive => libc::F_WRLCK,
         };
-        let whole = libc::flock {
-            l_type: kind as libc::c_short,
-            l_whence: libc::SEEK_SET as libc::c_short,
-            l_start: 0,
-            l_len: 0,
-            l_pid: 0,
-        };
+        let whole = range(kind, 0, 0);
         match fcntl(self.file.as_fd(), FcntlArg::F_OFD_SETLK(&whole)) {
+            // A file system that passes locks on (bindfs) may give the same one to two files, but it
+            // tells of the other.
+            Ok(_) if is_held(self.file.as_fd(), whole) => {
+                let none = libc::flock { l_type: libc::F_UNLCK as libc::c_short, ..whole };
+                fcntl(self.file.as_fd(), FcntlArg::F_OFD_SETLK(&none))?;
+                Err(io::ErrorKind::WouldBlock.into())
+            }
             Ok(_) => Ok(()),
             Err(nix::Error::EAGAIN | nix::Error::EACCES) => Err(io::ErrorKind::WouldBlock.into()),
             Err(error) => Err(error.into()),
@@ -318,6 +324,49 @@ impl Folder for FileFolder {
     fn sync(&self) -> io::Result<()> {
         File::open(&self.path)?.sync_all()
     }
+}
+
+/// Whether another open file holds a lock against this one; no where that can't be told.
+fn is_held(file: BorrowedFd<'_>, mut lock: libc::flock) -> bool {
+    let told = fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock));
+    told.is_ok() && lock.l_type != libc::F_UNLCK as libc::c_short
+}
+
+/// A lock of `kind` on `length` bytes from `start` on; on all of them for a length of 0.
+fn range(kind: libc::c_int, start: i64, length: i64) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: start,
+        l_len: length,
+        l_pid: 0,
+    }
+}
+
+/// Bytes that QEMU locks: 100 and more for what a program does with an image (0 reads it, 1 writes it,
+/// 3 resizes it), 200 and more for what it lets nobody else do. All are locks for reading, which only
+/// a question for a lock for writing meets.
+const QEMU_READS: i64 = 100;
+const QEMU_WRITES: [i64; 2] = [101, 103];
+const QEMU_NO_READERS: i64 = 200;
+const QEMU_NO_WRITERS: [i64; 2] = [201, 203];
+
+/// Whether another program writes a file, as far as its locks tell. If none does, those that look
+/// (QEMU's) are kept from beginning to, for as long as the file is open.
+pub fn is_written(file: BorrowedFd<'_>) -> bool {
+    // First the locks, as QEMU does: of two that begin at once, neither may miss the other.
+    for byte in [QEMU_READS].into_iter().chain(QEMU_NO_WRITERS) {
+        // Where there are no locks nobody can have any.
+        let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_RDLCK, byte, 1)));
+    }
+    let writes = |byte| is_held(file, range(libc::F_WRLCK, byte, 1));
+    is_held(file, range(libc::F_RDLCK, 0, 0))
+        || QEMU_WRITES.into_iter().chain([QEMU_NO_READERS]).any(writes)
+}
+
+/// Whether another program uses a file, as far as its locks tell.
+pub fn is_used(file: BorrowedFd<'_>) -> bool {
+    is_held(file, range(libc::F_WRLCK, 0, 0))
 }
 
 /// The processes that have the file open, as `name (pid)`, as far as this one may look: an OFD lock

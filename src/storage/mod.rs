@@ -21,7 +21,7 @@ use crate::memory::{Gather, Scatter};
 use crate::wait::{Attempt, NotDone, Wait};
 
 pub use buffer::Buffer;
-pub use file::{FileFolder, holders, opened};
+pub use file::{FileFolder, holders, is_used, is_written, opened};
 pub use memory::MemoryFolder;
 pub use rights::Rights;
 pub use writeback::Writeback;

@@ -9,6 +9,8 @@ mod help;
 mod kill;
 mod layering;
 mod layers;
+mod locks;
+mod logging;
 mod nbd;
 mod options;
 mod packed;

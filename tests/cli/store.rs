@@ -5,6 +5,9 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
 
 use testkit::plain::Client;
 
@@ -54,7 +57,28 @@ impl Served {
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         assert!(line.starts_with("nbd+unix:"), "{line}");
+        Self::over(folder, child)
+    }
+
+    /// One that serves on `nbd.sock`, or soon will.
+    pub fn over(folder: &Folder, child: Child) -> Self {
         Self { child, socket: folder.join("nbd.sock").display().to_string() }
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Waits for its end; its exit code.
+    pub fn end(mut self) -> Option<i32> {
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(20) {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("the server doesn't end");
     }
 
     pub fn client(&self, export: &str) -> std::io::Result<Client> {

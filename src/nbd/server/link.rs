@@ -15,7 +15,7 @@ use rustix::fs::sendfile;
 use rustix::io::Errno as Host;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
-use super::Log;
+use super::{Log, tell};
 use crate::device::HostRange;
 use crate::nbd::proto::{self, Errno};
 use crate::serve::guard;
@@ -94,7 +94,7 @@ impl Link {
     }
 
     pub(super) fn log(&self, event: &str) {
-        (self.log)(&format!("{}: {event}", self.peer));
+        tell(&self.log, &format!("{}: {event}", self.peer));
     }
 
     /// Receives some bytes, 0 at the end of the stream.

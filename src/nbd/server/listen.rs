@@ -6,11 +6,13 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use std::{env, fs, io, process};
 
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::sockopt::{
-    set_socket_keepalive, set_tcp_nodelay, socket_acceptconn, socket_domain,
+    set_socket_keepalive, set_tcp_keepcnt, set_tcp_keepidle, set_tcp_keepintvl, set_tcp_nodelay,
+    set_tcp_user_timeout, socket_acceptconn, socket_domain,
 };
 use rustix::net::{AddressFamily, SocketFlags, accept_with};
 
@@ -19,6 +21,11 @@ use crate::nbd::address::{Address, Place};
 
 /// The first descriptor that systemd hands over (`SD_LISTEN_FDS_START`).
 const FIRST_ACTIVATED: RawFd = 3;
+/// How long a TCP client may be silent before its host is asked whether it is there, how often, and
+/// how many times it may leave that unanswered.
+const HOST_SILENT: Duration = Duration::from_secs(30);
+const HOST_PROBE: Duration = Duration::from_secs(10);
+const HOST_PROBES: u32 = 3;
 
 /// A socket that clients connect to. Removes its socket file, if it made one, when dropped.
 pub struct Listener {
@@ -138,9 +145,9 @@ impl Listener {
     pub(super) fn accept(&self) -> rustix::io::Result<OwnedFd> {
         let client = accept_with(self.as_fd(), SocketFlags::CLOEXEC)?;
         if matches!(self.socket, Socket::Tcp(_)) {
-            // Replies are sent in batches already. Keepalive finds out that a host is gone.
+            // Replies are sent in batches already.
             set_tcp_nodelay(&client, true)?;
-            set_socket_keepalive(&client, true)?;
+            notice_lost_host(&client)?;
         }
         Ok(client)
     }
@@ -183,6 +190,17 @@ fn remove_stale(path: &Path) -> Result<()> {
             Err(Error::new(ErrorKind::InUse, detail).in_file(path))
         }
     }
+}
+
+/// Ends a connection about a minute after the other host has gone, whether it was idle or had replies
+/// under way. The kernel's own settings take over two hours, for which nobody else gets the export.
+fn notice_lost_host(client: &OwnedFd) -> rustix::io::Result<()> {
+    set_socket_keepalive(client, true)?;
+    set_tcp_keepidle(client, HOST_SILENT)?;
+    set_tcp_keepintvl(client, HOST_PROBE)?;
+    set_tcp_keepcnt(client, HOST_PROBES)?;
+    let most = HOST_SILENT + HOST_PROBE * HOST_PROBES;
+    set_tcp_user_timeout(client, most.as_millis() as u32)
 }
 
 fn host_and_port(address: SocketAddr) -> String {
@@ -238,6 +256,20 @@ mod tests {
         let _second = Listener::unix(&path).unwrap();
         drop(first);
         assert!(path.exists());
+    }
+
+    #[test]
+    fn a_host_that_is_gone_is_noticed_within_a_minute() {
+        use rustix::net::sockopt::{
+            socket_keepalive, tcp_keepcnt, tcp_keepidle, tcp_keepintvl, tcp_user_timeout,
+        };
+        let listener = Listener::tcp("127.0.0.1:0").unwrap();
+        let _client = std::net::TcpStream::connect(listener.tcp_address().unwrap()).unwrap();
+        let accepted = listener.accept().unwrap();
+        assert!(socket_keepalive(&accepted).unwrap());
+        let probes = tcp_keepintvl(&accepted).unwrap() * tcp_keepcnt(&accepted).unwrap();
+        assert_eq!(tcp_keepidle(&accepted).unwrap() + probes, Duration::from_secs(60));
+        assert_eq!(tcp_user_timeout(&accepted).unwrap(), 60_000);
     }
 
     #[test]

@@ -9,6 +9,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
@@ -31,6 +32,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::serve::{AnyServed, Lease, Leases, Log, guard, spawn};
 use connection::Lookouts;
 use link::Link;
+
+/// Tells a line to whoever hears, and goes on whatever comes of that.
+fn tell(log: &Log, line: &str) {
+    let _ = catch_unwind(AssertUnwindSafe(|| log(line)));
+}
 
 /// How long a server without descriptors or memory waits before it accepts again.
 const ACCEPT_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
@@ -187,7 +193,7 @@ impl Shared {
             Err(Host::AGAIN | Host::INTR | Host::CONNABORTED) => {}
             Err(error) => {
                 // The client stays in the backlog and would be reported again at once.
-                (self.config.log)(&format!("cannot accept clients for now: {error}"));
+                tell(&self.config.log, &format!("cannot accept clients for now: {error}"));
                 let _ = poll(&mut [PollFd::new(&self.stop, PollFlags::IN)], Some(&ACCEPT_PAUSE));
             }
         }
@@ -197,7 +203,7 @@ impl Shared {
         let mut clients = guard(&self.clients);
         if clients.links.len() >= self.config.max_connections {
             drop(clients);
-            (self.config.log)("hanging up on a client: too many connections");
+            tell(&self.config.log, "hanging up on a client: too many connections");
             return;
         }
         let id = clients.next;
@@ -207,7 +213,8 @@ impl Shared {
         drop(clients);
         let guard = Registered { shared: Arc::clone(self), id };
         if let Err(error) = spawn("nbd-client", move || connection::serve(&guard.shared, &link)) {
-            (self.config.log)(&format!("hanging up on client {id}: no thread for it: {error}"));
+            let line = format!("hanging up on client {id}: no thread for it: {error}");
+            tell(&self.config.log, &line);
         }
     }
 

@@ -7,29 +7,52 @@ mod io;
 mod options;
 mod verbs;
 
-use std::io::Write;
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thinply::error::Error;
 
+use crate::io::{log, output, signals};
 use crate::verbs::Answer;
+
+/// How long the end waits for standard error to take what there was to say.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let cli = cli::Cli::from_arguments();
     raise_file_limit();
-    match cli.run() {
+    signals::survive_file_limits();
+    log_panics();
+    let code = match cli.run() {
         Ok(Answer::Yes) => ExitCode::SUCCESS,
         Ok(Answer::No) => ExitCode::from(1),
         // Whoever read our output has seen enough.
         Err(error) if is_broken_pipe(&error) && nobody_reads() => ExitCode::SUCCESS,
         Err(error) => {
-            // Without a standard error the exit code has to do.
-            let _ = writeln!(std::io::stderr(), "thinply: {error}");
+            output::say(error);
             ExitCode::from(2)
         }
-    }
+    };
+    log::stderr().settle(LAST_WORDS);
+    code
+}
+
+/// Has panics logged like all else: a thread of a server must not wait for standard error either.
+fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let trace = Backtrace::capture();
+        log::stderr().line(match trace.status() {
+            BacktraceStatus::Captured => format!("thinply: {panic}\n{trace}"),
+            _ => format!("thinply: {panic}"),
+        });
+        // What follows may be the end of the process.
+        if std::thread::current().name() == Some("main") {
+            log::stderr().settle(LAST_WORDS);
+        }
+    }));
 }
 
 fn is_broken_pipe(error: &Error) -> bool {

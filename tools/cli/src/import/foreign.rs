@@ -6,6 +6,7 @@ use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::fs::File;
 use std::io::{self, IoSliceMut, SeekFrom};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -27,6 +28,7 @@ use super::qcow2;
 use super::raw::RawDisk;
 use super::source::{Disk, Source};
 use crate::io::pump::{BUFFER, Feeder, Piece};
+use crate::options::share::ShareArg;
 
 /// Largest ratio of deflate.
 const MAX_RATIO: u64 = 1032;
@@ -44,12 +46,13 @@ struct ImageFile {
 }
 
 impl ImageFile {
-    fn open(path: &Path) -> Result<Self> {
+    fn open(path: &Path, share: ShareArg) -> Result<Self> {
         let failed = |error: io::Error| Error::io(error, "opening the source").in_file(path);
         let mut file = File::open(path).map_err(failed)?;
         if file.metadata().map_err(failed)?.is_dir() {
             return Err(Error::new(ErrorKind::InvalidInput, "is a folder").in_file(path));
         }
+        share.check_source(file.as_fd(), path)?;
         let rights = Rights::Copy(file.metadata().map_err(failed)?.mode());
         let length = io::Seek::seek(&mut file, SeekFrom::End(0)).map_err(failed)?;
         let helper = CommonStorageHelper::default();
@@ -136,6 +139,7 @@ impl Storage for ImageFile {
 /// Opens images, and of the files that they refer to those that the user named.
 pub struct Opener<'a> {
     named: &'a [PathBuf],
+    share: ShareArg,
     /// Bytes of all files opened so far.
     stored: Cell<u64>,
     /// The rights of a copy of the files opened since the last disk was made.
@@ -150,8 +154,8 @@ struct Backing {
 
 impl<'a> Opener<'a> {
     /// An opener that lets images refer to these files.
-    pub fn new(named: &'a [PathBuf]) -> Self {
-        Self { named, stored: Cell::default(), rights: RefCell::default() }
+    pub fn new(named: &'a [PathBuf], share: ShareArg) -> Self {
+        Self { named, share, stored: Cell::default(), rights: RefCell::default() }
     }
 
     /// An image with all that lies under it, as one disk.
@@ -167,7 +171,7 @@ impl<'a> Opener<'a> {
         while let Some(Backing { path, format }) = next.take() {
             self.check_depth(chain.len(), &path)?;
             let source = match format {
-                Format::Raw => Source::new(RawDisk::open(&path, Some(format))?),
+                Format::Raw => Source::new(RawDisk::open(&path, Some(format), self.share)?),
                 Format::Vmdk => Source::new(self.flat(&path, format)?),
                 Format::Qcow2 => {
                     let mut image = self.qcow2(&path)?;
@@ -219,7 +223,7 @@ impl<'a> Opener<'a> {
     }
 
     fn open(&self, path: &Path) -> Result<ImageFile> {
-        let file = ImageFile::open(path)?;
+        let file = ImageFile::open(path, self.share)?;
         self.stored.set(self.stored.get().saturating_add(file.length));
         self.rights.replace_with(|rights| file.rights.clone().and(rights));
         Ok(file)

@@ -10,6 +10,7 @@ use super::format::Format;
 use super::nbd::{self, NbdDisk};
 use super::raw::RawDisk;
 use super::source::Source;
+use crate::options::share::ShareArg;
 
 /// What a source is, and what it may refer to.
 #[derive(Args, Debug)]
@@ -20,6 +21,8 @@ pub struct SourceArgs {
     /// Let SRC refer to FILE: a backing file, data file or extent of that name (repeatable)
     #[arg(long = "with", value_name = "FILE")]
     named: Vec<PathBuf>,
+    #[command(flatten)]
+    share: ShareArg,
 }
 
 impl SourceArgs {
@@ -30,9 +33,9 @@ impl SourceArgs {
         }
         match Format::of(path, self.format) {
             Some(format @ (Format::Qcow2 | Format::Vmdk)) => {
-                Opener::new(&self.named).flat(path, format).map(Source::new)
+                Opener::new(&self.named, self.share).flat(path, format).map(Source::new)
             }
-            format => RawDisk::open(path, format).map(Source::new),
+            format => RawDisk::open(path, format, self.share).map(Source::new),
         }
     }
 
@@ -42,11 +45,11 @@ impl SourceArgs {
             let detail = "only a qcow2 image is a chain of layers";
             return Err(Error::new(ErrorKind::InvalidInput, detail).in_file(path));
         }
-        Opener::new(&self.named).chain(path)
+        Opener::new(&self.named, self.share).chain(path)
     }
 }
 
 /// A raw file or block device, whatever its name and its bytes look like.
 pub fn open_raw(path: &Path) -> Result<Source> {
-    RawDisk::open(path, Some(Format::Raw)).map(Source::new)
+    RawDisk::open(path, Some(Format::Raw), ShareArg::default()).map(Source::new)
 }

@@ -17,6 +17,7 @@ use thinply::types::BLOCK_SIZE;
 use super::format::{Format, check_raw};
 use super::source::Disk;
 use crate::io::pump::{BUFFER, Feeder, Piece};
+use crate::options::share::ShareArg;
 
 /// How many bytes tell what a disk begins like.
 const BEGINNING: u64 = 512;
@@ -35,7 +36,7 @@ pub struct RawDisk {
 impl RawDisk {
     /// A raw file or block device, or `-` for standard input. What nobody called raw must not begin
     /// like an image of another format.
-    pub fn open(path: &Path, said: Option<Format>) -> Result<Self> {
+    pub fn open(path: &Path, said: Option<Format>, share: ShareArg) -> Result<Self> {
         let failed = |error: io::Error| Error::io(error, "opening the source").in_file(path);
         let file = if path.as_os_str() == "-" {
             File::from(io::stdin().as_fd().try_clone_to_owned().map_err(failed)?)
@@ -46,6 +47,9 @@ impl RawDisk {
         let kind = meta.file_type();
         if kind.is_dir() {
             return Err(Error::new(ErrorKind::InvalidInput, "is a folder").in_file(path));
+        }
+        if kind.is_file() || kind.is_block_device() {
+            share.check_source(file.as_fd(), path)?;
         }
         // Standard input may be a file too, but then reading starts where it stands.
         let whole = path.as_os_str() != "-" && (kind.is_file() || kind.is_block_device());

@@ -14,6 +14,7 @@ use thinply::storage::{FileFolder, Folder, Rights, sync_folder};
 
 use crate::io::paths::Place;
 use crate::io::pump::BUFFER;
+use crate::io::signals;
 
 /// Exit code after an interrupt, as shells have it.
 const INTERRUPTED: i32 = 130;
@@ -88,7 +89,7 @@ impl Draft {
         static HANDLER: Once = Once::new();
         HANDLER.call_once(|| {
             // Without the handler an interrupted process leaves its draft, and that is all.
-            let _ = ctrlc::set_handler(|| {
+            let _ = signals::on_end(|| {
                 // Held to the end, so that nothing is published any more.
                 let drafts = drafts();
                 drafts.iter().for_each(|path| drop(fs::remove_file(path)));

@@ -3,10 +3,12 @@
 pub mod crew;
 pub mod draft;
 pub mod ext4;
+pub mod log;
 pub mod output;
 pub mod paths;
 pub mod progress;
 pub mod pump;
+pub mod signals;
 pub mod size;
 pub mod still;
 pub mod table;

@@ -111,6 +111,5 @@ fn plain(key: &str, value: &Value) -> String {
 
 /// Says something that is no fact and no error: to standard error, where no script reads it.
 pub fn say(text: impl Display) {
-    // Nobody may be listening, which changes nothing.
-    let _ = writeln!(io::stderr(), "thinply: {text}");
+    super::log::stderr().line(format_args!("thinply: {text}"));
 }

@@ -1,6 +1,7 @@
 //! The options that several verbs share.
 
 pub mod parent;
+pub mod share;
 
 use std::path::PathBuf;
 use std::sync::Arc;

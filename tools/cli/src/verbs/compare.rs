@@ -12,6 +12,7 @@ use crate::io::output::Output;
 use crate::io::paths::Place;
 use crate::io::progress;
 use crate::options::LayersArg;
+use crate::options::share::ShareArg;
 use crate::verbs::{Answer, Outcome};
 
 const AFTER_HELP: &str = "\
@@ -51,6 +52,8 @@ pub struct Compare {
     json: bool,
     #[command(flatten)]
     layers: LayersArg,
+    #[command(flatten)]
+    share: ShareArg,
     /// A disk
     a: PathBuf,
     /// The other one
@@ -116,7 +119,13 @@ impl Compare {
         let place = Place::existing(path)?;
         Ok(match format {
             Format::Layer => Box::new(place.chain(Access::Read, self.layers.layers()?)?),
-            Format::Raw => Box::new(Raw::new(place.open(Access::Read)?)?),
+            Format::Raw => {
+                let file = place.open(Access::Read)?;
+                if let Some(descriptor) = file.descriptor() {
+                    self.share.check_source(descriptor, path)?;
+                }
+                Box::new(Raw::new(file)?)
+            }
         })
     }
 }

@@ -4,12 +4,12 @@ use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, seek};
 use thinply::chain::{Chain, Kind};
 use thinply::device::Device;
 use thinply::error::{Error, ErrorKind, Result};
@@ -21,6 +21,7 @@ use crate::io::paths::{Place, same_file, vacant};
 use crate::io::progress;
 use crate::io::pump::{BUFFER, block_runs, is_zero};
 use crate::options::LayersArg;
+use crate::options::share::ShareArg;
 use crate::verbs::{Answer, Outcome};
 
 const AFTER_HELP: &str = "\
@@ -37,9 +38,11 @@ Examples:
 #[derive(Args, Debug)]
 #[command(after_help = AFTER_HELP)]
 pub struct Export {
-    /// Replace DST if it is there
+    /// Replace DST if it is there, or write over a block device that is mounted or otherwise in use
     #[arg(long)]
     force: bool,
+    #[command(flatten)]
+    share: ShareArg,
     #[command(flatten)]
     layers: LayersArg,
     /// The disk
@@ -63,7 +66,7 @@ impl Export {
             let file = stdout.as_fd().try_clone_to_owned().map(File::from);
             self.copy(&chain, self.target(file, Form::Stream)?)?;
         } else if kind.as_ref().is_ok_and(FileTypeExt::is_block_device) {
-            let device = self.target(open(&self.dst), Form::Device)?;
+            let device = self.target(Ok(self.open_device()?), Form::Device)?;
             device.check_size(chain.size())?;
             self.copy(&chain, device)?;
         } else if kind.is_ok_and(|kind| !kind.is_file() && !kind.is_dir()) {
@@ -112,11 +115,31 @@ impl Export {
     fn rights_of(&self, path: &Path) -> Result<Rights> {
         let failed = |error| Error::io(error, "opening the file to replace").in_file(&self.dst);
         match File::open(path) {
-            Ok(file) => Ok(Rights::Successor(Arc::new(file.into()))),
+            Ok(file) => {
+                self.share.check_target(file.as_fd(), &self.dst)?;
+                Ok(Rights::Successor(Arc::new(file.into())))
+            }
             // Who may not even look at it can't give them, but the new file needs no more.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(Rights::Copy(0)),
             Err(error) => Err(failed(error)),
         }
+    }
+
+    /// A block device, unless something is mounted from it or made of it.
+    fn open_device(&self) -> Result<File> {
+        let mut options = OpenOptions::new();
+        if !self.force {
+            options.custom_flags(OFlags::EXCL.bits() as i32);
+        }
+        let device = options.write(true).open(&self.dst).map_err(|error| match error.kind() {
+            io::ErrorKind::ResourceBusy => {
+                let detail = "is mounted, or a part of something else; --force writes over it";
+                Error::new(ErrorKind::InUse, detail).in_file(&self.dst)
+            }
+            _ => Error::io(error, "opening the target").in_file(&self.dst),
+        })?;
+        self.share.check_target(device.as_fd(), &self.dst)?;
+        Ok(device)
     }
 
     fn target(&self, file: io::Result<File>, form: Form) -> Result<Target> {

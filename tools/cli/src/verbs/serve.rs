@@ -1,9 +1,8 @@
 //! `thinply serve`: a layer as a block device over NBD.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use thinply::control::{Control, line};
@@ -13,12 +12,17 @@ use thinply::serve::{Leases, Log, Opened, Served, Table};
 use thinply::storage::Access;
 
 use crate::io::paths::Place;
+use crate::io::{log, output, signals};
 use crate::options::LayersArg;
 use crate::options::StoreArg;
 use crate::verbs::{Answer, Outcome};
 
 /// How long changes of disks that are under way at the end may take.
 const LAST_WAIT: Duration = Duration::from_secs(60);
+/// How long after the first signal another one ends the server at once.
+const INSISTENCE: Duration = Duration::from_secs(3);
+/// How long the end waits for whoever reads standard output.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Serve a layer, or all of the store, as block devices over NBD.
 ///
@@ -97,7 +101,7 @@ impl Serve {
 
     fn run_store(&self) -> Outcome {
         let listeners = self.listeners()?;
-        let control = Control::serving(self.store.open()?, log())?;
+        let control = Control::serving(self.store.open()?, say())?;
         let asked = line::Server::start(control.clone())?;
         self.serve(listeners, Arc::new(control.desk().clone()))?;
         drop(asked);
@@ -109,7 +113,7 @@ impl Serve {
         let config = ServerConfig {
             max_connections: self.max_connections,
             stop_with_last_client: self.once,
-            log: log(),
+            log: say(),
             ..ServerConfig::default()
         };
         let server = Server::new(listeners, disks, config)?;
@@ -120,9 +124,12 @@ impl Serve {
         }
         let uris = server.listeners().iter().map(|listener| listener.uri(&self.name) + "\n");
         let ready: String = uris.collect();
-        // Whoever started the server may not care for the line and have closed the pipe.
-        let _ = std::io::stdout().write_all(ready.as_bytes());
+        // Whoever started the server may not care for the line, and have closed the pipe or not read
+        // it.
+        let stdout = log::stdout();
+        stdout.line(ready.trim_end());
         let served = server.run();
+        stdout.settle(LAST_WORDS);
         if let Some(path) = &self.pid_file {
             let _ = std::fs::remove_file(path);
         }
@@ -149,20 +156,22 @@ impl Serve {
 }
 
 /// Says on standard error what goes wrong where nobody waits for an answer.
-pub fn log() -> Log {
-    Arc::new(|line| eprintln!("thinply: {line}"))
+pub fn say() -> Log {
+    Arc::new(|line| output::say(line))
 }
 
-/// Has the server come to its end at the first SIGTERM, SIGINT or SIGHUP. At the second one the
-/// process ends at once: what was not flushed is lost, as the user insists.
+/// Has the server come to its end at the first SIGTERM, SIGINT or SIGHUP. At one that comes
+/// [`INSISTENCE`] later the process ends at once: what was not flushed is lost, as the user insists.
+/// One that comes sooner is the same request: `timeout` signals its child and then the child's group.
 fn stop_on_signals(server: Handle) -> Result<()> {
-    let mut asked = false;
-    let stop = move || {
-        if std::mem::replace(&mut asked, true) {
-            std::process::exit(130);
+    let mut asked: Option<Instant> = None;
+    let stop = move || match asked {
+        None => {
+            asked = Some(Instant::now());
+            server.shutdown();
         }
-        server.shutdown();
+        Some(first) if first.elapsed() >= INSISTENCE => std::process::exit(130),
+        Some(_) => {}
     };
-    ctrlc::set_handler(stop)
-        .map_err(|error| Error::new(ErrorKind::Io, format!("setting up signal handlers: {error}")))
+    signals::on_end(stop).map_err(|error| Error::io(error, "setting up signal handlers"))
 }

@@ -6,7 +6,7 @@ use thinply::store::Reference;
 
 use crate::io::output::Output;
 use crate::options::StoreArg;
-use crate::verbs::serve::log;
+use crate::verbs::serve::say;
 use crate::verbs::{Answer, Outcome};
 
 /// Make an image of what a container holds.
@@ -38,7 +38,7 @@ impl Commit {
             image: self.image.to_string(),
             comment: self.message.clone(),
         };
-        let answer = control::carry_out(&store, &request, log())?;
+        let answer = control::carry_out(&store, &request, say())?;
         let mut output = Output::new();
         if let control::Answer::Commit { image } = answer {
             output.line(format_args!("sha256:{image}"))?;
@@ -70,7 +70,7 @@ impl SnapshotContainer {
         let store = self.store.open()?;
         let request =
             Request::Snapshot { container: self.container.clone(), name: self.name.clone() };
-        control::carry_out(&store, &request, log())?;
+        control::carry_out(&store, &request, say())?;
         Ok(Answer::Yes)
     }
 }

@@ -5,7 +5,7 @@ use thinply::control::{self, Change, Request};
 
 use crate::io::output::Output;
 use crate::options::StoreArg;
-use crate::verbs::serve::log;
+use crate::verbs::serve::say;
 use crate::verbs::{Answer, Outcome};
 
 /// Show what a container changed.
@@ -31,7 +31,7 @@ impl Diff {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
         let request = Request::Diff { container: self.container.clone() };
-        let answer = control::carry_out(&self.store.open()?, &request, log())?;
+        let answer = control::carry_out(&self.store.open()?, &request, say())?;
         let control::Answer::Diff(changes) = answer else { return Ok(Answer::No) };
         let mut output = Output::new();
         if self.json {
