@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::features::{self, Need};
 use super::files::listing;
 use super::{Guard, Store, check_name, files, json};
 use crate::chain::{Chain, Parent, create};
@@ -273,9 +274,15 @@ impl Store {
     /// Opens a disk. Under the lock, so that nobody replaces the layer at the same time.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] with who has it; those of [`Chain::open`].
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] with who has it; [`ErrorKind::Unsupported`] for
+    /// writing in a store that only a later version may change; those of [`Chain::open`].
     pub fn open_disk(&self, disk: &DiskName, access: Access) -> Result<OpenDisk> {
-        let _guard = self.lock()?;
+        let _hold = self.hold()?;
+        let need = match access {
+            Access::Read => Need::Read,
+            Access::Write => Need::Write,
+        };
+        features::check(self.root(), need)?;
         if self.record(disk)?.is_none() {
             return Err(disk.missing());
         }

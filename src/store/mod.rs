@@ -14,6 +14,7 @@ mod collect;
 mod container;
 mod digest;
 mod disk;
+mod features;
 mod files;
 mod image;
 mod index;
@@ -36,6 +37,7 @@ pub use broker::StoreBroker;
 pub use collect::{Collected, Usage};
 pub use container::{Container, Snapshot};
 pub use disk::{DiskKind, DiskName, OpenDisk};
+pub use features::Need;
 pub use image::{HistoryEntry, Image};
 pub use name::{MAX_NAME, Reference, check_name};
 pub use publish::NewImage;
@@ -73,8 +75,11 @@ pub struct Store {
     layers: Arc<Layers>,
 }
 
+/// Keeps all others from changing names in the store, until it is dropped.
+struct Hold(#[allow(dead_code, reason = "held for its lock")] Arc<dyn Storage>);
+
 /// The right to change names in the store, until it is dropped.
-struct Guard(#[allow(dead_code, reason = "held for its lock")] Arc<dyn Storage>);
+struct Guard(#[allow(dead_code, reason = "held for its lock")] Hold);
 
 impl Store {
     /// Opens the store in a folder of the host, which is made where it is missing.
@@ -95,10 +100,12 @@ impl Store {
     /// Opens the store in these folders, which is made where it is missing.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] for an OCI layout of another version; host errors.
+    /// [`ErrorKind::Unsupported`] for an OCI layout of another version, and for a store of a later
+    /// version that this one can't read; [`ErrorKind::Corrupt`]; host errors.
     pub fn over(folders: Folders) -> Result<Self> {
         let layers = Arc::new(Layers::new(vec![folders.blobs.clone()]));
         let store = Self { folders, layers };
+        features::check(store.root(), Need::Read)?;
         match files::read_small(store.root(), LAYOUT_FILE)? {
             Some(found) => store.check_layout(&found)?,
             None => store.initialise()?,
@@ -182,19 +189,29 @@ impl Store {
     }
 
     /// Waits for the right to change names.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for a store that only a later version may change.
     fn lock(&self) -> Result<Guard> {
+        let hold = self.hold()?;
+        features::check(self.root(), Need::Write)?;
+        Ok(Guard(hold))
+    }
+
+    /// Waits for those who change names, and keeps them out.
+    fn hold(&self) -> Result<Hold> {
         let file = open_in(self.root(), LOCK_FILE, Access::Write)?;
         let start = Instant::now();
         let mut pause = Duration::from_micros(100);
         loop {
             match file.lock(Lock::Exclusive) {
-                Ok(()) => return Ok(Guard(file)),
+                Ok(()) => return Ok(Hold(file)),
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(failed(&*file, "locking the store", 0)(error)),
             }
             if start.elapsed() > PATIENCE {
                 // Fails with the holder's name, or succeeds after all.
-                return take_lock(&*file, Lock::Exclusive).map(|()| Guard(file));
+                return take_lock(&*file, Lock::Exclusive).map(|()| Hold(file));
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(10));

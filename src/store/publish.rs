@@ -43,7 +43,7 @@ impl Store {
     /// A new layer to be filled, over an image or none; the image's layer will have its rights.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] without a size or an image, or for a size that can't be.
+    /// [`crate::error::ErrorKind::InvalidInput`] without a size or an image, or for a size that can't be.
     pub fn draft(&self, size: Option<u64>, base: Option<&Image>, rights: Rights) -> Result<Draft> {
         let parent = base.map(|image| self.parent(&image.top()?)).transpose()?;
         Draft::new(self, size, parent.as_ref(), rights)
@@ -52,7 +52,7 @@ impl Store {
     /// Makes an image of a finished layer over `base`, and gives it its name.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] if the base was removed meanwhile; host errors. Without an answer
+    /// [`crate::error::ErrorKind::NotFound`] if the base was removed meanwhile; host errors. Without an answer
     /// nothing but unreferenced blobs may stay, which [`Store::collect`] clears.
     pub fn publish(&self, draft: Draft, base: Option<&Image>, new: &NewImage) -> Result<Image> {
         self.publish_blob(draft.finish()?, base, new)

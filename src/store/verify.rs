@@ -28,7 +28,7 @@ impl Store {
         match self.examine() {
             Ok(findings) if findings.is_empty() => Ok(findings),
             _ => {
-                let _guard = self.lock()?;
+                let _hold = self.hold()?;
                 self.examine()
             }
         }

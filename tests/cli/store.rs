@@ -469,3 +469,64 @@ fn a_container_costs_at_most_16_kib_and_gives_all_of_it_back() {
     folder.ok(&["container", "rm", "a", "b", "c", "d", "e"]);
     assert_eq!(cost(&folder.join("store")), before);
 }
+
+/// What only a later version may change is read as before by this one; what only that one can read is
+/// left alone.
+#[test]
+fn a_store_of_a_later_version_is_read_and_never_changed() {
+    let folder = stocked();
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    folder.ok(&["container", "snapshot", "c", "s"]);
+    folder.ok(&["volume", "create", "--size", "1M", "v"]);
+    folder.ok(&["image", "save", "-o", "images.tar", "base"]);
+    folder.write("store/features", br#"{"read":[],"version":1,"write":["lazy"]}"#);
+    let cost = cost(&folder.join("store"));
+    for verb in [
+        &["image", "import", "base.raw", "new"][..],
+        &["image", "load", "images.tar"],
+        &["image", "tag", "base", "other"],
+        &["image", "rm", "base"],
+        &["container", "create", "base", "--name", "new"],
+        &["container", "commit", "c", "new"],
+        &["container", "snapshot", "c", "new"],
+        &["container", "reset", "c"],
+        &["container", "rm", "c"],
+        &["volume", "create", "--size", "1M", "new"],
+        &["volume", "rm", "v"],
+        &["gc"],
+        &["gc", "--dry-run"],
+    ] {
+        let run = folder.run(verb);
+        assert!(run.refused().contains("the feature \"lazy\""), "{verb:?}: {run:?}");
+    }
+    for verb in [
+        &["image", "ls"][..],
+        &["image", "history", "base"],
+        &["image", "inspect", "base"],
+        &["image", "save", "-o", "saved.tar", "base"],
+        &["container", "ls"],
+        &["container", "inspect", "c"],
+        &["container", "diff", "c"],
+        &["volume", "ls"],
+        &["volume", "inspect", "v"],
+        &["df"],
+        &["store", "check"],
+    ] {
+        folder.ok(verb);
+    }
+    let served = Served::all(&folder);
+    for export in ["image/base:latest", "container/c@s", "volume/v:ro"] {
+        served.client(export).unwrap().disconnect().unwrap();
+    }
+    assert!(served.client("container/c").is_err());
+    assert!(served.client("volume/v").is_err());
+    drop(served);
+    assert_eq!(self::cost(&folder.join("store")), cost);
+
+    folder.write("store/features", br#"{"read":["lazy"],"version":1,"write":[]}"#);
+    for verb in [&["image", "ls"][..], &["df"], &["store", "check"], &["volume", "rm", "v"]] {
+        assert!(folder.run(verb).refused().contains("the feature \"lazy\""), "{verb:?}");
+    }
+    folder.write("store/features", b"{");
+    assert!(folder.run(&["image", "ls"]).refused().contains("features"));
+}

@@ -16,7 +16,7 @@ use thinply::chain::Chain;
 use thinply::device::Device;
 use thinply::error::{ErrorKind, Result};
 use thinply::storage::{Access, Folder, Rights};
-use thinply::store::{DiskKind, DiskName, Folders, NewImage, OpenDisk, Reference, Store};
+use thinply::store::{DiskKind, DiskName, Folders, Need, NewImage, OpenDisk, Reference, Store};
 
 const SIZE: u64 = 64 << 10;
 const BLOCK: usize = 4096;
@@ -227,9 +227,17 @@ fn load(store: &Store) -> Result<()> {
 
 /// Runs a verb and answers the disk after each change that it made, the first one before any.
 fn record(media: &Media, seed: u64, verb: Verb) -> (Vec<Media>, Result<()>) {
+    record_in(media, seed, |world| verb(&world.store))
+}
+
+fn record_in(
+    media: &Media,
+    seed: u64,
+    act: impl FnOnce(&World) -> Result<()>,
+) -> (Vec<Media>, Result<()>) {
     let world = World::start(media.clone());
     world.whole.record(seed);
-    let done = verb(&world.store);
+    let done = act(&world);
     drop(world.store);
     let mut states = vec![media.clone()];
     for event in world.whole.take_record() {
@@ -320,4 +328,67 @@ fn a_kill_or_a_power_loss_between_any_two_steps_leaves_a_store_that_works() {
         assert_eq!(view(&store), outcome.after, "{name}: answered, and lost");
         println!("{name}: {} steps", states.len());
     }
+}
+
+fn is_unsupported<T>(done: Result<T>) -> bool {
+    done.is_err_and(|error| error.kind() == ErrorKind::Unsupported)
+}
+
+#[test]
+fn no_verb_touches_a_store_that_only_a_later_version_may_change() {
+    let world = World::start(stocked());
+    let seen = view(&world.store);
+    let open = world.store.open_disk(&container("idle"), Access::Write).unwrap();
+    world.store.require("later", Need::Write).unwrap();
+    // One that runs already sees it too; what it has open it may write and close.
+    open.write(6 * BLOCK as u64, &[6; BLOCK]).unwrap();
+    assert!(is_unsupported(open.snapshot("late")));
+    assert!(is_unsupported(open.commit(&reference("late"), "")));
+    open.close().unwrap();
+    drop(open);
+
+    let start = world.settled();
+    for &(name, verb) in VERBS {
+        let (states, done) = record(&start, 1, verb);
+        assert!(is_unsupported(done), "{name}");
+        assert_eq!(states.len(), 1, "{name} changed the disk");
+    }
+    let store = World::start(start).store;
+    assert!(is_unsupported(store.collect(true)));
+    for disk in [container("web"), volume("data")] {
+        assert!(is_unsupported(store.open_disk(&disk, Access::Write)));
+    }
+    assert_eq!(view(&store), seen);
+    assert_eq!(store.usage().unwrap()[1].total, 3);
+    assert_clean(&store, &"read");
+}
+
+#[test]
+fn a_file_of_a_feature_is_nowhere_without_its_name() {
+    let start = stocked();
+    let seen = view(&World::start(start.clone()).store);
+    let random = &mut Random::new(7);
+    let (states, done) = record_in(&start, 3, |world| {
+        world.store.require("later", Need::Write)?;
+        // As the later version does it.
+        let root = Part::folder(&world.whole, PARTS[0]);
+        root.create("later-room").unwrap();
+        Ok(())
+    });
+    done.unwrap();
+    let mut there = 0;
+    for (step, media) in states.iter().enumerate() {
+        for loss in 0..20 {
+            let media = if loss == 0 { media.clone() } else { media.crashed(random) };
+            let world = World::start(media);
+            let named = is_unsupported(world.store.collect(true));
+            if world.whole.list().unwrap().contains(&"root/later-room".to_owned()) {
+                assert!(named, "{:?}", (step, loss));
+                there += 1;
+            }
+            assert_clean(&world.store, &(step, loss));
+            assert_eq!(view(&world.store), seen, "{:?}", (step, loss));
+        }
+    }
+    assert!(there > 0, "the file was never there");
 }
