@@ -262,15 +262,19 @@ fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Resul
         header = newest_header(&*file)?;
     }
     // The parents come first: a layer that can't be read shall not be marked as in use.
-    let stack = stack_below(header.parent.as_ref(), header.visible_parent_size, folder, layers)
+    let below = header.parent;
+    let mut stack = stack_below(below.as_ref(), header.visible_parent_size, folder, layers)
         .map_err(|error| error.in_file(&path))?;
     // A killed process may have given the file this name in memory alone.
     sync_folder(&**folder)?;
     let top = Writable::open(file)?;
-    if top.header().parent != header.parent {
-        let error =
-            Error::new(ErrorKind::InUse, "the layer was replaced while it was being opened");
-        return Err(error.in_file(path));
+    // Under the lock the header counts that is on the disk: another process may have relinked the
+    // layer before, or a sync that failed have left in the cache what never came there.
+    let header = top.header();
+    if header.parent != below {
+        let parent = header.parent.as_ref();
+        stack = stack_below(parent, header.visible_parent_size, folder, layers)
+            .map_err(|error| error.in_file(&path))?;
     }
     Ok(Levels::writable(top, stack))
 }
