@@ -11,8 +11,8 @@ use std::sync::{Arc, LazyLock};
 use libfuzzer_sys::fuzz_target;
 use testkit::device::{Op, TestDevice};
 use testkit::nbd::{
-    BLOCK_STATUS, CACHE, Client, DF, DISC, EINVAL, ENOSPC, EPERM, FAST_ZERO, FLUSH, FUA, NO_HOLE,
-    READ, REQ_ONE, Served, TRIM, WRITE, WRITE_ZEROES,
+    self, BLOCK_STATUS, CACHE, Client, DF, DISC, EINVAL, ENOSPC, EPERM, FAST_ZERO, FLUSH, FUA,
+    NO_HOLE, READ, REQ_ONE, Served, TRIM, WRITE, WRITE_ZEROES,
 };
 use thinply::error::ErrorKind;
 use thinply::nbd::server::ServerConfig;
