@@ -167,6 +167,25 @@ fn requests_and_answers_come_back_as_they_went() {
 }
 
 #[test]
+fn the_page_shows_lines_that_are_understood() {
+    let page = include_str!("../../docs/serving.md");
+    let lines = |mark| page.lines().filter_map(move |line: &str| line.strip_prefix(mark));
+    let asked: Vec<_> = lines("> {").map(|rest| format!("{{{rest}")).collect();
+    let answered: Vec<_> = lines("< {").map(|rest| format!("{{{rest}")).collect();
+    assert_eq!((asked.len(), answered.len()), (6, 6));
+    for (ask, answer) in asked.iter().zip(&answered) {
+        let request = Request::from_json(ask.as_bytes()).unwrap();
+        match reply_from_json(&request, answer.as_bytes()) {
+            Ok(done) => assert_eq!(reply_to_json(Ok(done)), answer.as_bytes()),
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+                assert!(answer.contains("\"error\""), "{answer}");
+            }
+        }
+    }
+}
+
+#[test]
 fn what_is_no_request_is_refused() {
     let refused = |json: &[u8]| Request::from_json(json).unwrap_err().kind();
     for json in [

@@ -3,9 +3,14 @@
 use std::fs;
 use std::path::Path;
 
-/// Pages, and whether what they name without a folder is meant from the top.
-const PAGES: [&str; 5] =
-    ["ARCHITECTURE.md", "CONTRIBUTING.md", "README.md", "docs/glossary.md", "tests/README.md"];
+const PAGES: [&str; 6] = [
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "README.md",
+    "docs/glossary.md",
+    "docs/serving.md",
+    "tests/README.md",
+];
 
 /// Whether text in backquotes is a path that should be there: one into a folder of the repository, or
 /// of the library as ARCHITECTURE.md names its files.
