@@ -1,5 +1,5 @@
 //! What is done to the disks of a store as a whole, beside their users: typed requests and answers,
-//! carried out over a [`Desk`], and a JSON line over a Unix socket to ask for them ([`line`]).
+//! carried out over a [`Desk`], and a JSON line over a Unix socket to ask for them ([`mod@line`]).
 //!
 //! One process has a store's desk ([`Control::serving`]), ensured by a lock in the store. Whoever wants
 //! something done asks that process first, and where there is none has it done in its own process, over

@@ -12,7 +12,7 @@ use crate::types::Group;
 /// long as decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frame {
-    /// [`frame_hash`].
+    /// [`super::frame_hash`].
     pub hash: Hash,
     /// End of the stored bytes.
     pub end: u32,
@@ -89,7 +89,7 @@ impl Chunk {
     /// Reads chunk `number` of a group.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`].
+    /// [`crate::error::ErrorKind::Corrupt`].
     pub fn decode(map: &Map, number: u32, place: ChunkPlace, bytes: &[u8]) -> Result<Self> {
         let name = format!("chunk {number} of group {}", map.group.0);
         let body = checked(&name, &salt(map.group, number), bytes)?;

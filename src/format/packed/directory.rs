@@ -79,7 +79,7 @@ impl Footer {
     /// Reads the footer of a file of `length` bytes with this header, and how its directory is read.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`].
+    /// [`crate::error::ErrorKind::Corrupt`].
     pub fn decode(
         bytes: &[u8; FOOTER_SIZE as usize],
         length: u64,
@@ -138,7 +138,7 @@ impl Directory {
     /// Takes the next bytes, a whole number of entries.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`].
+    /// [`crate::error::ErrorKind::Corrupt`].
     pub fn push(&mut self, bytes: &[u8], header: &PackedHeader) -> Result<()> {
         self.hasher.update(bytes);
         let Ok(raw) = <[RawEntry]>::ref_from_bytes(bytes) else {
@@ -177,7 +177,7 @@ impl Directory {
     /// The entries, once all bytes have come.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`], also where the root is not the one that the footer names.
+    /// [`crate::error::ErrorKind::Corrupt`], also where the root is not the one that the footer names.
     pub fn finish(self, header: &PackedHeader) -> Result<Vec<Entry>> {
         let expected = self.hasher.finalize();
         if self.crc != expected {

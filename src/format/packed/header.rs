@@ -33,7 +33,7 @@ pub struct PackedHeader {
 }
 
 impl PackedHeader {
-    /// The bytes of the header. The hint must have passed [`super::header::check_hint`].
+    /// The bytes of the header. The hint must have passed [`crate::format::header::check_hint`].
     pub fn encode(&self) -> Box<[u8; HEADER_SIZE as usize]> {
         let mut raw = RawHeader::new_zeroed();
         raw.magic = MAGIC;
