@@ -153,7 +153,7 @@ fn open_parent(link: &ParentLink, folder: &dyn Folder) -> Result<Layer> {
         io::ErrorKind::NotFound => Error::io(error, "opening the parent").in_file(&path),
         _ => Error::io(error, "opening the parent (a regular file, not a link)").in_file(&path),
     })?;
-    if !Packed::recognise(&*file)? {
+    if !Packed::is_packed(&*file)? {
         // Looked at without a lock first: somebody else's layer may be in use, which is no news.
         let identity = newest_header(&*file)?.identity();
         check_identity(link, identity).map_err(|error| error.in_file(&path))?;

@@ -29,7 +29,7 @@ impl Layer {
     /// # Errors
     /// Those of [`Sealed::open`] and [`Packed::open`].
     pub fn open(file: Arc<dyn Storage>) -> Result<Self> {
-        if Packed::recognise(&*file)? {
+        if Packed::is_packed(&*file)? {
             return Packed::open(file).map(Self::Packed);
         }
         Sealed::open(file).map(Self::Live)

@@ -250,7 +250,7 @@ fn sealed_levels(folder: &Arc<dyn Folder>, name: &str, layers: Option<&Gate>) ->
 fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Gate) -> Result<Levels> {
     let path = folder.path().join(name);
     let mut file = open_in(&**folder, name, Access::Write)?;
-    if Packed::recognise(&*file)? {
+    if Packed::is_packed(&*file)? {
         let error = Error::new(ErrorKind::ReadOnly, "a packed layer never changes");
         return Err(error.in_file(path));
     }

@@ -32,7 +32,7 @@ pub fn seal(folder: &dyn Folder, name: &str) -> Result<Parent> {
     // Whoever made or froze it may have been killed with all of that in memory alone.
     sync_folder(folder)?;
     let mut file = open_in(folder, name, Access::Read)?;
-    if Packed::recognise(&*file)? {
+    if Packed::is_packed(&*file)? {
         file.sync_data().map_err(failed(&*file, "syncing the parent", 0))?;
         let layer = Packed::open(file)?;
         return Ok(Parent {

@@ -60,7 +60,7 @@ impl Packed {
     ///
     /// # Errors
     /// Host errors.
-    pub fn recognise(file: &dyn Storage) -> Result<bool> {
+    pub fn is_packed(file: &dyn Storage) -> Result<bool> {
         let mut magic = [0; 8];
         let length = file.length().map_err(failed(file, "reading the length", 0))?;
         if length < magic.len() as u64 {

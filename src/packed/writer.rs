@@ -1,6 +1,7 @@
 //! Writing a packed layer in one pass.
 
 use std::io::{self, Write};
+use std::ops::ControlFlow;
 
 use super::press::{BATCH, Press};
 use crate::error::{Error, ErrorKind, Result};
@@ -198,15 +199,15 @@ impl<W: Write> Writer<W> {
         };
         let blocks = std::mem::take(&mut open.pending);
         if self.press.is_full() {
-            self.store()?;
+            let _ = self.store()?;
         }
         self.press.send(blocks)
     }
 
-    /// Writes the next frames that are ready; false if there are none left.
-    fn store(&mut self) -> Result<bool> {
+    /// Writes the next frames that are ready; breaks off where there are none left.
+    fn store(&mut self) -> Result<ControlFlow<()>> {
         let (Some(batch), Some(open)) = (self.press.take()?, &mut self.open) else {
-            return Ok(false);
+            return Ok(ControlFlow::Break(()));
         };
         let begin = (self.at - open.frames_offset) as u32;
         open.frames.extend(
@@ -214,13 +215,13 @@ impl<W: Write> Writer<W> {
         );
         open.checksums.extend(batch.checksums);
         self.write(&batch.stored)?;
-        Ok(true)
+        Ok(ControlFlow::Continue(()))
     }
 
     /// Writes the chunks and the map of the group that is open.
     fn close_group(&mut self) -> Result<()> {
         self.send()?;
-        while self.store()? {}
+        while self.store()?.is_continue() {}
         let Some(open) = self.open.take() else { return Ok(()) };
         let chunks_offset = self.at;
         let blocks = (CHUNK_FRAMES * FRAME_BLOCKS) as usize;

@@ -423,7 +423,7 @@ impl Store {
 /// stands on nothing.
 fn parent_hint(folder: &dyn Folder, name: &str) -> Result<Option<String>> {
     let Some(file) = find_in(folder, name, Access::Read)? else { return Ok(None) };
-    if Packed::recognise(&*file)? {
+    if Packed::is_packed(&*file)? {
         return match Packed::open(file) {
             Ok(layer) => Ok(layer.parent().map(|link| link.hint.clone())),
             // One that is being written; the layer that it is made from keeps the parents.

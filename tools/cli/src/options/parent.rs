@@ -36,7 +36,7 @@ impl ParentArg {
             Error::new(ErrorKind::InvalidInput, error.to_string()).in_file(path)
         })?;
         let file = place.open(Access::Read)?;
-        if !Packed::recognise(&*file)? {
+        if !Packed::is_packed(&*file)? {
             let header = newest_header(&*file)?;
             if !matches!(header.state, State::Frozen(_)) {
                 self.check_found(&place, child)?;

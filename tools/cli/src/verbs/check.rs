@@ -84,7 +84,7 @@ impl Check {
     fn check(&self) -> Result<Vec<Layer>> {
         let place = Place::existing(&self.show.file)?;
         let file = place.open(Access::Read)?;
-        let mut report = if Packed::recognise(&*file)? {
+        let mut report = if Packed::is_packed(&*file)? {
             inspect::check_packed(file.clone())?
         } else {
             take_lock(&*file, Lock::Shared)?;
@@ -115,7 +115,7 @@ impl Check {
 
     /// The layers below, opened as every reader opens them, which checks how they fit together.
     fn parents(&self, place: &Place, file: Arc<dyn Storage>) -> Result<Option<Arc<Stack>>> {
-        let parent = if Packed::recognise(&*file)? {
+        let parent = if Packed::is_packed(&*file)? {
             Packed::open(file)?.parent().cloned()
         } else {
             newest_header(&*file)?.parent

@@ -115,7 +115,7 @@ impl Dump {
     pub fn run(&self) -> Outcome {
         let place = Place::existing(&self.file)?;
         let file = place.open(Access::Read)?;
-        let is_packed = Packed::recognise(&*file)?;
+        let is_packed = Packed::is_packed(&*file)?;
         let still = Stillness::of(&*file)?;
         let length =
             file.length().map_err(|error| Error::io(error, "asking for the file's length"))?;

@@ -92,7 +92,7 @@ impl Info {
     fn facts(&self) -> Result<Vec<Facts>> {
         let place = Place::existing(&self.show.file)?;
         let file = place.open(Access::Read)?;
-        let (first, parent) = if Packed::recognise(&*file)? {
+        let (first, parent) = if Packed::is_packed(&*file)? {
             let layer = Packed::open(file)?;
             (packed_facts(&layer)?, layer.parent().cloned())
         } else {
