@@ -9,14 +9,14 @@
 //! ```
 //! use std::sync::Arc;
 //!
-//! use thinply::chain::{Chain, Layers, create, seal};
+//! use thinply::chain::{Chain, Gate, create, seal};
 //! use thinply::device::Device;
 //! use thinply::storage::{Access, FileFolder, Folder};
 //!
 //! # let directory = tempfile::tempdir()?;
 //! # let path = directory.path();
 //! let folder: Arc<dyn Folder> = Arc::new(FileFolder::new(path));
-//! let layers = Arc::new(Layers::default());
+//! let layers = Arc::new(Gate::default());
 //! create(&folder, "disk.tply", Some(10 << 30), None, &layers)?;
 //!
 //! let disk = Chain::open(folder.clone(), "disk.tply", Access::Write, layers.clone())?;
@@ -39,7 +39,7 @@
 //!
 //! ```
 //! # use std::sync::Arc;
-//! # use thinply::chain::{Chain, Layers, create};
+//! # use thinply::chain::{Chain, Gate, create};
 //! # use thinply::device::Device;
 //! # use thinply::storage::{Access, FileFolder, Folder};
 //! use thinply::derive::PackOptions;
@@ -47,7 +47,7 @@
 //!
 //! # let directory = tempfile::tempdir()?;
 //! # let folder: Arc<dyn Folder> = Arc::new(FileFolder::new(directory.path()));
-//! # let layers = Arc::new(Layers::default());
+//! # let layers = Arc::new(Gate::default());
 //! # create(&folder, "disk.tply", Some(1 << 30), None, &layers)?;
 //! # let disk = Chain::open(folder.clone(), "disk.tply", Access::Write, layers.clone())?;
 //! # disk.write(0, &[7; 8192])?;

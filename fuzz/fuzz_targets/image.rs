@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
-use thinply::chain::{Chain, Layers};
+use thinply::chain::{Chain, Gate};
 use thinply::device::{Detail, Device};
 use thinply::error::Result;
 use thinply::inspect;
@@ -16,7 +16,7 @@ use thinply_fuzz::limits::within_limits;
 fuzz_target!(|input: &[u8]| within_limits(|| run(input)));
 
 fn open(folder: &Arc<dyn Folder>, access: Access) -> Result<Chain> {
-    Chain::open(folder.clone(), "top", access, Arc::new(Layers::default()))
+    Chain::open(folder.clone(), "top", access, Arc::new(Gate::default()))
 }
 
 fn read(chain: &Chain) -> Result<Vec<u8>> {

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
-use thinply::chain::{Chain, Layers};
+use thinply::chain::{Chain, Gate};
 use thinply::device::Device;
 use thinply::inspect::{check, repair};
 use thinply::storage::{Access, Folder};
@@ -16,7 +16,7 @@ fuzz_target!(|input: &[u8]| within_limits(|| run(input)));
 
 fn read(folder: &Arc<dyn Folder>, name: &str) -> Option<Vec<u8>> {
     let chain =
-        Chain::open(folder.clone(), name, Access::Read, Arc::new(Layers::default())).ok()?;
+        Chain::open(folder.clone(), name, Access::Read, Arc::new(Gate::default())).ok()?;
     let mut data = vec![0; chain.size().min(2 * SIZE) as usize];
     chain.read(0, &mut data).ok().map(|()| data)
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use libfuzzer_sys::fuzz_target;
 use thinply::device::Detail;
 use thinply::storage::{Access, Folder, MemoryFolder, write_all_at};
-use thinply::chain::{Chain, Layers};
+use thinply::chain::{Chain, Gate};
 use thinply::error::{ErrorKind, Result};
 use thinply::format::bitmap;
 use thinply::format::geometry::{
@@ -169,7 +169,7 @@ fn expected(journal: &Journal) -> std::result::Result<BTreeSet<u64>, ErrorKind> 
 }
 
 fn owned(folder: &Arc<dyn Folder>, access: Access) -> Result<BTreeSet<u64>> {
-    let chain = Chain::open(folder.clone(), "a", access, Arc::new(Layers::default()))?;
+    let chain = Chain::open(folder.clone(), "a", access, Arc::new(Gate::default()))?;
     let mut owned = BTreeSet::new();
     chain.map(0, BLOCKS * 4096, Detail::Bitmaps, &mut |extent| {
         if extent.depth.is_some() {

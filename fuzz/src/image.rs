@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use thinply::chain::{Chain, Layers, create, seal};
+use thinply::chain::{Chain, Gate, create, seal};
 use thinply::device::Device;
 use thinply::storage::{Access, Folder, MemoryFolder, Storage, read_exact_at, write_all_at};
 
@@ -214,7 +214,7 @@ pub enum Ending {
 /// A real two-layer image.
 pub fn real(ending: Ending) -> Arc<dyn Folder> {
     let folder: Arc<dyn Folder> = Arc::new(MemoryFolder::new("real"));
-    let layers = Arc::new(Layers::default());
+    let layers = Arc::new(Gate::default());
     let open = |name| Chain::open(folder.clone(), name, Access::Write, layers.clone()).unwrap();
     create(&folder, "base", Some(SIZE), None, &layers).unwrap();
     let base = open("base");

@@ -31,7 +31,7 @@ impl fmt::Debug for Found {
     }
 }
 
-/// Layers that are in no folder here: the last place of the parent gate. It is asked for an identity
+/// Gate that are in no folder here: the last place of the parent gate. It is asked for an identity
 /// alone; nothing else that stands in a header gets to it.
 pub trait Afar: Send + Sync + fmt::Debug {
     /// What it is called in messages.
@@ -47,14 +47,14 @@ pub trait Afar: Send + Sync + fmt::Debug {
 /// The places where parents are looked for beside the child's own folder, and the layers that are
 /// open: each is opened once, however many chains stand on it.
 #[derive(Debug, Default)]
-pub struct Layers {
+pub struct Gate {
     folders: Vec<Arc<dyn Folder>>,
     afar: Option<Arc<dyn Afar>>,
     layers: Mutex<HashMap<Identity, Weak<Found>>>,
     stacks: Mutex<HashMap<Identity, Weak<Stack>>>,
 }
 
-impl Layers {
+impl Gate {
     /// Looks in `folders`, in that order, after the child's own.
     pub fn new(folders: Vec<Arc<dyn Folder>>) -> Self {
         Self { folders, ..Self::default() }

@@ -30,7 +30,7 @@ use gate::{Found, check_visible};
 use snapshot::CutOff;
 use stack::View;
 
-pub use gate::{Afar, Layers, MAX_DEPTH};
+pub use gate::{Afar, Gate, MAX_DEPTH};
 pub use layer::Layer;
 pub use map::{Kind, MapExtent};
 pub(crate) use owners::shown;
@@ -43,7 +43,7 @@ pub use stack::Stack;
 pub struct Chain {
     folder: Arc<dyn Folder>,
     name: String,
-    layers: Arc<Layers>,
+    layers: Arc<Gate>,
     read_only: bool,
     /// Taken for writing only where the layers themselves change: snapshot and resize.
     state: RwLock<Levels>,
@@ -110,13 +110,13 @@ impl Chain {
     /// by finishing that snapshot.
     ///
     /// # Errors
-    /// Those of [`Layers::stack`], [`Writable::open`] and [`Layer::open`];
+    /// Those of [`Gate::stack`], [`Writable::open`] and [`Layer::open`];
     /// [`ErrorKind::ReadOnly`] for writing to a packed layer.
     pub fn open(
         folder: Arc<dyn Folder>,
         name: &str,
         access: Access,
-        layers: Arc<Layers>,
+        layers: Arc<Gate>,
     ) -> Result<Self> {
         let levels = match access {
             Access::Read => sealed_levels(&folder, name, Some(&layers))?,
@@ -190,7 +190,7 @@ impl Chain {
     ///
     /// # Errors
     /// [`ErrorKind::ParentMismatch`] where it stands on something else by now; those of
-    /// [`Layers::stack`] and [`Writable::relink`].
+    /// [`Gate::stack`] and [`Writable::relink`].
     pub fn relink(&self, from: Identity, parent: &ParentLink) -> Result<()> {
         let mut levels = self.state.write().unwrap_or_else(PoisonError::into_inner);
         let stack = self.layers.stack(parent, &self.folder)?;
@@ -219,7 +219,7 @@ fn stack_below(
     parent: Option<&ParentLink>,
     visible_parent_size: u64,
     folder: &Arc<dyn Folder>,
-    layers: &Layers,
+    layers: &Gate,
 ) -> Result<Option<Arc<Stack>>> {
     let Some(link) = parent else { return Ok(None) };
     let stack = layers.stack(link, folder)?;
@@ -234,7 +234,7 @@ fn stack_below(
 }
 
 /// The levels of a layer that is only read, on what `layers` finds below it, or alone.
-fn sealed_levels(folder: &Arc<dyn Folder>, name: &str, layers: Option<&Layers>) -> Result<Levels> {
+fn sealed_levels(folder: &Arc<dyn Folder>, name: &str, layers: Option<&Gate>) -> Result<Levels> {
     let path = folder.path().join(name);
     let layer = Layer::open(open_in(&**folder, name, Access::Read)?)?;
     let below = match layers {
@@ -247,7 +247,7 @@ fn sealed_levels(folder: &Arc<dyn Folder>, name: &str, layers: Option<&Layers>) 
     Ok(Levels::read_only(Arc::new(Stack::new(found))))
 }
 
-fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Layers) -> Result<Levels> {
+fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Gate) -> Result<Levels> {
     let path = folder.path().join(name);
     let mut file = open_in(&**folder, name, Access::Write)?;
     if Packed::recognise(&*file)? {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::Layers;
+use super::Gate;
 use super::snapshot::{self, CutOff};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{ParentLink, State};
@@ -87,14 +87,14 @@ pub fn finish_snapshot(folder: &dyn Folder, name: &str) -> Result<()> {
 ///
 /// # Errors
 /// [`ErrorKind::InvalidInput`] for a size that cannot be or none at all; [`ErrorKind::Exists`];
-/// where the parent can't be found from `folder`, what [`Layers::stack`] says: then nothing is
+/// where the parent can't be found from `folder`, what [`Gate::stack`] says: then nothing is
 /// created.
 pub fn create(
     folder: &Arc<dyn Folder>,
     name: &str,
     virtual_size: Option<u64>,
     parent: Option<&Parent>,
-    layers: &Layers,
+    layers: &Gate,
 ) -> Result<()> {
     let Some(virtual_size) = virtual_size.or(parent.map(|parent| parent.virtual_size)) else {
         return Err(Error::new(ErrorKind::InvalidInput, "a layer without a parent needs a size"));
@@ -115,7 +115,7 @@ mod tests {
     /// A layer `a` with all of a snapshot but its last step, and what its name led to.
     fn cut_off() -> (Arc<dyn Folder>, Parent) {
         let folder: Arc<dyn Folder> = Arc::new(MemoryFolder::new("m"));
-        create(&folder, "a", Some(8192), None, &Layers::default()).unwrap();
+        create(&folder, "a", Some(8192), None, &Gate::default()).unwrap();
         folder.link("a", "snap").unwrap();
         let frozen = seal(&*folder, "snap").unwrap();
         let parent = Some((frozen.link.clone(), 8192));
@@ -128,7 +128,7 @@ mod tests {
         let (folder, frozen) = cut_off();
         let parent = seal(&*folder, "a").unwrap();
         assert_ne!(parent.link.identity, frozen.link.identity, "the name leads to the new top");
-        create(&folder, "child", None, Some(&parent), &Layers::default()).unwrap();
+        create(&folder, "child", None, Some(&parent), &Gate::default()).unwrap();
     }
 
     #[test]

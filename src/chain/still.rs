@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Chain, Layers, Levels, Stack, sealed_levels, stack_below};
+use super::{Chain, Gate, Levels, Stack, sealed_levels, stack_below};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
 use crate::storage::Folder;
@@ -15,12 +15,12 @@ impl Chain {
     ///
     /// # Errors
     /// Those of [`super::Layer::open`].
-    pub fn open_alone(folder: Arc<dyn Folder>, name: &str, layers: Arc<Layers>) -> Result<Self> {
+    pub fn open_alone(folder: Arc<dyn Folder>, name: &str, layers: Arc<Gate>) -> Result<Self> {
         let levels = sealed_levels(&folder, name, None)?;
         Ok(Self::still(folder, name, layers, levels))
     }
 
-    fn still(folder: Arc<dyn Folder>, name: &str, layers: Arc<Layers>, levels: Levels) -> Self {
+    fn still(folder: Arc<dyn Folder>, name: &str, layers: Arc<Gate>, levels: Levels) -> Self {
         Self { folder, name: name.to_owned(), layers, read_only: true, state: RwLock::new(levels) }
     }
 
@@ -28,13 +28,13 @@ impl Chain {
     /// disk of this one's size; zeros without a parent.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] where this chain is open for writing; those of [`Layers::stack`].
+    /// [`ErrorKind::InvalidInput`] where this chain is open for writing; those of [`Gate::stack`].
     pub(crate) fn below(
         &self,
         parent: Option<&ParentLink>,
         visible: u64,
         folder: &Arc<dyn Folder>,
-        layers: Arc<Layers>,
+        layers: Arc<Gate>,
     ) -> Result<Self> {
         let (open, size) = {
             let levels = self.levels();
@@ -56,7 +56,7 @@ impl Chain {
     }
 
     /// Where it was found, and the gate that it was opened through.
-    pub(crate) fn found_in(&self) -> (&Arc<dyn Folder>, &Arc<Layers>) {
+    pub(crate) fn found_in(&self) -> (&Arc<dyn Folder>, &Arc<Gate>) {
         (&self.folder, &self.layers)
     }
 

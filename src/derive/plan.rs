@@ -5,7 +5,7 @@ use std::io::Write;
 use std::sync::Arc;
 
 use super::fold::{Sink, Take, fold};
-use crate::chain::{Chain, Layers, MapExtent, Parent};
+use crate::chain::{Chain, Gate, MapExtent, Parent};
 use crate::device::{Device, ZeroMode};
 use crate::error::Result;
 use crate::format::header::ParentLink;
@@ -73,7 +73,7 @@ impl Chain {
     }
 
     /// What a new layer in `folder` stands on, as a disk of this one's size.
-    fn base(&self, plan: &Plan, folder: &Arc<dyn Folder>, layers: Arc<Layers>) -> Result<Self> {
+    fn base(&self, plan: &Plan, folder: &Arc<dyn Folder>, layers: Arc<Gate>) -> Result<Self> {
         let visible = plan.parent.as_ref().map_or(0, |(_, visible)| *visible);
         self.below(plan.parent(), visible, folder, layers)
     }
@@ -105,14 +105,14 @@ impl Chain {
     ///
     /// # Errors
     /// Before anything is made, [`crate::error::ErrorKind::InvalidInput`] for a chain that is open for writing and
-    /// what [`Layers::stack`] refuses; those of [`live::create`]. After any other error the file may
+    /// what [`Gate::stack`] refuses; those of [`live::create`]. After any other error the file may
     /// be there, half-made: it is the caller's to remove.
     pub fn derive_live(
         &self,
         plan: &Plan,
         folder: &Arc<dyn Folder>,
         name: &str,
-        layers: Arc<Layers>,
+        layers: Arc<Gate>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<()> {
         let base = self.base(plan, folder, layers.clone())?;
@@ -133,7 +133,7 @@ impl Chain {
         plan: &Plan,
         folder: &Arc<dyn Folder>,
         out: W,
-        layers: Arc<Layers>,
+        layers: Arc<Gate>,
         compression: Compression,
         progress: &mut dyn FnMut(u64),
     ) -> Result<(Summary, W)> {

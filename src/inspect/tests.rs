@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::chain::{Chain, Layers, create, seal};
+use crate::chain::{Chain, Gate, create, seal};
 use crate::device::Device;
 use crate::format::geometry::record_offset;
 use crate::inspect::{Part, dump};
@@ -23,7 +23,7 @@ fn open(folder: &Arc<dyn Folder>, name: &str) -> Chain {
 
 /// A layer with blocks in its first and its last group, written to in two lives and closed.
 fn closed(folder: &Arc<dyn Folder>, name: &str, size: u64) {
-    create(folder, name, Some(size), None, &Layers::default()).unwrap();
+    create(folder, name, Some(size), None, &Gate::default()).unwrap();
     for life in 0..2 {
         let chain = open(folder, name);
         chain.write(life * 8192, &[7; 5000]).unwrap();
@@ -179,7 +179,7 @@ fn a_ring_that_was_given_back_in_part_is_noted() {
 #[test]
 fn bits_that_a_shrink_left_are_legal() {
     let folder = folder();
-    create(&folder, "a", Some(64 << 20), None, &Layers::default()).unwrap();
+    create(&folder, "a", Some(64 << 20), None, &Gate::default()).unwrap();
     let chain = open(&folder, "a");
     chain.write(0, &vec![1; 64 << 20]).unwrap();
     chain.resize(4096 * 3 + 512, true).unwrap();
@@ -233,7 +233,7 @@ fn slots_that_contradict_each_other_are_found() {
 #[test]
 fn a_petabyte_that_is_claimed_costs_nothing() {
     let folder = folder();
-    create(&folder, "a", Some(1 << 30), None, &Layers::default()).unwrap();
+    create(&folder, "a", Some(1 << 30), None, &Gate::default()).unwrap();
     let file = folder.open("a", Access::Write).unwrap();
     for slot in &Slots::read(&*file).unwrap().0 {
         let header = Header { virtual_size: 1 << 56, ..slot.header().unwrap().clone() };

@@ -104,11 +104,11 @@
 //!
 //! // A disk, and a client.
 //! # use std::sync::Arc;
-//! # use thinply::chain::{Chain, Layers, create};
+//! # use thinply::chain::{Chain, Gate, create};
 //! # use thinply::serve::{Opened, Served, Table};
 //! # use thinply::storage::{Access, Folder, MemoryFolder};
 //! # let folder: Arc<dyn Folder> = Arc::new(MemoryFolder::new("memory"));
-//! # let layers = Arc::new(Layers::default());
+//! # let layers = Arc::new(Gate::default());
 //! # create(&folder, "disk.tply", Some(1 << 30), None, &layers)?;
 //! let chain = Chain::open(folder, "disk.tply", Access::Write, layers)?;
 //! let disks = Table::new();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{Moment, Opened, Served};
-use crate::chain::{Chain, Layers, create};
+use crate::chain::{Chain, Gate, create};
 use crate::device::{BLOCK_SIZE, Device, ZeroMode};
 use crate::error::ErrorKind;
 use crate::storage::{Access, Folder, MemoryFolder, Storage};
@@ -12,7 +12,7 @@ const SIZE: u64 = 10 * BLOCK_SIZE + 512;
 
 fn served() -> Arc<Served<Chain>> {
     let folder: Arc<dyn Folder> = Arc::new(MemoryFolder::new("m"));
-    let layers = Arc::new(Layers::default());
+    let layers = Arc::new(Gate::default());
     create(&folder, "a", Some(SIZE), None, &layers).unwrap();
     let chain = Chain::open(folder, "a", Access::Write, layers).unwrap();
     Arc::new(Served::new("a", Opened::new(chain)).unwrap())

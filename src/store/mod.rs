@@ -28,7 +28,7 @@ mod volume;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::chain::Layers;
+use crate::chain::Gate;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, FileFolder, Folder, Lock, Storage, failed, open_in, take_lock};
 
@@ -72,7 +72,7 @@ pub struct Folders {
 #[derive(Clone, Debug)]
 pub struct Store {
     folders: Folders,
-    layers: Arc<Layers>,
+    layers: Arc<Gate>,
 }
 
 /// Keeps all others from changing names in the store, until it is dropped.
@@ -103,7 +103,7 @@ impl Store {
     /// [`ErrorKind::Unsupported`] for an OCI layout of another version, and for a store of a later
     /// version that this one can't read; [`ErrorKind::Corrupt`]; host errors.
     pub fn over(folders: Folders) -> Result<Self> {
-        let layers = Arc::new(Layers::new(vec![folders.blobs.clone()]));
+        let layers = Arc::new(Gate::new(vec![folders.blobs.clone()]));
         let store = Self { folders, layers };
         features::check(store.root(), Need::Read)?;
         match files::read_small(store.root(), LAYOUT_FILE)? {

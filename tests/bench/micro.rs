@@ -8,7 +8,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use criterion::Criterion;
-use thinply::chain::{Chain, Layers, create, seal};
+use thinply::chain::{Chain, Gate, create, seal};
 use thinply::device::{Detail, Device};
 use thinply::nbd::proto::numbers::CMD_READ;
 use thinply::nbd::proto::{self, Request, Terms};
@@ -79,7 +79,7 @@ fn run(make: Make, times: u64) -> Duration {
 /// A chain whose base owns every block and each other layer its share, spread over the disk.
 fn chain(depth: u64) -> Chain {
     let folder: Arc<dyn Folder> = Arc::new(MemoryFolder::new("memory"));
-    let layers = Arc::new(Layers::default());
+    let layers = Arc::new(Gate::default());
     for level in 0..depth {
         let parent = level.checked_sub(1).map(|below| seal(&*folder, &below.to_string()).unwrap());
         let name = level.to_string();
@@ -94,14 +94,14 @@ fn chain(depth: u64) -> Chain {
     open(&folder, &(depth - 1).to_string(), &layers)
 }
 
-fn open(folder: &Arc<dyn Folder>, name: &str, layers: &Arc<Layers>) -> Chain {
+fn open(folder: &Arc<dyn Folder>, name: &str, layers: &Arc<Gate>) -> Chain {
     Chain::open(folder.clone(), name, Access::Write, layers.clone()).unwrap()
 }
 
 /// An empty layer over an empty one.
 fn overlay() -> Chain {
     let folder: Arc<dyn Folder> = Arc::new(MemoryFolder::new("memory"));
-    let layers = Arc::new(Layers::default());
+    let layers = Arc::new(Gate::default());
     create(&folder, "base", Some(SIZE), None, &layers).unwrap();
     let parent = seal(&*folder, "base").unwrap();
     create(&folder, "top", None, Some(&parent), &layers).unwrap();

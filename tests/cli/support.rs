@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
 use tempfile::TempDir;
-use thinply::chain::{Chain, Layers};
+use thinply::chain::{Chain, Gate};
 use thinply::device::Device;
 use thinply::storage::{Access, FileFolder, Folder as _, Lock};
 
@@ -222,7 +222,7 @@ impl Folder {
     /// Opens a chain in this process, which holds its lock.
     pub fn open(&self, name: &str, access: Access) -> Open {
         let folder = FileFolder::new(self.path());
-        let layers = Arc::new(Layers::default());
+        let layers = Arc::new(Gate::default());
         let chain = Chain::open(Arc::new(folder.clone()), name, access, layers).unwrap();
         Open { chain: Some(chain), folder, name: name.to_owned() }
     }

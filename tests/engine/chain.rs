@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use testkit::bench::{BLOCK, Bench, Disk};
 use testkit::hooked::{Call, Hooked};
-use thinply::chain::{Chain, Kind, Layers, MAX_DEPTH, MapExtent, seal};
+use thinply::chain::{Chain, Gate, Kind, MAX_DEPTH, MapExtent, seal};
 use thinply::device::{Detail, Device, Prefetch, ZeroMode};
 use thinply::error::ErrorKind;
 use thinply::format::geometry::{block_offset, file_length};
@@ -352,7 +352,7 @@ fn sizes_from_one_sector_to_many_tebibytes() {
         fs::remove_file(files.dir.path().join(&name)).unwrap();
     }
     for size in [0, 511, 513, (1 << 56) + 512] {
-        let layers = Layers::default();
+        let layers = Gate::default();
         let error = thinply::chain::create(&files.bench.folder, "bad", Some(size), None, &layers);
         assert_eq!(error.unwrap_err().kind(), ErrorKind::InvalidInput, "{size}");
     }
@@ -392,7 +392,7 @@ fn one_writer_and_the_parent_gate() {
     let open = |names: &[&str]| {
         let folder =
             |name| Arc::new(FileFolder::new(elsewhere.path().join(name))) as Arc<dyn Folder>;
-        let layers = Arc::new(Layers::new(names.iter().map(folder).collect()));
+        let layers = Arc::new(Gate::new(names.iter().map(folder).collect()));
         Chain::open(bench.folder.clone(), "top", Access::Read, layers).map(drop)
     };
     for (name, from) in [("wrong", "top"), ("right", "moved"), ("empty", "")] {

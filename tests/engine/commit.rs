@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use testkit::hooked::{Call, Hooked};
-use thinply::chain::{Chain, Layers, create};
+use thinply::chain::{Chain, Gate, create};
 use thinply::device::{Device, ZeroMode};
 use thinply::format::geometry::{JOURNAL_OFFSET, JOURNAL_RECORDS, bitmap_offset};
 use thinply::inspect::{Part, RingRecord, Standing, dump};
@@ -17,7 +17,7 @@ const BLOCK: u64 = 4096;
 const SIZE: u64 = 4 << 20;
 
 fn disk(folder: &Arc<dyn Folder>) -> Arc<Chain> {
-    let layers = Arc::new(Layers::default());
+    let layers = Arc::new(Gate::default());
     create(folder, "a", Some(SIZE), None, &layers).unwrap();
     Arc::new(Chain::open(folder.clone(), "a", Access::Write, layers).unwrap())
 }

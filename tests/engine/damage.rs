@@ -10,7 +10,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use thinply::chain::{Chain, Layers, create, seal};
+use thinply::chain::{Chain, Gate, create, seal};
 use thinply::device::Device;
 use thinply::error::{ErrorKind, Result};
 use thinply::inspect;
@@ -34,7 +34,7 @@ enum Ending {
 
 fn image(ending: Ending) -> Arc<dyn Folder> {
     let folder: Arc<dyn Folder> = Arc::new(MemoryFolder::new("m"));
-    let layers = Arc::new(Layers::default());
+    let layers = Arc::new(Gate::default());
     let open = |name| Chain::open(folder.clone(), name, Access::Write, layers.clone()).unwrap();
     create(&folder, "base", Some(SIZE), None, &layers).unwrap();
     let base = open("base");
@@ -72,7 +72,7 @@ fn copy(folder: &Arc<dyn Folder>) -> Arc<dyn Folder> {
 }
 
 fn read(folder: &Arc<dyn Folder>, access: Access) -> Result<Vec<u8>> {
-    let chain = Chain::open(folder.clone(), "top", access, Arc::new(Layers::default()))?;
+    let chain = Chain::open(folder.clone(), "top", access, Arc::new(Gate::default()))?;
     let mut data = vec![0; SIZE as usize];
     assert_eq!(chain.size(), SIZE);
     chain.read(0, &mut data).map(|()| data)

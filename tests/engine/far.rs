@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use testkit::crash::Random;
 use testkit::crash::disk::Disk;
 use testkit::crash::folder::{CrashFolder, Event};
-use thinply::chain::{Afar, Chain, Layers, Parent, create};
+use thinply::chain::{Afar, Chain, Gate, Parent, create};
 use thinply::derive::{Plan, Rule, compare};
 use thinply::device::{Device, Prefetch};
 use thinply::error::{Error, ErrorKind, Result};
@@ -454,13 +454,13 @@ impl Remote {
         let folder: Arc<dyn Folder> = Arc::new(MemoryFolder::new("here"));
         let link = ParentLink { identity: Identity::Packed(root), hint: "image".into() };
         let parent = Parent { link, virtual_size: SIZE, newly_frozen: false };
-        let gate = Layers::default().with_afar(place.clone());
+        let gate = Gate::default().with_afar(place.clone());
         create(&folder, "top", None, Some(&parent), &gate).unwrap();
         Self { folder, place, salt, roots: [base_root, root] }
     }
 
     fn open(&self, place: Arc<dyn Afar>) -> Result<Chain> {
-        let gate = Layers::default().with_afar(place);
+        let gate = Gate::default().with_afar(place);
         Chain::open(self.folder.clone(), "top", Access::Write, Arc::new(gate))
     }
 
@@ -506,11 +506,11 @@ fn a_chain_stands_on_layers_that_are_far_away() {
 
     let whole = remote.open(remote.place.clone()).unwrap();
     whole.close().unwrap();
-    let gate = || Arc::new(Layers::default().with_afar(remote.place.clone()));
+    let gate = || Arc::new(Gate::default().with_afar(remote.place.clone()));
     let still = Chain::open(remote.folder.clone(), "top", Access::Read, gate()).unwrap();
     let plan = Plan::flatten(&still, None).unwrap();
     still.derive_live(&plan, &remote.folder, "flat", gate(), &mut |_| {}).unwrap();
-    let alone = Arc::new(Layers::default());
+    let alone = Arc::new(Gate::default());
     let flat = Chain::open(remote.folder.clone(), "flat", Access::Read, alone).unwrap();
     assert_eq!(compare(&still, &flat, Rule::Strict, &|_| {}).unwrap(), None);
 }
@@ -534,7 +534,7 @@ fn a_far_parent_is_found_by_its_identity_and_by_nothing_else() {
     assert_eq!(remote.open(remote.place.clone()).unwrap_err().kind(), ErrorKind::Io);
     remote.open(remote.place.clone()).unwrap().close().unwrap();
     // Another layer in the folder under the hint's name is passed over.
-    let gate = Layers::default();
+    let gate = Gate::default();
     create(&remote.folder, "image", Some(SIZE), None, &gate).unwrap();
     remote.open(remote.place.clone()).unwrap().close().unwrap();
     assert_eq!(refused(Place::default()).kind(), ErrorKind::ParentMismatch);

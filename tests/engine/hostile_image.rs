@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, symlink};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use thinply::chain::{Chain, Layers, MAX_DEPTH, create, seal};
+use thinply::chain::{Chain, Gate, MAX_DEPTH, create, seal};
 use thinply::device::Device;
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::format::journal::{Entry, Record, encode};
@@ -41,7 +41,7 @@ impl Files {
 
     fn create(&self, name: &str, parent: Option<&str>) {
         let parent = parent.map(|name| seal(&*self.folder, name).unwrap());
-        create(&self.folder, name, Some(SIZE), parent.as_ref(), &Layers::default()).unwrap();
+        create(&self.folder, name, Some(SIZE), parent.as_ref(), &Gate::default()).unwrap();
         let chain = self.open(name, Access::Write).unwrap();
         chain.write(0, name.as_bytes()).unwrap();
         chain.close().unwrap();
@@ -52,7 +52,7 @@ impl Files {
     }
 
     fn open(&self, name: &str, access: Access) -> Result<Chain> {
-        Chain::open(self.folder.clone(), name, access, Arc::new(Layers::default()))
+        Chain::open(self.folder.clone(), name, access, Arc::new(Gate::default()))
     }
 
     /// Changes bytes of both header slots, under checksums that hold.
@@ -165,7 +165,7 @@ fn a_tiny_file_that_claims_a_petabyte() {
 #[test]
 fn a_sparse_file_of_terabytes_takes_little_memory() {
     let files = Files::new();
-    create(&files.folder, "a", Some(8 << 40), None, &Layers::default()).unwrap();
+    create(&files.folder, "a", Some(8 << 40), None, &Gate::default()).unwrap();
     let before = resident();
     let chain = files.open("a", Access::Write).unwrap();
     for at in [0, 4 << 40, (8 << 40) - 512] {
@@ -332,7 +332,7 @@ fn a_parent_shorter_or_longer_than_the_child() {
     files.create("base", None);
     let parent = seal(&*files.folder, "base").unwrap();
     for (name, size) in [("shorter", SIZE - 4096 - 512), ("longer", SIZE + 4096 + 512)] {
-        create(&files.folder, name, Some(size), Some(&parent), &Layers::default()).unwrap();
+        create(&files.folder, name, Some(size), Some(&parent), &Gate::default()).unwrap();
         let chain = files.open(name, Access::Read).unwrap();
         let mut data = vec![7; size as usize];
         chain.read(0, &mut data).unwrap();
@@ -348,7 +348,7 @@ fn a_parent_shorter_or_longer_than_the_child() {
 fn guest_data_that_begins_with_the_magic() {
     let files = Files::with_disk();
     let inner = files.bytes("a");
-    create(&files.folder, "outer", Some(8 << 20), None, &Layers::default()).unwrap();
+    create(&files.folder, "outer", Some(8 << 20), None, &Gate::default()).unwrap();
     let outer = files.open("outer", Access::Write).unwrap();
     outer.write(0, &inner).unwrap();
     outer.close().unwrap();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use testkit::hooked::{Call, Hooked};
-use thinply::chain::{Chain, Layers, create, seal};
+use thinply::chain::{Chain, Gate, create, seal};
 use thinply::device::{Device, ZeroMode};
 use thinply::error::ErrorKind;
 use thinply::inspect;
@@ -26,7 +26,7 @@ fn open(folder: &Arc<dyn Folder>, name: &str) -> Chain {
 
 /// A base that is all ones, and an overlay.
 fn overlay(folder: &Arc<dyn Folder>) -> Chain {
-    let layers = Layers::default();
+    let layers = Gate::default();
     create(folder, "base", Some(SIZE), None, &layers).unwrap();
     let base = open(folder, "base");
     base.write(0, &vec![1; SIZE as usize]).unwrap();

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use testkit::bench::{BLOCK, Bench};
-use thinply::chain::{Chain, Layers};
+use thinply::chain::{Chain, Gate};
 use thinply::device::Device;
 use thinply::error::ErrorKind;
 use thinply::format::header::{Header, State};
@@ -85,7 +85,7 @@ impl Image {
     }
 
     fn open(&self, name: &str) -> thinply::error::Result<Chain> {
-        Chain::open(self.bench.folder.clone(), name, Access::Read, Arc::new(Layers::default()))
+        Chain::open(self.bench.folder.clone(), name, Access::Read, Arc::new(Gate::default()))
     }
 
     fn read(&self, name: &str) -> Vec<u8> {

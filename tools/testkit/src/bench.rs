@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use thinply::chain::{Chain, Layers, create, seal};
+use thinply::chain::{Chain, Gate, create, seal};
 use thinply::derive::PackOptions;
 use thinply::packed::Compression;
 use thinply::storage::{Access, Folder, MemoryFolder, write_all_at};
@@ -97,7 +97,7 @@ impl Disk {
 /// A folder of layers in memory.
 pub struct Bench {
     pub folder: Arc<dyn Folder>,
-    pub layers: Arc<Layers>,
+    pub layers: Arc<Gate>,
 }
 
 impl Default for Bench {

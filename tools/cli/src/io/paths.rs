@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use thinply::chain::{Chain, Layers};
+use thinply::chain::{Chain, Gate};
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::storage::{Access, FileFolder, Folder, Storage, open_in};
 
@@ -51,7 +51,7 @@ impl Place {
     }
 
     /// Opens the chain that ends with this file.
-    pub fn chain(&self, access: Access, layers: Arc<Layers>) -> Result<Chain> {
+    pub fn chain(&self, access: Access, layers: Arc<Gate>) -> Result<Chain> {
         Chain::open(self.folder.clone(), &self.name, access, layers)
     }
 }

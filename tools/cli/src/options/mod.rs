@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
-use thinply::chain::Layers;
+use thinply::chain::Gate;
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::packed::Compression;
 use thinply::storage::{FileFolder, Folder};
@@ -49,8 +49,8 @@ impl LayersArg {
     }
 
     /// The parent gate over those folders.
-    pub fn layers(&self) -> Result<Arc<Layers>> {
-        Ok(Arc::new(Layers::new(self.folders()?)))
+    pub fn layers(&self) -> Result<Arc<Gate>> {
+        Ok(Arc::new(Gate::new(self.folders()?)))
     }
 }
 

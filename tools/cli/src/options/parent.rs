@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use thinply::chain::{Layers, Parent, seal};
+use thinply::chain::{Gate, Parent, seal};
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::format::header::{State, check_hint};
 use thinply::live::newest_header;
@@ -28,7 +28,7 @@ pub struct ParentArg {
 impl ParentArg {
     /// The parent gate, and the parent for a file at `child`. A writable parent is frozen, which is
     /// said; one that the child would not find again is left alone and refused.
-    pub fn prepare(&self, child: &Place) -> Result<(Option<Parent>, std::sync::Arc<Layers>)> {
+    pub fn prepare(&self, child: &Place) -> Result<(Option<Parent>, std::sync::Arc<Gate>)> {
         let layers = self.layers.layers()?;
         let Some(path) = &self.parent else { return Ok((None, layers)) };
         let place = Place::existing(path)?;

@@ -61,7 +61,7 @@ struct Found {
 }
 
 #[derive(Debug, Serialize)]
-struct Layers {
+struct Gate {
     clean: bool,
     layers: Vec<Layer>,
 }
@@ -70,7 +70,7 @@ impl Check {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
         let layers = self.check()?;
-        let all = Layers { clean: layers.iter().all(|layer| layer.clean), layers };
+        let all = Gate { clean: layers.iter().all(|layer| layer.clean), layers };
         let mut output = Output::new();
         if self.show.json {
             output.json(&all)?;

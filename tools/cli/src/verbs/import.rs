@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use thinply::chain::{Layers, Parent, create, seal};
+use thinply::chain::{Gate, Parent, create, seal};
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::storage::Access;
 
@@ -120,7 +120,7 @@ fn make(
     source: &Source,
     size: Option<u64>,
     parent: Option<&Parent>,
-    layers: &Arc<Layers>,
+    layers: &Arc<Gate>,
 ) -> Result<Draft> {
     let visible = parent.map_or(0, |parent| parent.virtual_size);
     let draft = Draft::new(&place.directory, source.rights());

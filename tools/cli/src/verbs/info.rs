@@ -64,7 +64,7 @@ struct Facts {
 }
 
 #[derive(Debug, Serialize)]
-struct Layers {
+struct Gate {
     layers: Vec<Facts>,
 }
 
@@ -74,7 +74,7 @@ impl Info {
         let facts = self.facts()?;
         let mut output = Output::new();
         match (self.show.json, self.chain) {
-            (true, true) => output.json(&Layers { layers: facts })?,
+            (true, true) => output.json(&Gate { layers: facts })?,
             (true, false) => output.json(&facts[0])?,
             (false, _) => {
                 for (number, facts) in facts.iter().enumerate() {

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
-use thinply::chain::{Chain, Layers, create, seal};
+use thinply::chain::{Chain, Gate, create, seal};
 use thinply::device::{Device, ZeroMode};
 use thinply::error::{Error, ErrorKind};
 use thinply::storage::{Access, Folder};
@@ -34,7 +34,7 @@ pub fn fresh() -> (Disk, Oracle) {
         .get_or_init(|| {
             let folder = CrashFolder::new(Disk::default());
             let shared: Arc<dyn Folder> = Arc::new(folder.clone());
-            let layers = Arc::new(Layers::default());
+            let layers = Arc::new(Gate::default());
             create(&shared, BASE, Some(SIZE), None, &layers).unwrap();
             let open = Chain::open(shared.clone(), BASE, Access::Write, layers.clone());
             let client = Client::new(folder.clone(), Oracle::new(SIZE, &BLOCKS), 0);

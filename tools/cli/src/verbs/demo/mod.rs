@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Instant;
 
 use clap::Args;
-use thinply::chain::{Chain, Layers, Parent, create, seal};
+use thinply::chain::{Chain, Gate, Parent, create, seal};
 use thinply::device::Device;
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::inspect;
@@ -51,7 +51,7 @@ pub struct Demo {
 struct Stage {
     path: PathBuf,
     folder: Arc<dyn Folder>,
-    layers: Arc<Layers>,
+    layers: Arc<Gate>,
 }
 
 fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
