@@ -1,15 +1,19 @@
 //! Snapshots: the writable path stays, what it held gets a name of its own
 //! (`format-spec.md`, "Snapshot").
 
+use std::io;
 use std::sync::{Arc, PoisonError};
 
 use super::gate::Found;
 use super::layer::Layer;
 use super::{Chain, Levels, MAX_DEPTH, Parent, Stack};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::geometry::JOURNAL_OFFSET;
 use crate::format::header::ParentLink;
 use crate::live::{self, NewLayer, Writable, durable_header, newest_header};
-use crate::storage::{Access, Folder, Lock, Rights, find_in, open_in, sync_folder, take_lock};
+use crate::storage::{
+    Access, Folder, Lock, Rights, Storage, find_in, open_in, sync_folder, take_lock,
+};
 use crate::types::Identity;
 
 /// The new top's name until it takes the old one's.
@@ -60,6 +64,25 @@ pub(super) fn finish(
     Ok(CutOff::Finished)
 }
 
+/// Whether `name` leads to the layer that `top` writes, where links to one file don't show the same
+/// number (mergerfs, unionfs-fuse): what is written by one name must show by the other. A copy of the
+/// layer has its UUID too, but not what was written since.
+fn is_link(top: &Writable, folder: &dyn Folder, name: &str) -> Result<bool> {
+    let header = |file: &dyn Storage| newest_header(file).map(|h| (h.uuid, h.epoch, h.generation));
+    let Ok(other) = open_in(folder, name, Access::Read) else { return Ok(false) };
+    // Whatever can't be read is not this layer.
+    if !header(&*other).is_ok_and(|(uuid, ..)| uuid == top.header().uuid) {
+        return Ok(false);
+    }
+    top.mark()?;
+    let marked = top.header();
+    let Ok(other) = open_in(folder, name, Access::Read) else { return Ok(false) };
+    other
+        .drop_cache(0, JOURNAL_OFFSET.0)
+        .map_err(|error| Error::io(error, "reading anew").in_file(other.path()))?;
+    Ok(header(&*other).is_ok_and(|found| found == (marked.uuid, marked.epoch, marked.generation)))
+}
+
 impl Chain {
     /// Gives the present content the name `snapshot` in the chain's folder, frozen; this chain and
     /// its name go on over it. Answers what the chain stands on now. Waits for operations under way,
@@ -84,7 +107,7 @@ impl Chain {
             .map_err(failed(&*self.folder, "looking at the layer's owner"))?;
         let virtual_size = levels.size;
         let new_top = self.build_top(link.clone(), virtual_size, rights)?;
-        self.link_snapshot(snapshot).inspect_err(|_| {
+        self.link_snapshot(top, snapshot).inspect_err(|_| {
             // It means nothing yet; the next snapshot would replace it.
             let _ = self.folder.remove(&new_top_name(&self.name));
         })?;
@@ -121,16 +144,23 @@ impl Chain {
 
     /// Links the snapshot's name to the layer, durably. A link that a crash left is as good as a new
     /// one, but it may not be durable yet either, and nor may the new top's name.
-    fn link_snapshot(&self, snapshot: &str) -> Result<()> {
+    fn link_snapshot(&self, top: &Writable, snapshot: &str) -> Result<()> {
         let folder = &*self.folder;
         let linked = self.name != snapshot
             && folder
                 .same_file(&self.name, snapshot)
                 .map_err(failed(folder, "looking at names"))?;
         if !linked {
-            folder.link(&self.name, snapshot).map_err(|error| {
-                Error::io(error, "linking the snapshot").in_file(folder.path().join(snapshot))
-            })?;
+            let link = folder.link(&self.name, snapshot);
+            match link {
+                Err(error)
+                    if error.kind() == io::ErrorKind::AlreadyExists
+                        && self.name != snapshot
+                        && is_link(top, folder, snapshot)? => {}
+                other => other.map_err(|error| {
+                    Error::io(error, "linking the snapshot").in_file(folder.path().join(snapshot))
+                })?,
+            }
         }
         sync_folder(folder)
     }

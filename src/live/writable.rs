@@ -242,6 +242,11 @@ impl Writable {
         Ok(())
     }
 
+    /// Writes the header anew, so that it differs from that of any copy of the layer.
+    pub fn mark(&self) -> Result<()> {
+        self.settle(|_| {})
+    }
+
     /// Gives the ring's space back, once no header needs a record of it.
     fn punch_ring(&self) -> Result<()> {
         let (offset, length) = (JOURNAL_OFFSET.0, JOURNAL_RECORDS * BLOCK_SIZE);

@@ -6,11 +6,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom, fadvise, fallocate, fstatfs, seek};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
+use rustix::process::geteuid;
 
 use super::{Access, Folder, Lock, Rights, Share, Storage, write_zeros};
 use crate::memory::{Gather, Scatter};
@@ -24,6 +26,7 @@ struct HostFile {
     file: File,
     /// Whether all of it is memory, so that no read waits (and `RWF_NOWAIT` is refused).
     in_memory: bool,
+    locked: AtomicBool,
 }
 
 impl HostFile {
@@ -32,6 +35,11 @@ impl HostFile {
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let file = options.read(true).custom_flags(flags.bits() as i32).open(&path)?;
         opened(path, file)
+    }
+
+    fn unlock(&self) {
+        // Where that fails closing the file has to do.
+        let _ = fcntl(self.file.as_fd(), FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, 0, 0)));
     }
 
     /// Runs `fallocate`; none where the file system does not know that mode. Some say so as if the
@@ -60,6 +68,15 @@ fn as_offset(offset: u64) -> io::Result<i64> {
     i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
+impl Drop for HostFile {
+    /// Closing the file gives its lock back, but not where a file system passes locks on.
+    fn drop(&mut self) {
+        if *self.locked.get_mut() {
+            self.unlock();
+        }
+    }
+}
+
 /// A regular file that is open already, called `path` in messages.
 ///
 /// # Errors
@@ -69,7 +86,7 @@ pub fn opened(path: PathBuf, file: File) -> io::Result<Arc<dyn Storage>> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }
     let in_memory = fstatfs(&file)?.f_type == TMPFS_MAGIC;
-    Ok(Arc::new(HostFile { path, file, in_memory }))
+    Ok(Arc::new(HostFile { path, file, in_memory, locked: AtomicBool::new(false) }))
 }
 
 impl Storage for HostFile {
@@ -236,13 +253,15 @@ impl Storage for HostFile {
         let whole = range(kind, 0, 0);
         match fcntl(self.file.as_fd(), FcntlArg::F_OFD_SETLK(&whole)) {
             // A file system that passes locks on (bindfs) may give the same one to two files, but it
-            // tells of the other.
-            Ok(_) if is_held(self.file.as_fd(), whole) => {
-                let none = libc::flock { l_type: libc::F_UNLCK as libc::c_short, ..whole };
-                fcntl(self.file.as_fd(), FcntlArg::F_OFD_SETLK(&none))?;
+            // tells of the other. It may tell of one that was killed long ago, too.
+            Ok(_) if is_held(self.file.as_fd(), whole) && !nobody_has(&self.path) => {
+                self.unlock();
                 Err(io::ErrorKind::WouldBlock.into())
             }
-            Ok(_) => Ok(()),
+            Ok(_) => {
+                self.locked.store(true, Ordering::Relaxed);
+                Ok(())
+            }
             Err(nix::Error::EAGAIN | nix::Error::EACCES) => Err(io::ErrorKind::WouldBlock.into()),
             Err(error) => Err(error.into()),
         }
@@ -330,6 +349,11 @@ impl Folder for FileFolder {
 fn is_held(file: BorrowedFd<'_>, mut lock: libc::flock) -> bool {
     let told = fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock));
     told.is_ok() && lock.l_type != libc::F_UNLCK as libc::c_short
+}
+
+/// Whether it is certain that no other process has the file open: only root sees them all.
+fn nobody_has(path: &Path) -> bool {
+    geteuid().is_root() && Path::new("/proc/self/fd").is_dir() && holders(path).is_empty()
 }
 
 /// A lock of `kind` on `length` bytes from `start` on; on all of them for a length of 0.

@@ -9,7 +9,7 @@ use super::{Image, NewImage, OpenDisk, Reference, Store, check_name, files, now}
 use crate::chain::{Chain, Parent, create, seal};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::ParentLink;
+use crate::format::header::{ParentLink, State};
 use crate::live::{durable_header, newest_header};
 use crate::storage::{Access, open_in, sync_folder};
 
@@ -201,7 +201,13 @@ impl Store {
             let fail = |error| Error::io(error, "looking at layers").in_file(folder.path());
             folder.same_file(&frozen.file, other).map_err(fail)
         };
-        Ok(same(&frozen.file)? && !same(&disk.file())?)
+        if !same(&frozen.file)? || same(&disk.file())? {
+            return Ok(false);
+        }
+        // Not all file systems show that two names are those of one file.
+        let file = open_in(&**folder, &frozen.file, Access::Read)?;
+        // What can't be read is no name of a layer that is being written; `check` tells of it.
+        Ok(newest_header(&*file).map_or(true, |header| matches!(header.state, State::Frozen(_))))
     }
 
     /// The image that a container stands on: its record may be behind its layer.

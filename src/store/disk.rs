@@ -337,7 +337,7 @@ impl Store {
         let guard = self.lock()?;
         let folder = &**self.folder(disk.kind);
         // A record that can't be read is no reason to keep the disk.
-        if files::read_small(folder, &disk.record_file())?.is_none() {
+        if find_in(folder, &disk.record_file(), Access::Read)?.is_none() {
             return match self.finish_removal(disk)? {
                 CutOffRemoval::Finished => Ok(()),
                 CutOffRemoval::Nothing => Err(disk.missing()),
@@ -356,11 +356,13 @@ impl Store {
     /// Removes the layers of a disk whose record is marked as gone, and then the mark.
     pub(super) fn finish_removal(&self, disk: &DiskName) -> Result<CutOffRemoval> {
         let folder = &**self.folder(disk.kind);
-        let Some(bytes) = files::read_small(folder, &disk.gone_file())? else {
-            return Ok(CutOffRemoval::Nothing);
+        // Where it is no record, or too long, `gc` finds the layers that no record has.
+        let record: Record = match files::read_small(folder, &disk.gone_file()) {
+            Ok(None) => return Ok(CutOffRemoval::Nothing),
+            Ok(Some(bytes)) => json::parse(&bytes).unwrap_or_default(),
+            Err(error) if error.kind() == ErrorKind::Limit => Record::default(),
+            Err(error) => return Err(error),
         };
-        // Where it is no record, `gc` finds the layers that no record has.
-        let record: Record = json::parse(&bytes).unwrap_or_default();
         files::remove(folder, &disk.file())?;
         files::remove(folder, &disk.new_top_file())?;
         for frozen in &record.frozen {

@@ -3,21 +3,41 @@
 use std::io;
 
 use super::digest::hex;
+use super::index;
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::random;
 use crate::storage::{
     Access, Folder, Rights, Storage, failed, find_in, read_exact_at, write_all_at,
 };
 
-/// Largest JSON file that is read. A manifest of 1,024 layers takes about half a MiB.
+/// Largest JSON file that is written. A manifest of 1,024 layers takes about half a MiB.
 const MAX_JSON: u64 = 4 << 20;
+/// Largest index that is written: about 150,000 names.
+const MAX_INDEX: u64 = 32 << 20;
 
-/// Reads a whole small file; `None` where it is not there.
+/// How long a file of that name may become.
+fn most(name: &str) -> u64 {
+    if name == index::FILE { MAX_INDEX } else { MAX_JSON }
+}
+
+/// Refuses bytes that are too many for a file of that name.
+pub(super) fn check_length(name: &str, bytes: &[u8]) -> Result<()> {
+    let (length, most) = (bytes.len() as u64, most(name));
+    if length > most {
+        let detail = format!("would become {length} bytes of JSON, expected at most {most}");
+        return Err(Error::new(ErrorKind::Limit, detail));
+    }
+    Ok(())
+}
+
+/// Reads a whole small file; `None` where it is not there. Somewhat longer ones than may be written
+/// are read too, so that what came there otherwise can be made shorter.
 pub(super) fn read_small(folder: &dyn Folder, name: &str) -> Result<Option<Vec<u8>>> {
     let Some(file) = find_in(folder, name, Access::Read)? else { return Ok(None) };
     let length = file.length().map_err(failed(&*file, "reading the length", 0))?;
-    if length > MAX_JSON {
-        let detail = format!("{length} bytes of JSON, expected at most {MAX_JSON}");
+    let most = most(name) / 4 * 5;
+    if length > most {
+        let detail = format!("{length} bytes of JSON, expected at most {most}");
         return Err(Error::new(ErrorKind::Limit, detail).in_file(file.path()));
     }
     let mut bytes = vec![0; length as usize];
@@ -40,7 +60,16 @@ pub(super) fn rights_of(file: &dyn Storage) -> Result<Rights> {
 
 /// Replaces a file as a whole, durably: whoever reads it sees all of the old or all of the new. Its
 /// rights stay.
+///
+/// # Errors
+/// [`ErrorKind::Limit`] for more bytes than a file of that name may have; host errors.
 pub(super) fn replace(folder: &dyn Folder, name: &str, bytes: &[u8]) -> Result<()> {
+    check_length(name, bytes).map_err(|error| error.in_file(folder.path().join(name)))?;
+    replace_by_shorter(folder, name, bytes)
+}
+
+/// [`replace`] by something shorter, which may be too long still.
+pub(super) fn replace_by_shorter(folder: &dyn Folder, name: &str, bytes: &[u8]) -> Result<()> {
     let draft = draft_name()?;
     let fail = |operation| {
         let path = folder.path().join(name);

@@ -54,12 +54,14 @@ impl Index {
         files::replace(store.root(), FILE, &json::canonical(&self.0)?)
     }
 
-    /// Writes an index that has become smaller, on a full disk too.
+    /// Writes an index that has become smaller, on a full disk too, and though it be too long still.
     pub fn write_smaller(&self, store: &Store) -> Result<()> {
-        match self.write(store) {
+        let bytes = json::canonical(&self.0)?;
+        let write = || files::replace_by_shorter(store.root(), FILE, &bytes);
+        match write() {
             Err(error) if error.kind() == ErrorKind::NoSpace => {
                 files::remove(store.root(), RESERVE_FILE)?;
-                self.write(store)
+                write()
             }
             other => other,
         }

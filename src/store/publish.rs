@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::blob::{Draft, NewBlob};
 use super::image::{LAYER_TYPE, bad};
 use super::index::{Index, MANIFEST_TYPE};
-use super::{Image, Reference, Store, digest, json, now};
+use super::{Image, Reference, Store, digest, files, json, now};
 use crate::chain::Parent;
 use crate::error::{Error, Result};
 use crate::storage::{Rights, sync_folder};
@@ -164,5 +164,11 @@ fn describe(
         .layers(layers)
         .build()
         .map_err(invalid)?;
-    Ok((json::canonical(&manifest)?, config))
+    let manifest = json::canonical(&manifest)?;
+    // Before anything of the image is there. A long chain with long remarks has a long history.
+    for (what, bytes) in [("manifest", &manifest), ("configuration", &config)] {
+        files::check_length(what, bytes)
+            .map_err(|error| Error::new(error.kind(), format!("the image's {what} {error}")))?;
+    }
+    Ok((manifest, config))
 }

@@ -198,7 +198,7 @@ fn a_blob_that_is_missing_short_or_altered_is_found_and_refused() {
     let folder = stocked();
     let id = folder.json(&["image", "inspect", "base"])[0]["id"].as_str().unwrap().to_owned();
     let path = folder.join("store/blobs/sha256").join(&id);
-    let text = fs::read_to_string(&path).unwrap().replace("layers", "Layers");
+    let text = fs::read_to_string(&path).unwrap().replace("layers", "Gate");
     fs::write(&path, text).unwrap();
     let before = blobs(&folder).len();
     assert!(folder.run(&["gc"]).refused().contains("altered"));

@@ -6,7 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::store::{Served, blobs, tidy};
+use serde_json::Value;
+
+use crate::store::{Served, blobs, stocked, tidy};
 use crate::support::{Folder, MIB, noise, output, skip};
 
 struct Mounted<'a>(&'a Folder);
@@ -156,5 +158,73 @@ fn without_descriptors_clients_that_are_there_go_on() {
     last.write(0, &[8; 512]).unwrap();
     last.disconnect().unwrap();
     drop(served);
+    tidy(&folder);
+}
+
+/// Gives the image `base` so many names more, behind the store's back.
+fn add_names(folder: &Folder, count: usize) {
+    let mut index: Value = serde_json::from_slice(&folder.read("store/index.json")).unwrap();
+    let entries = index["manifests"].as_array_mut().unwrap();
+    let entry = entries[0].clone();
+    entries.extend((0..count).map(|number| {
+        let mut entry = entry.clone();
+        entry["annotations"]["org.opencontainers.image.ref.name"] = format!("n{number}").into();
+        entry
+    }));
+    folder.write("store/index.json", index.to_string().as_bytes());
+}
+
+#[test]
+fn an_index_of_many_names_is_read_and_one_of_too_many_can_be_made_shorter() {
+    let folder = stocked();
+    add_names(&folder, 30_000);
+    assert!(folder.cost("store/index.json") > 5 * MIB);
+    folder.ok(&["image", "tag", "base", "one:more"]);
+    folder.ok(&["image", "rm", "one:more"]);
+    assert_eq!(folder.ok(&["gc"]), "Reclaimed: 0 bytes\n");
+    // More than is written, as from another program.
+    add_names(&folder, 140_000);
+    let before = folder.read("store/index.json");
+    assert!(before.len() as u64 > 32 * MIB);
+    let run = folder.run(&["image", "tag", "base", "one:more"]);
+    assert!(run.refused().contains("expected at most"), "{run:?}");
+    assert!(folder.read("store/index.json") == before);
+    folder.ok(&["image", "rm", "n7"]);
+    assert!(folder.read("store/index.json").len() < before.len());
+}
+
+#[test]
+fn long_remarks_are_kept_until_the_image_would_be_too_large_to_read() {
+    let folder = stocked();
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    let remark = "x".repeat(120_000);
+    folder.ok(&["container", "commit", "-m", &remark, "c", "idle"]);
+    {
+        // Alike while a client has it open.
+        let served = Served::all(&folder);
+        let _client = served.client("container/c").unwrap();
+        folder.ok(&["container", "commit", "-m", &remark, "c", "open"]);
+    }
+    let refused = (3..40)
+        .map(|number| {
+            folder.run(&["container", "commit", "-m", &remark, "c", &format!("i{number}")])
+        })
+        .find(|run| run.code != 0)
+        .unwrap();
+    assert!(refused.refused().contains("configuration would become"), "{refused:?}");
+    let images = folder.json(&["image", "ls", "--json"]).as_array().unwrap().len();
+    assert!((30..40).contains(&images), "{images}");
+    for verb in [&["df"][..], &["gc"], &["store", "check"], &["container", "rm", "c"]] {
+        folder.ok(verb);
+    }
+    folder.ok(&["image", "rm", "i9"]);
+}
+
+#[test]
+fn a_disk_whose_record_is_too_long_can_be_removed() {
+    let folder = stocked();
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    folder.write("store/containers/c.json", &vec![b' '; 6 * MIB as usize]);
+    folder.ok(&["container", "rm", "c"]);
     tidy(&folder);
 }

@@ -755,3 +755,30 @@ fn a_reader_in_another_language_reads_the_same() {
         read_with_python("top", &disk);
     }
 }
+
+/// As on mergerfs and unionfs-fuse, where each name of a file has a number of its own.
+#[test]
+fn a_snapshot_is_repeated_over_its_link_and_never_over_a_copy() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let hooked = Arc::new(Hooked::new(Arc::new(FileFolder::new(dir.path()))));
+    hooked.without_numbers();
+    let bench = Bench::in_folder(hooked);
+    bench.create("top", MIB);
+    let top = bench.write("top");
+    top.write(0, &[7; 4096]).unwrap();
+    top.flush().unwrap();
+    fs::copy(path("top"), path("copy")).unwrap();
+    fs::write(path("other"), "precious").unwrap();
+    for taken in ["copy", "other"] {
+        assert_eq!(top.snapshot(taken).unwrap_err().kind(), ErrorKind::Exists, "{taken}");
+    }
+    // What a crash leaves after the link.
+    fs::hard_link(path("top"), path("snap")).unwrap();
+    top.snapshot("snap").unwrap();
+    top.write(0, &[8; 4096]).unwrap();
+    top.close().unwrap();
+    assert_eq!(fs::read(path("other")).unwrap(), b"precious");
+    let (snap, top) = (bench.read("snap"), bench.read("top"));
+    assert_eq!((read(&snap, 0, 4096), read(&top, 0, 4096)), (vec![7; 4096], vec![8; 4096]));
+}

@@ -1,4 +1,4 @@
-//! Layers that earlier versions made (`tests/fixtures`): they read as they did then, and one can go
+//! Gate that earlier versions made (`tests/fixtures`): they read as they did then, and one can go
 //! on with them.
 
 use std::sync::Arc;

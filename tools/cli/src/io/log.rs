@@ -4,9 +4,8 @@
 
 use std::collections::VecDeque;
 use std::fmt::Display;
-use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -51,14 +50,6 @@ impl Log {
         let writer = thread::Builder::new().name("log".into());
         log.0.state().has_writer = writer.spawn(move || shared.write(sink)).is_ok();
         log
-    }
-
-    /// A log into one of the process's own streams. A sink that others have too stays as it is.
-    fn into_stream(stream: BorrowedFd<'_>) -> Self {
-        match stream.try_clone_to_owned() {
-            Ok(sink) => Self::new(File::from(sink)),
-            Err(_) => Self::default(),
-        }
     }
 
     /// Says a line. Takes no time.
@@ -136,15 +127,29 @@ fn write_all(sink: &mut impl Write, bytes: &[u8]) -> (usize, io::Result<()>) {
     (written, Ok(()))
 }
 
+/// One of the process's own streams, past the locks of the standard library, which others would wait
+/// for. It takes no descriptor: a server may have none left when it has most to say.
+struct Stream<T>(T);
+
+impl<T: AsFd> Write for Stream<T> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(rustix::io::write(&self.0, bytes)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// The log on standard error.
 pub fn stderr() -> &'static Log {
     static LOG: OnceLock<Log> = OnceLock::new();
-    LOG.get_or_init(|| Log::into_stream(io::stderr().as_fd()))
+    LOG.get_or_init(|| Log::new(Stream(io::stderr())))
 }
 
 /// Standard output, for a line that nobody may wait for.
 pub fn stdout() -> Log {
-    Log::into_stream(io::stdout().as_fd())
+    Log::new(Stream(io::stdout()))
 }
 
 #[cfg(test)]

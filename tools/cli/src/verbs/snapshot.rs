@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::format::header::check_hint;
+use thinply::live::newest_header;
 use thinply::storage::Access;
 
 use crate::io::paths::{Place, closing, same_file};
@@ -64,6 +65,12 @@ impl Snapshot {
     fn is_leftover(&self, place: &Place) -> bool {
         let link = self.snap.symlink_metadata().is_ok_and(|meta| meta.is_symlink());
         let other = self.snap.file_name().is_some_and(|name| *name != *place.name);
-        !link && other && same_file(&self.snap, &place.path())
+        let uuid = |place: &Place| newest_header(&*place.open(Access::Read)?).map(|h| h.uuid);
+        // The same file, though not every file system shows that: the snapshot makes sure of it.
+        let same = || {
+            let found = Place::existing(&self.snap).and_then(|snap| uuid(&snap));
+            found.is_ok_and(|found| uuid(place).is_ok_and(|own| own == found))
+        };
+        !link && other && (same_file(&self.snap, &place.path()) || same())
     }
 }

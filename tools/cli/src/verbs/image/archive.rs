@@ -20,7 +20,7 @@ use crate::verbs::{Answer, Outcome};
 const LAYOUT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
 const BLOBS: &str = "blobs/sha256/";
 /// Largest index that is read.
-const MAX_INDEX: u64 = 4 << 20;
+const MAX_INDEX: u64 = 40 << 20;
 
 /// Write images to an OCI archive, which skopeo reads as oci-archive:FILE.
 #[derive(Args, Debug)]
@@ -171,7 +171,7 @@ impl Load {
         let mut bytes = Vec::new();
         let count = reader.take(MAX_INDEX + 1).read_to_end(&mut bytes);
         if count.map_err(|error| self.failed(error))? as u64 > MAX_INDEX {
-            let detail = "an index of more than 4 MiB";
+            let detail = "an index of more than 40 MiB";
             return Err(Error::new(ErrorKind::Limit, detail).in_file(&self.file));
         }
         Ok(bytes)
