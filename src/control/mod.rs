@@ -17,13 +17,12 @@ mod request;
 mod tests;
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use crate::device::Device;
 use crate::error::{ErrorKind, Result};
 use crate::serve::{Broker, Desk, Log};
 use crate::storage::{Access, Storage};
-use crate::store::{DiskKind, DiskName, OpenDisk, Store, StoreBroker};
+use crate::store::{DiskKind, DiskName, OpenDisk, Store, StoreBroker, now};
 
 pub use changes::{Changes, Extent};
 pub use files::{Change, FileChange};
@@ -33,7 +32,8 @@ pub use request::{Answer, DiskUse, Request, VERSION};
 #[derive(Clone)]
 pub struct Control {
     desk: Desk<StoreBroker>,
-    since: SystemTime,
+    /// RFC 3339, for people.
+    since: String,
     /// The store's desk is this one.
     lock: Option<Arc<dyn Storage>>,
 }
@@ -51,7 +51,7 @@ impl Control {
     /// A desk beside those of other processes, for a single request.
     pub fn private(store: Store, log: Log) -> Self {
         let desk = Desk::new(StoreBroker::new(store, log));
-        Self { desk, since: SystemTime::now(), lock: None }
+        Self { desk, since: now(), lock: None }
     }
 
     /// The desk.
@@ -90,7 +90,7 @@ impl Control {
             Request::Status => Ok(Answer::Status {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 pid: std::process::id(),
-                since: humantime::format_rfc3339_seconds(self.since).to_string(),
+                since: self.since.clone(),
             }),
         }
     }

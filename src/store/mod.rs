@@ -220,6 +220,6 @@ impl Store {
 }
 
 /// The present time as the OCI specification writes it.
-fn now() -> String {
+pub(crate) fn now() -> String {
     humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string()
 }

@@ -7,8 +7,10 @@ mod nbd;
 mod open;
 mod qcow2;
 mod raw;
+mod reference;
 mod sink;
 mod source;
+mod vmdk;
 
 pub use open::{SourceArgs, open_raw};
 pub use source::Source;

@@ -1,13 +1,13 @@
 //! Images of other formats, read through a library behind a gate: nothing is opened because an
 //! image says so. What the user named may be referred to; a reference is matched by its file name
-//! alone.
+//! alone, or by what the user calls it.
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::fs::File;
 use std::io::{self, IoSliceMut, SeekFrom};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use imago::format::builder::FormatDriverBuilder;
@@ -18,6 +18,7 @@ use imago::raw::Raw;
 use imago::storage::drivers::CommonStorageHelper;
 use imago::vmdk::Vmdk;
 use imago::{FormatAccess, Mapping, ShallowMapping, Storage, StorageOpenOptions};
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::preadv;
 use thinply::chain::Chain;
 use thinply::error::{Error, ErrorKind, Result};
@@ -26,10 +27,14 @@ use thinply::storage::Rights;
 use super::format::{Format, serve_it};
 use super::qcow2;
 use super::raw::RawDisk;
+use super::reference::{Named, Reference};
 use super::source::{Disk, Source};
+use super::vmdk;
 use crate::io::pump::{BUFFER, Feeder, Piece};
 use crate::options::share::ShareArg;
 
+/// Largest descriptor of a VMDK image that is read.
+const MAX_DESCRIPTOR: u64 = 1 << 20;
 /// Largest ratio of deflate.
 const MAX_RATIO: u64 = 1032;
 
@@ -49,14 +54,38 @@ impl ImageFile {
     fn open(path: &Path, share: ShareArg) -> Result<Self> {
         let failed = |error: io::Error| Error::io(error, "opening the source").in_file(path);
         let mut file = File::open(path).map_err(failed)?;
-        if file.metadata().map_err(failed)?.is_dir() {
+        let kind = file.metadata().map_err(failed)?.file_type();
+        if kind.is_dir() {
             return Err(Error::new(ErrorKind::InvalidInput, "is a folder").in_file(path));
+        }
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(not_a_pipe(path));
         }
         share.check_source(file.as_fd(), path)?;
         let rights = Rights::Copy(file.metadata().map_err(failed)?.mode());
         let length = io::Seek::seek(&mut file, SeekFrom::End(0)).map_err(failed)?;
         let helper = CommonStorageHelper::default();
         Ok(Self { path: path.to_owned(), file, length, end: length, rights, helper })
+    }
+
+    /// The descriptor of a VMDK image, as the library reads it.
+    fn descriptor(mut self) -> Result<Self> {
+        let failed = |error| Error::io(error, "reading the descriptor").in_file(&self.path);
+        if self.length > MAX_DESCRIPTOR {
+            return Ok(self);
+        }
+        let mut bytes = vec![0; self.length as usize];
+        self.file.read_exact_at(&mut bytes, 0).map_err(failed)?;
+        if bytes.starts_with(b"KDMV") {
+            return Ok(self);
+        }
+        let text = vmdk::plain(&bytes);
+        let memory = memfd_create("descriptor", MemfdFlags::CLOEXEC);
+        let memory = File::from(memory.map_err(|error| failed(error.into()))?);
+        memory.write_all_at(text.as_bytes(), 0).map_err(failed)?;
+        (self.length, self.end) = (text.len() as u64, text.len() as u64);
+        self.file = memory;
+        Ok(self)
     }
 
     fn header(&self) -> Result<[u8; qcow2::HEADER_SIZE]> {
@@ -137,8 +166,8 @@ impl Storage for ImageFile {
 }
 
 /// Opens images, and of the files that they refer to those that the user named.
-pub struct Opener<'a> {
-    named: &'a [PathBuf],
+pub struct Opener {
+    named: Vec<Named>,
     share: ShareArg,
     /// Bytes of all files opened so far.
     stored: Cell<u64>,
@@ -152,9 +181,10 @@ struct Backing {
     format: Format,
 }
 
-impl<'a> Opener<'a> {
-    /// An opener that lets images refer to these files.
-    pub fn new(named: &'a [PathBuf], share: ShareArg) -> Self {
+impl Opener {
+    /// An opener that lets images refer to these files, each `FILE` or `NAME=FILE`.
+    pub fn new(named: &[PathBuf], share: ShareArg) -> Self {
+        let named = named.iter().map(|argument| Named::of(argument)).collect();
         Self { named, share, stored: Cell::default(), rights: RefCell::default() }
     }
 
@@ -209,7 +239,7 @@ impl<'a> Opener<'a> {
                 Ok(FormatAccess::new(raw))
             }
             Format::Vmdk => {
-                let image = Vmdk::<_, FormatAccess<_>>::builder(self.open(path)?);
+                let image = Vmdk::<_, FormatAccess<_>>::builder(self.open(path)?.descriptor()?);
                 Ok(FormatAccess::new(image.open(Gate(self, path)).map_err(refused)?))
             }
             Format::Qcow2 => {
@@ -239,7 +269,7 @@ impl<'a> Opener<'a> {
             Qcow2::open_image(file, false).map_err(|error| not_read(error, Format::Qcow2, path))?;
         let data_file = if image.requires_external_data_file() {
             let name = image.implicit_external_data_file().map_or("", String::as_str);
-            let mut file = self.open(&self.find(name, path)?)?;
+            let mut file = self.open(&self.find(&Reference::of(name), path)?)?;
             file.end = file.length.next_multiple_of(cluster);
             Some(file)
         } else {
@@ -251,14 +281,15 @@ impl<'a> Opener<'a> {
 
     fn backing(&self, image: &Qcow2<ImageFile>, path: &Path) -> Result<Option<Backing>> {
         let Some(reference) = image.implicit_backing_file() else { return Ok(None) };
-        let found = self.find(reference, path)?;
+        let reference = Reference::of(reference);
+        let found = self.find(&reference, path)?;
         let format = match image.implicit_backing_format() {
             Some(name) => Format::of_backing(name).ok_or_else(|| {
                 let detail = format!("has a backing file of format {name:?}: {}", serve_it("qcow2"));
                 Error::new(ErrorKind::Unsupported, detail).in_file(path)
             })?,
             // What qemu would find out by looking at the bytes.
-            None => Format::of(&found, None).ok_or_else(|| {
+            None => reference.format.or(Format::of(&found, None)).ok_or_else(|| {
                 let detail = "doesn't say what format its backing file has; `qemu-img rebase -u -F` \
                               writes it down";
                 Error::new(ErrorKind::Unsupported, detail).in_file(path)
@@ -267,29 +298,40 @@ impl<'a> Opener<'a> {
         Ok(Some(Backing { path: found, format }))
     }
 
-    /// The file that the user named which bears the reference's file name.
-    fn find(&self, reference: &str, image: &Path) -> Result<PathBuf> {
-        let refuse = |kind, detail| Err(Error::new(kind, detail).in_file(image));
-        let name = Path::new(reference).file_name();
-        let mut fitting = self.named.iter().filter(|path| name == path.file_name());
+    /// The file that the user named which is the one that an image refers to.
+    fn find(&self, reference: &Reference<'_>, image: &Path) -> Result<PathBuf> {
+        let text = reference.text;
+        let refuse = |kind, detail| {
+            Err(Error::new(kind, format!("refers to {text:?}{detail}")).in_file(image))
+        };
+        let fitting = |own| self.named.iter().filter(move |named| named.fits(reference, own));
+        // What the user calls a file comes before what it is called.
+        let mut fitting = fitting(false).chain(fitting(true));
         match (fitting.next(), fitting.next()) {
-            _ if name.is_none() => {
-                refuse(ErrorKind::Corrupt, format!("refers to {reference:?}, which names no file"))
+            (Some(named), None) => Ok(named.path.clone()),
+            (Some(_), Some(_)) => {
+                refuse(ErrorKind::InvalidInput, ", and more than one --with has that name")
             }
-            (Some(path), None) => Ok(path.clone()),
-            (Some(_), Some(_)) => refuse(
-                ErrorKind::InvalidInput,
-                format!("refers to {reference:?}, and more than one --with has that name"),
+            (None, _) if text.is_empty() => refuse(ErrorKind::Corrupt, ", which names no file"),
+            (None, _) if !reference.is_file() => refuse(
+                ErrorKind::PermissionDenied,
+                ", which is no file, or says more than where it is: if you have a file with these \
+                 bytes, name it as --with 'NAME=FILE', where NAME is all of that text",
             ),
             (None, _) => refuse(
                 ErrorKind::PermissionDenied,
-                format!(
-                    "refers to {reference:?}: paths in an image are not followed; name the file, \
-                     if you trust it, as --with FILE"
-                ),
+                ": paths in an image are not followed; name the file, if you trust it, as --with \
+                 FILE, or as --with NAME=FILE where it has another name by now",
             ),
         }
     }
+}
+
+/// Why an image in another format is no stream.
+pub fn not_a_pipe(path: &Path) -> Error {
+    let detail = "an image is read here and there, not from beginning to end as what comes through a \
+                  pipe: save it as a file and import that";
+    Error::new(ErrorKind::InvalidInput, detail).in_file(path)
 }
 
 fn not_read(error: io::Error, format: Format, path: &Path) -> Error {
@@ -299,7 +341,7 @@ fn not_read(error: io::Error, format: Format, path: &Path) -> Error {
 }
 
 /// Asks the opener for the extents of a VMDK image.
-struct Gate<'a>(&'a Opener<'a>, &'a Path);
+struct Gate<'a>(&'a Opener, &'a Path);
 
 impl ImplicitOpenGate<ImageFile> for Gate<'_> {
     fn open_format<F: FormatDriverBuilder<ImageFile>>(
@@ -311,8 +353,10 @@ impl ImplicitOpenGate<ImageFile> for Gate<'_> {
 
     fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<ImageFile> {
         let name = options.get_filename().unwrap_or(Path::new(""));
-        let opened =
-            self.0.find(&name.to_string_lossy(), self.1).and_then(|path| self.0.open(&path));
+        let opened = self
+            .0
+            .find(&Reference::of(&name.to_string_lossy()), self.1)
+            .and_then(|path| self.0.open(&path));
         opened.map_err(|error| io::Error::other(error.to_string()))
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use thinply::error::{Error, ErrorKind, Result};
 
-use super::foreign::Opener;
+use super::foreign::{Opener, not_a_pipe};
 use super::format::Format;
 use super::nbd::{self, NbdDisk};
 use super::raw::RawDisk;
@@ -18,8 +18,9 @@ pub struct SourceArgs {
     /// What SRC is [default: qcow2 or vmdk where its name ends so, else raw]
     #[arg(long, value_name = "F", value_enum)]
     format: Option<Format>,
-    /// Let SRC refer to FILE: a backing file, data file or extent of that name (repeatable)
-    #[arg(long = "with", value_name = "FILE")]
+    /// Let SRC refer to FILE: a backing file, data file or extent of that name, or that SRC calls
+    /// NAME (repeatable)
+    #[arg(long = "with", value_name = "[NAME=]FILE")]
     named: Vec<PathBuf>,
     #[command(flatten)]
     share: ShareArg,
@@ -32,6 +33,7 @@ impl SourceArgs {
             return NbdDisk::connect(uri).map(Source::new);
         }
         match Format::of(path, self.format) {
+            Some(Format::Qcow2 | Format::Vmdk) if path.as_os_str() == "-" => Err(not_a_pipe(path)),
             Some(format @ (Format::Qcow2 | Format::Vmdk)) => {
                 Opener::new(&self.named, self.share).flat(path, format).map(Source::new)
             }

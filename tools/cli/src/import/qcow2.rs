@@ -57,11 +57,16 @@ pub fn check(header: &[u8; HEADER_SIZE], length: u64) -> Result<u64> {
 
 fn check_features(features: u64, compression: u8) -> Result<()> {
     if features & CORRUPT != 0 {
-        return corrupt("marked as corrupt".into());
+        return corrupt(format!(
+            "marked as corrupt by a program that found it so: `qemu-img check -r all SRC` mends what \
+             it can, or, to take it as it is, {}",
+            serve_it("qcow2")
+        ));
     }
     if features & DIRTY != 0 {
         return unsupported(
-            "reference counts that were not written back (`qemu-img check -r all`)",
+            "reference counts that were not written back when it was last in use (`qemu-img check \
+             -r all SRC` mends them)",
         );
     }
     if features & EXTENDED_L2 != 0 {

@@ -14,13 +14,10 @@ use thinply::error::{Error, ErrorKind, Result};
 use thinply::storage::{Rights, Share, Storage, opened};
 use thinply::types::BLOCK_SIZE;
 
-use super::format::{Format, check_raw};
+use super::format::{Format, TELLING, check_beginning, check_end};
 use super::source::Disk;
 use crate::io::pump::{BUFFER, Feeder, Piece};
 use crate::options::share::ShareArg;
-
-/// How many bytes tell what a disk begins like.
-const BEGINNING: u64 = 512;
 
 /// A raw disk.
 pub struct RawDisk {
@@ -34,8 +31,8 @@ pub struct RawDisk {
 }
 
 impl RawDisk {
-    /// A raw file or block device, or `-` for standard input. What nobody called raw must not begin
-    /// like an image of another format.
+    /// A raw file or block device, or `-` for standard input. What nobody called raw must not look
+    /// like something else.
     pub fn open(path: &Path, said: Option<Format>, share: ShareArg) -> Result<Self> {
         let failed = |error: io::Error| Error::io(error, "opening the source").in_file(path);
         let file = if path.as_os_str() == "-" {
@@ -61,19 +58,18 @@ impl RawDisk {
         }
         let rights = if whole { Rights::Copy(meta.mode()) } else { Rights::Usual };
         let disk = Self { path: path.to_owned(), file, length, rights, said: said.is_some() };
-        if let Some(length) = length {
-            let mut beginning = vec![0; length.min(BEGINNING) as usize];
-            disk.file.read_exact_at(&mut beginning, 0).map_err(|e| disk.failed(e, 0))?;
-            disk.check_beginning(&beginning)?;
+        if let Some(length) = length.filter(|_| !disk.said) {
+            let mut bytes = vec![0; length.min(TELLING as u64) as usize];
+            let looks = |look: fn(&[u8], bool) -> Result<()>, bytes: &[u8]| {
+                look(bytes, false).map_err(|error| error.in_file(path))
+            };
+            disk.file.read_exact_at(&mut bytes, 0).map_err(|e| disk.failed(e, 0))?;
+            looks(check_beginning, &bytes)?;
+            let end = length - bytes.len() as u64;
+            disk.file.read_exact_at(&mut bytes, end).map_err(|e| disk.failed(e, end))?;
+            looks(check_end, &bytes)?;
         }
         Ok(disk)
-    }
-
-    fn check_beginning(&self, bytes: &[u8]) -> Result<()> {
-        if self.said {
-            return Ok(());
-        }
-        check_raw(bytes).map_err(|error| error.in_file(&self.path))
     }
 
     fn failed(&self, error: io::Error, offset: u64) -> Error {
@@ -82,26 +78,46 @@ impl RawDisk {
 
     fn read_stream(&self, feeder: &Feeder) -> Result<()> {
         let mut at = 0;
+        let mut last = Vec::new();
         while let Some(mut buffer) = feeder.buffer(BUFFER) {
-            let mut filled = 0;
-            while filled < buffer.len() {
-                match (&self.file).read(&mut buffer[filled..]) {
-                    Ok(0) => break,
-                    Ok(n) => filled += n,
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(error) => return Err(self.failed(error, at + filled as u64)),
-                }
-            }
+            let filled = self.fill(&mut buffer, at)?;
             buffer.set_length(filled);
-            if at == 0 {
-                self.check_beginning(&buffer)?;
-            }
+            self.look(&buffer, at, &mut last)?;
             if filled == 0 || !feeder.send(Piece::Data(at, buffer)) {
                 break;
             }
             at += filled as u64;
         }
         Ok(())
+    }
+
+    /// Reads until the buffer is full, or to the end; answers how many bytes.
+    fn fill(&self, buffer: &mut [u8], at: u64) -> Result<usize> {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            match (&self.file).read(&mut buffer[filled..]) {
+                Ok(0) => break,
+                Ok(n) => filled += n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.failed(error, at + filled as u64)),
+            }
+        }
+        Ok(filled)
+    }
+
+    /// Looks at the next bytes of a stream, and at its last ones once there are no more.
+    fn look(&self, bytes: &[u8], at: u64, last: &mut Vec<u8>) -> Result<()> {
+        if self.said {
+            return Ok(());
+        }
+        let looked = match (bytes, at) {
+            (bytes, 0) => check_beginning(bytes, true),
+            ([], _) => check_end(last, true),
+            _ => Ok(()),
+        };
+        last.extend(&bytes[bytes.len().saturating_sub(TELLING)..]);
+        last.drain(..last.len().saturating_sub(TELLING));
+        looked.map_err(|error| error.in_file(&self.path))
     }
 
     /// The file as one that a layer may share space with.
