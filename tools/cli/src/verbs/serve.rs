@@ -157,6 +157,8 @@ impl Serve {
 
 /// Says on standard error what goes wrong where nobody waits for an answer.
 pub fn say() -> Log {
+    // Its thread is there before all memory may be taken.
+    log::stderr();
     Arc::new(|line| output::say(line))
 }
 
