@@ -45,7 +45,7 @@ pub struct Chain {
     name: String,
     layers: Arc<Gate>,
     read_only: bool,
-    /// Taken for writing only where the layers themselves change: snapshot and resize.
+    /// Taken for writing only where the layers themselves change: snapshot, resize, relink, close.
     state: RwLock<Levels>,
 }
 

@@ -6,13 +6,13 @@
 //! - A [`Desk`] leads from names to disks in use. A front end asks it for a [`Lease`]; whoever looks
 //!   at a disk or changes it as a whole comes for a visit. A [`Broker`] opens what the names stand for.
 //!   Where all disks are open from the start, a [`Table`] will do.
-//! - A lease takes requests that may have to wait ([`Lease::submit`], [`Lease::flush`]); each ends in a
-//!   [`Completion`].
+//! - A lease takes requests that may have to wait ([`Lease::submit`], [`Lease::flush`]), each of which ends
+//!   in a [`Completion`], and whatever else a front end must do off its own thread ([`Lease::run`]).
 //!
 //! Invariants:
 //! - a disk is open under one name once at most: it is opened after the one before is closed, and
 //!   nobody uses or changes it before it is open or while it is being closed;
-//! - a disk that is not shared has one lease at most, from its opening or the end of the lease before,
+//! - a disk of a desk that is not shared has one lease at most, from its opening or the end of the lease before,
 //!   with all its requests, to its own end;
 //! - a moment shows each block as it was when it began; a change is before it or after it, as a whole;
 //! - a flush covers every request of the disk that was completed before it was asked for;

@@ -5,12 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Level of each room; a module may name rooms of lower levels, and modules of its own room.
-const LEVELS: [(&str, u32); 8] = [
+const LEVELS: [(&str, u32); 7] = [
     ("io", 0),
     ("options", 1),
     ("derive", 2),
     ("import", 2),
-    ("serving", 2),
     ("verbs", 3),
     ("cli", 4),
     ("main", 5),
