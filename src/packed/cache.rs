@@ -1,5 +1,8 @@
 //! What all packed layers of a process share, with a bound on its memory: decoded frames, keyed by
 //! the content that they belong to, and chunks, keyed by the open file, since they hold its offsets.
+//!
+//! A simulation keeps nothing: a thread that waits inside a cache for another one would stand still for
+//! ever under its scheduler, and what one run left would change how the next one goes.
 
 use std::sync::{Arc, LazyLock};
 
@@ -46,7 +49,7 @@ static CHUNKS: LazyLock<Cache<ChunkKey, Arc<Chunk>, Bytes>> =
 
 /// The decoded frame, made by `make` unless it is known. Threads that race for it wait for the first.
 pub(super) fn frame(key: FrameKey, make: impl FnOnce() -> Result<Decoded>) -> Result<Decoded> {
-    FRAMES.get_or_insert_with(&key, make)
+    if cfg!(simulation) { make() } else { FRAMES.get_or_insert_with(&key, make) }
 }
 
 /// The decoded frame, if it is known.
@@ -56,7 +59,9 @@ pub(super) fn known_frame(key: FrameKey) -> Option<Decoded> {
 
 /// Keeps a decoded frame.
 pub(super) fn keep_frame(key: FrameKey, frame: Decoded) {
-    FRAMES.insert(key, frame);
+    if !cfg!(simulation) {
+        FRAMES.insert(key, frame);
+    }
 }
 
 /// The chunk, made by `make`, which may have to wait, unless it is known.
@@ -66,6 +71,7 @@ pub(super) fn chunk(
     make: impl FnOnce() -> Result<Arc<Chunk>>,
 ) -> Attempt<Arc<Chunk>> {
     match wait {
+        Wait::Allowed if cfg!(simulation) => Ok(make()?),
         Wait::Allowed => Ok(CHUNKS.get_or_insert_with(&key, make)?),
         Wait::Decode | Wait::Never => CHUNKS.get(&key).ok_or(NotDone::WouldWait),
     }
