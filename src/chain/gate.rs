@@ -31,7 +31,7 @@ impl fmt::Debug for Found {
     }
 }
 
-/// Gate that are in no folder here: the last place of the parent gate. It is asked for an identity
+/// Layers that are in no folder here: the last place of the parent gate. It is asked for an identity
 /// alone; nothing else that stands in a header gets to it.
 pub trait Afar: Send + Sync + fmt::Debug {
     /// What it is called in messages.

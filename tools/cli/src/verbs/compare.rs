@@ -33,7 +33,7 @@ Examples:
 
 /// Compare what two disks show.
 ///
-/// Both must keep still: one that is being written is refused. Gate that both stand on are not
+/// Both must keep still: one that is being written is refused. Layers that both stand on are not
 /// read.
 #[derive(Args, Debug)]
 #[command(after_help = AFTER_HELP)]

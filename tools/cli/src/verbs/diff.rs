@@ -20,7 +20,7 @@ use crate::verbs::{Answer, Outcome};
 
 const AFTER_HELP: &str = "\
 Columns: offset and length in bytes, in whole blocks; whether B has zeros there. Ranges come as far
-as B reaches: what A has beyond its end is no part of the answer. Gate that both disks stand on are
+as B reaches: what A has beyond its end is no part of the answer. Layers that both disks stand on are
 not read.
 
 With -o nothing is listed: OUT becomes a packed layer on A, which must be frozen or packed, and shows

@@ -79,7 +79,7 @@ impl TagImage {
 
 /// Remove names of images, and with its last name an image.
 ///
-/// Gate that no other image has go with it. The last name of an image that containers stand on
+/// Layers that no other image has go with it. The last name of an image that containers stand on
 /// is refused, and they are named.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  thinply image rm debian:12")]
