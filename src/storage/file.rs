@@ -42,12 +42,14 @@ impl HostFile {
         let _ = fcntl(self.file.as_fd(), FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, 0, 0)));
     }
 
-    /// Runs `fallocate`; none where the file system does not know that mode. Some say so as if the
-    /// range were wrong (fuse2fs).
+    /// Runs `fallocate`; none where the file system does not know that mode.
     fn fallocate(&self, mode: FallocateFlags, offset: u64, length: u64) -> io::Result<Option<()>> {
+        let possible = length > 0 && offset.checked_add(length).is_some_and(|end| end < 1 << 63);
         match fallocate(&self.file, mode, offset, length) {
             Ok(()) => Ok(Some(())),
-            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(None),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOTTY) => Ok(None),
+            // Said of a mode too (fuse2fs), where it can't be about the range.
+            Err(Errno::INVAL) if possible => Ok(None),
             Err(error) => Err(error.into()),
         }
     }
@@ -353,7 +355,9 @@ fn is_held(file: BorrowedFd<'_>, mut lock: libc::flock) -> bool {
 
 /// Whether it is certain that no other process has the file open: only root sees them all.
 fn nobody_has(path: &Path) -> bool {
-    geteuid().is_root() && Path::new("/proc/self/fd").is_dir() && holders(path).is_empty()
+    let own = Path::new("/proc/self");
+    // This process may be the other one, by the file that asks and one more.
+    geteuid().is_root() && opens(own, path) == 1 && holders(path).is_empty()
 }
 
 /// A lock of `kind` on `length` bytes from `start` on; on all of them for a length of 0.
@@ -396,22 +400,26 @@ pub fn is_used(file: BorrowedFd<'_>) -> bool {
 /// The processes that have the file open, as `name (pid)`, as far as this one may look: an OFD lock
 /// doesn't tell its owner.
 pub fn holders(path: &Path) -> Vec<String> {
-    let Ok(wanted) = fs::metadata(path) else { return Vec::new() };
-    let entries = |dir: PathBuf| fs::read_dir(dir).into_iter().flatten().flatten();
-    let opens = |process: &Path| {
-        entries(process.join("fd")).any(|fd| {
-            fs::metadata(fd.path())
-                .is_ok_and(|meta| meta.ino() == wanted.ino() && meta.dev() == wanted.dev())
-        })
-    };
-    entries("/proc".into())
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
         .filter_map(|entry| {
             let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
-            let other = pid != std::process::id() && opens(&entry.path());
+            let other = pid != std::process::id() && opens(&entry.path(), path) > 0;
             let name = fs::read_to_string(entry.path().join("comm")).ok()?;
             other.then(|| format!("{} ({pid})", name.trim_end()))
         })
         .collect()
+}
+
+/// How many descriptors of a process, given by its folder, are of this file.
+fn opens(process: &Path, file: &Path) -> usize {
+    let Ok(wanted) = fs::metadata(file) else { return 0 };
+    let same = |entry: &fs::DirEntry| {
+        fs::metadata(entry.path())
+            .is_ok_and(|meta| meta.ino() == wanted.ino() && meta.dev() == wanted.dev())
+    };
+    let descriptors = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
+    descriptors.filter(same).count()
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ mod derive;
 mod disks;
 mod flatten;
 mod help;
+mod hosts;
 mod kill;
 mod layering;
 mod layers;
