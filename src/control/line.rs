@@ -15,6 +15,7 @@ use rustix::net::{Shutdown, shutdown};
 use super::request::{reply_from_json, reply_to_json};
 use super::{Answer, Control, Request};
 use crate::error::{Error, ErrorKind, Result};
+use crate::nbd::socket::{bind, connect};
 use crate::store::Store;
 use crate::sync::spawn;
 
@@ -39,7 +40,7 @@ fn socket(store: &Store) -> PathBuf {
 /// The error that the process answers, with its kind; [`ErrorKind::Io`] for a process that answers
 /// nothing, or nonsense.
 pub fn ask(store: &Store, request: &Request) -> Option<Result<Answer>> {
-    let stream = UnixStream::connect(socket(store)).ok()?;
+    let stream = connect(&socket(store)).ok()?;
     Some(converse(&stream, request))
 }
 
@@ -87,7 +88,7 @@ impl Server {
         // left under either name is in nobody's use: this one has the store's desk.
         let draft = path.with_file_name(format!(".draft-control-{}", std::process::id()));
         let _ = fs::remove_file(&draft);
-        let listener = UnixListener::bind(&draft).map_err(fail)?;
+        let listener = bind(&draft).map_err(fail)?;
         fs::set_permissions(&draft, fs::Permissions::from_mode(0o600)).map_err(fail)?;
         fs::rename(&draft, &path).map_err(fail)?;
         let listener = Arc::new(listener);

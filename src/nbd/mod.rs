@@ -10,5 +10,6 @@ pub mod client;
 pub mod proto;
 #[cfg(not(simulation))]
 pub mod server;
+pub(crate) mod socket;
 
 pub use address::{Address, Place};

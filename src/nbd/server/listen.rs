@@ -3,29 +3,21 @@
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 use std::{env, fs, io, process};
 
-use rustix::io::{FdFlags, fcntl_setfd};
-use rustix::net::sockopt::{
-    set_socket_keepalive, set_tcp_keepcnt, set_tcp_keepidle, set_tcp_keepintvl, set_tcp_nodelay,
-    set_tcp_user_timeout, socket_acceptconn, socket_domain,
-};
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rustix::net::sockopt::{set_tcp_nodelay, socket_acceptconn, socket_domain};
 use rustix::net::{AddressFamily, SocketFlags, accept_with};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::nbd::address::{Address, Place};
+use crate::nbd::socket::{MAX_PATH, bind, connect, notice_lost_host};
 
 /// The first descriptor that systemd hands over (`SD_LISTEN_FDS_START`).
 const FIRST_ACTIVATED: RawFd = 3;
-/// How long a TCP client may be silent before its host is asked whether it is there, how often, and
-/// how many times it may leave that unanswered.
-const HOST_SILENT: Duration = Duration::from_secs(30);
-const HOST_PROBE: Duration = Duration::from_secs(10);
-const HOST_PROBES: u32 = 3;
 
 /// A socket that clients connect to. Removes its socket file, if it made one, when dropped.
 pub struct Listener {
@@ -45,10 +37,10 @@ impl Listener {
     pub fn unix(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let fail = |error| Error::io(error, "listening on a Unix socket").in_file(path);
-        let listener = match UnixListener::bind(path) {
+        let listener = match bind(path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                 remove_stale(path)?;
-                UnixListener::bind(path)
+                bind(path)
             }
             result => result,
         };
@@ -120,17 +112,33 @@ impl Listener {
     /// bound to all addresses shows as `localhost`.
     pub fn uri(&self, export: &str) -> String {
         let place = match &self.socket {
-            Socket::Unix(listener) => {
-                let address = listener.local_addr().ok();
-                let path = address.as_ref().and_then(|address| address.as_pathname());
-                let path = path.unwrap_or(Path::new(""));
-                Place::Unix(std::path::absolute(path).unwrap_or_else(|_| path.to_owned()))
-            }
+            Socket::Unix(listener) => Place::Unix(self.path(listener)),
             Socket::Tcp(listener) => {
                 Place::Tcp(listener.local_addr().map_or_else(|_| String::new(), host_and_port))
             }
         };
         Address { place, export: export.to_owned() }.to_string()
+    }
+
+    /// Where a Unix socket is, from any folder. One made here may have been bound by another path.
+    fn path(&self, listener: &UnixListener) -> PathBuf {
+        let address = listener.local_addr().ok();
+        let bound = address.as_ref().and_then(|address| address.as_pathname());
+        let made = self.made.as_ref().map(|(path, ..)| &**path);
+        let path = made.or(bound).unwrap_or(Path::new(""));
+        std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+    }
+
+    /// The length in bytes of a Unix socket's path, where it is more than what most programs can
+    /// connect to: they have to be given another one, by way of a symbolic link or of the folder
+    /// that they run in. The client here takes it as it is.
+    pub fn overlong_path(&self) -> Option<usize> {
+        match &self.socket {
+            Socket::Unix(listener) => {
+                Some(self.path(listener).as_os_str().len()).filter(|length| *length > MAX_PATH)
+            }
+            Socket::Tcp(_) => None,
+        }
     }
 
     /// The address of a TCP socket, with the port that was taken.
@@ -147,7 +155,7 @@ impl Listener {
         if matches!(self.socket, Socket::Tcp(_)) {
             // Replies are sent in batches already.
             set_tcp_nodelay(&client, true)?;
-            notice_lost_host(&client)?;
+            notice_lost_host(&client).map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?;
         }
         Ok(client)
     }
@@ -180,7 +188,7 @@ fn remove_stale(path: &Path) -> Result<()> {
         let detail = "exists and is not a socket";
         return Err(Error::new(ErrorKind::Exists, detail).in_file(path));
     }
-    match UnixStream::connect(path) {
+    match connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(fail)
         }
@@ -190,17 +198,6 @@ fn remove_stale(path: &Path) -> Result<()> {
             Err(Error::new(ErrorKind::InUse, detail).in_file(path))
         }
     }
-}
-
-/// Ends a connection about a minute after the other host has gone, whether it was idle or had replies
-/// under way. The kernel's own settings take over two hours, for which nobody else gets the export.
-fn notice_lost_host(client: &OwnedFd) -> rustix::io::Result<()> {
-    set_socket_keepalive(client, true)?;
-    set_tcp_keepidle(client, HOST_SILENT)?;
-    set_tcp_keepintvl(client, HOST_PROBE)?;
-    set_tcp_keepcnt(client, HOST_PROBES)?;
-    let most = HOST_SILENT + HOST_PROBE * HOST_PROBES;
-    set_tcp_user_timeout(client, most.as_millis() as u32)
 }
 
 fn host_and_port(address: SocketAddr) -> String {
@@ -214,6 +211,9 @@ fn host_and_port(address: SocketAddr) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -230,6 +230,23 @@ mod tests {
         assert_eq!(listener.uri("x"), format!("nbd://127.0.0.1:{port}/x"));
         assert_eq!(host_and_port("[::1]:7".parse().unwrap()), "[::1]:7");
         assert_eq!(host_and_port("0.0.0.0:7".parse().unwrap()), "localhost:7");
+    }
+
+    #[test]
+    fn a_long_path_shows_as_it_is_and_is_told_of() {
+        let folder = tempfile::tempdir().unwrap();
+        let deep = folder.path().join("d".repeat(100));
+        fs::create_dir(&deep).unwrap();
+        drop(bind(&deep.join("socket")).unwrap());
+        let listener = Listener::unix(deep.join("socket")).unwrap();
+        let address: Address = listener.uri("x").parse().unwrap();
+        assert_eq!(address.place, Place::Unix(deep.join("socket")));
+        assert_eq!(listener.overlong_path(), Some(deep.join("socket").as_os_str().len()));
+        assert_eq!(Listener::unix(deep.join("socket")).err().unwrap().kind(), ErrorKind::InUse);
+        drop(listener);
+        assert!(!deep.join("socket").exists());
+        let short = Listener::unix(folder.path().join("s")).unwrap();
+        assert_eq!(short.overlong_path(), None);
     }
 
     #[test]

@@ -122,6 +122,12 @@ impl Serve {
             std::fs::write(path, format!("{}\n", std::process::id()))
                 .map_err(|error| Error::io(error, "writing the pid file").in_file(path))?;
         }
+        for length in server.listeners().iter().filter_map(Listener::overlong_path) {
+            output::say(format!(
+                "the socket's path has {length} bytes, which other programs than this can't connect \
+                 to: give them a symbolic link to its folder"
+            ));
+        }
         let uris = server.listeners().iter().map(|listener| listener.uri(&self.name) + "\n");
         let ready: String = uris.collect();
         // Whoever started the server may not care for the line, and have closed the pipe or not read
