@@ -21,8 +21,8 @@ fn agree(stream: &mut UnixStream) {
         [&head[..], &kind, &[0, 0, 0, data.len() as u8], data].concat()
     };
     stream.write_all(&answer(8, [0x80, 0, 0, 1], &[])).unwrap();
-    // The option GO for the export "".
-    take(stream, 16 + 6);
+    // The option GO for the export "", which asks for the sizes of blocks.
+    take(stream, 16 + 8);
     stream.write_all(&answer(7, [0, 0, 0, 3], &[0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 1])).unwrap();
     stream.write_all(&answer(7, [0, 0, 0, 1], &[])).unwrap();
 }

@@ -3,13 +3,15 @@
 use std::fmt;
 use std::io::{self, BufReader, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
-use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use crate::device::Extent;
 use crate::nbd::address::Place;
 use crate::nbd::proto::numbers::*;
 use crate::nbd::proto::{MAX_EXTENTS, request_header};
+use crate::nbd::socket;
+
+use super::blocks::Blocks;
 
 /// Longest answer to an option, and longest message of an error, that is taken.
 const MAX_ANSWER: u32 = 64 << 10;
@@ -26,7 +28,7 @@ pub fn stream(place: &Place, patience: Duration) -> io::Result<Box<dyn Stream>> 
     let limit = Some(patience);
     Ok(match place {
         Place::Unix(path) => {
-            let stream = UnixStream::connect(path)?;
+            let stream = socket::connect(path)?;
             stream.set_read_timeout(limit)?;
             stream.set_write_timeout(limit)?;
             Box::new(stream)
@@ -34,6 +36,7 @@ pub fn stream(place: &Place, patience: Duration) -> io::Result<Box<dyn Stream>> 
         Place::Tcp(host) => {
             let stream = connect(host, patience)?;
             stream.set_nodelay(true)?;
+            socket::notice_lost_host(&stream)?;
             stream.set_read_timeout(limit)?;
             stream.set_write_timeout(limit)?;
             Box::new(stream)
@@ -78,6 +81,8 @@ pub struct Connection {
     pub size: u64,
     /// Its transmission flags.
     pub flags: u16,
+    /// What requests it takes.
+    pub blocks: Blocks,
     pub(super) structured: bool,
     /// The id of `base:allocation`.
     pub(super) allocation: Option<u32>,
@@ -107,6 +112,7 @@ impl Connection {
             stream: BufReader::new(stream),
             size: 0,
             flags: 0,
+            blocks: Blocks::default(),
             structured: false,
             allocation: None,
             cookie: 0,
@@ -145,19 +151,28 @@ impl Connection {
     }
 
     fn go(&mut self, name: &[u8]) -> io::Result<()> {
-        let mut export = None;
-        let gone = self.option(OPT_GO, &[name, &[0, 0]].concat(), &mut |kind, answer| {
+        let (mut export, mut blocks) = (None, None);
+        // Who asks for the sizes of blocks promises to keep to them.
+        let asked = [1, INFO_BLOCK_SIZE].map(u16::to_be_bytes).concat();
+        let gone = self.option(OPT_GO, &[name, &asked].concat(), &mut |kind, answer| {
             let info = answer.split_first_chunk().filter(|_| kind == REP_INFO);
-            if let Some((&number, info)) = info
-                && u16::from_be_bytes(number) == INFO_EXPORT
-                && let Some((&size, flags)) = info.split_first_chunk()
-                && let Some(&flags) = flags.first_chunk()
-            {
-                export = Some((u64::from_be_bytes(size), u16::from_be_bytes(flags)));
+            match info.map(|(number, info)| (u16::from_be_bytes(*number), info)) {
+                Some((INFO_EXPORT, info)) => {
+                    if let Some((&size, flags)) = info.split_first_chunk()
+                        && let Some(&flags) = flags.first_chunk()
+                    {
+                        export = Some((u64::from_be_bytes(size), u16::from_be_bytes(flags)));
+                    }
+                }
+                Some((INFO_BLOCK_SIZE, info)) => blocks = Some(Blocks::decode(info)),
+                _ => {}
             }
         })?;
         gone.map_err(|message| io::Error::other(format!("the server refused: {message}")))?;
         (self.size, self.flags) = export.ok_or_else(|| wrong("no size of the export"))?;
+        if let Some(blocks) = blocks {
+            self.blocks = blocks.ok_or_else(|| wrong("sizes of blocks that can't be"))?;
+        }
         Ok(())
     }
 

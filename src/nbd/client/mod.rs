@@ -4,6 +4,7 @@
 //! has them. The server is not trusted: what it sends is bounded by what was asked for, and an
 //! answer that fits nothing ends the conversation.
 
+mod blocks;
 mod connection;
 
 use std::io;
@@ -12,7 +13,6 @@ use std::time::Duration;
 use connection::Connection;
 
 use super::address::Address;
-use super::proto::MAX_PAYLOAD;
 use super::proto::numbers::{FLAG_READ_ONLY, FLAG_SEND_FLUSH};
 use crate::device::Extent;
 use crate::error::{Error, ErrorKind, Result};
@@ -70,15 +70,32 @@ impl Client {
     /// [`ErrorKind::OutOfRange`] beyond the end, else what the server reports.
     pub fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let what = self.range("reading", offset, buf.len() as u64)?;
-        let mut at = offset;
-        for part in buf.chunks_mut(MAX_PAYLOAD as usize) {
-            self.connection.read(at, part).map_err(|error| self.failed(&what, error))?;
+        let (from, length) = self.around(offset, buf.len() as u64);
+        if (from, length) == (offset, buf.len() as u64) {
+            return self.read_blocks(&what, offset, buf);
+        }
+        let mut whole = vec![0; length as usize];
+        self.read_blocks(&what, from, &mut whole)?;
+        let skip = (offset - from) as usize;
+        buf.copy_from_slice(&whole[skip..skip + buf.len()]);
+        Ok(())
+    }
+
+    /// Whole blocks of the server's around a range.
+    fn around(&self, offset: u64, length: u64) -> (u64, u64) {
+        self.connection.blocks.around(offset, length, self.size())
+    }
+
+    fn read_blocks(&mut self, what: &str, mut at: u64, buf: &mut [u8]) -> Result<()> {
+        for part in buf.chunks_mut(self.connection.blocks.most() as usize) {
+            self.connection.read(at, part).map_err(|error| self.failed(what, error))?;
             at += part.len() as u64;
         }
         Ok(())
     }
 
-    /// Writes `data` at `offset`. It is durable after a [`Client::flush`].
+    /// Writes `data` at `offset`. It is durable after a [`Client::flush`]. Where the server takes
+    /// only larger blocks, what stands around it is read before, and written again.
     ///
     /// # Errors
     ///
@@ -90,9 +107,20 @@ impl Client {
             let detail = format!("{}: {what}: the export is read-only", self.address);
             return Err(Error::new(ErrorKind::ReadOnly, detail));
         }
-        let mut at = offset;
-        for part in data.chunks(MAX_PAYLOAD as usize) {
-            self.connection.write(at, part).map_err(|error| self.failed(&what, error))?;
+        let (from, length) = self.around(offset, data.len() as u64);
+        if (from, length) == (offset, data.len() as u64) {
+            return self.write_blocks(&what, offset, data);
+        }
+        let mut whole = vec![0; length as usize];
+        self.read_blocks(&what, from, &mut whole)?;
+        let skip = (offset - from) as usize;
+        whole[skip..skip + data.len()].copy_from_slice(data);
+        self.write_blocks(&what, from, &whole)
+    }
+
+    fn write_blocks(&mut self, what: &str, mut at: u64, data: &[u8]) -> Result<()> {
+        for part in data.chunks(self.connection.blocks.most() as usize) {
+            self.connection.write(at, part).map_err(|error| self.failed(what, error))?;
             at += part.len() as u64;
         }
         Ok(())
@@ -124,15 +152,22 @@ impl Client {
         if length == 0 {
             return Ok(Vec::new());
         }
-        let told = self.connection.extents(offset, length as u32);
+        let (from, whole) = self.around(offset, length);
+        let told = self.connection.extents(from, whole as u32);
         let mut extents = told.map_err(|error| self.failed(&what, error))?;
-        // The last one may reach beyond what was asked for.
-        let mut left = length;
+        // The first one may begin before what was asked for, and the last one reach beyond it.
+        let (mut before, mut left) = (offset - from, length);
         extents.retain_mut(|extent| {
-            extent.length = extent.length.min(left);
+            let skip = extent.length.min(before);
+            before -= skip;
+            extent.length = (extent.length - skip).min(left);
             left -= extent.length;
             extent.length > 0
         });
+        if extents.is_empty() {
+            let error = io::Error::new(io::ErrorKind::InvalidData, "the server told of less");
+            return Err(self.failed(&what, error));
+        }
         Ok(extents)
     }
 

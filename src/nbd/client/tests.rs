@@ -31,6 +31,7 @@ fn client(bytes: &[u8], structured: bool) -> Client {
         stream: BufReader::new(stream),
         size: 1 << 20,
         flags: FLAG_HAS_FLAGS | FLAG_SEND_FLUSH,
+        blocks: Blocks::default(),
         structured,
         allocation: structured.then_some(1),
         cookie: 0,
@@ -158,6 +159,36 @@ fn after_a_reported_error_the_conversation_goes_on_and_after_others_not() {
     ours.write(0, &[1]).unwrap_err();
     let text = ours.flush().unwrap_err().to_string();
     assert!(text.contains("before this one"), "{text}");
+}
+
+#[test]
+fn requests_have_the_sizes_that_the_server_takes() {
+    let part = |at: u64, byte: u8| data(at, &[byte; 4096], DONE);
+    let sizes = [4096u32, 4096, 4096].map(u32::to_be_bytes).concat();
+    let with = |bytes: &[u8]| {
+        let mut ours = client(bytes, true);
+        ours.connection.blocks = Blocks::decode(&sizes).unwrap();
+        ours
+    };
+    // Two requests of a block each, whose replies are of the next cookies.
+    let second = |mut reply: Vec<u8>| {
+        reply[15] = 2;
+        reply
+    };
+    let mut buf = [9; 6];
+    with(&[part(0, 1), second(part(4096, 2))].concat()).read(4093, &mut buf).unwrap();
+    assert_eq!(buf, [1, 1, 1, 2, 2, 2]);
+    with(&[part(4096, 1), simple(0, 2)].concat()).write(5000, &[7]).unwrap();
+    assert!(with(&part(5000, 1)).read(5000, &mut buf).is_err());
+
+    let body = [1u32, 6000, 3, 6288, 0].map(u32::to_be_bytes).concat();
+    let status = chunk(DONE, REPLY_TYPE_BLOCK_STATUS, body.len() as u32, &body);
+    let told = with(&status).extents(5000, 5000).unwrap();
+    let told: Vec<_> = told.iter().map(|extent| (extent.length, extent.hole)).collect();
+    assert_eq!(told, [(1904, true), (3096, false)]);
+    let body = [1u32, 904, 3].map(u32::to_be_bytes).concat();
+    let status = chunk(DONE, REPLY_TYPE_BLOCK_STATUS, body.len() as u32, &body);
+    assert!(with(&status).extents(5000, 5000).is_err(), "all of it before the range");
 }
 
 #[test]
