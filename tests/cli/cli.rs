@@ -5,6 +5,7 @@ mod contract;
 mod derive;
 mod disks;
 mod flatten;
+mod foreign;
 mod help;
 mod hosts;
 mod kill;
