@@ -61,8 +61,9 @@ const BEGINNINGS: [Sign; 25] = [
     ("a zip archive", 0, b"PK\x03\x04", Way::Extract("unzip SRC")),
     ("a 7z archive", 0, b"7z\xbc\xaf\x27\x1c", Way::Extract("7z x SRC")),
     ("an Android sparse image", 0, b"\x3a\xff\x26\xed\x01\0", Way::Unpack("simg2img SRC -")),
-    ("a layer of thinply's", 0, b"TPLYLIVE", Way::Export),
-    ("a layer of thinply's", 0, b"TPLYPACK", Way::Export),
+    // With version and size of the header: a disk may hold the magic alone.
+    ("a layer of thinply's", 0, b"TPLYLIVE\x01\0\0\0\0\x10\0\0", Way::Export),
+    ("a layer of thinply's", 0, b"TPLYPACK\x01\0\0\0\0\x10\0\0", Way::Export),
 ];
 
 /// What a fixed VHD has behind the disk; it had 511 bytes once.
