@@ -86,8 +86,8 @@ impl Control {
                 })?;
                 Ok(Answer::Resize { size })
             }
-            Request::List => self.list().map(|disks| Answer::List { disks }),
-            Request::Status => Ok(Answer::Status {
+            Request::List {} => self.list().map(|disks| Answer::List { disks }),
+            Request::Status {} => Ok(Answer::Status {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 pid: std::process::id(),
                 since: self.since.clone(),

@@ -48,9 +48,9 @@ pub enum Request {
         shrink: bool,
     },
     /// Tell which disks there are and who uses them.
-    List,
-    /// Tell who is asked.
-    Status,
+    List {},
+    /// Tell who is asked. (Both with braces: fields that are not known are refused only there.)
+    Status {},
 }
 
 /// The words for them, in order.
@@ -151,8 +151,8 @@ impl Answer {
                 | (Self::Snapshot, Request::Snapshot { .. })
                 | (Self::Diff(_), Request::Diff { .. })
                 | (Self::Resize { .. }, Request::Resize { .. })
-                | (Self::List { .. }, Request::List)
-                | (Self::Status { .. }, Request::Status)
+                | (Self::List { .. }, Request::List {})
+                | (Self::Status { .. }, Request::Status {})
         )
     }
 }

@@ -78,7 +78,7 @@ fn a_disk_in_use_is_changed_beside_its_user() {
     let grown = asked(&store, &resize("container/web", 2 * SIZE, false)).unwrap();
     assert_eq!(grown, Answer::Resize { size: 2 * SIZE });
     assert_eq!(lease.size(), 2 * SIZE);
-    let Answer::List { disks } = asked(&store, &Request::List).unwrap() else { panic!() };
+    let Answer::List { disks } = asked(&store, &Request::List {}).unwrap() else { panic!() };
     let used = |name: &str| {
         let found: Vec<&DiskUse> = disks.iter().filter(|disk| disk.name == name).collect();
         assert_eq!(found.len(), 1, "{name}: {disks:?}");
@@ -87,12 +87,12 @@ fn a_disk_in_use_is_changed_beside_its_user() {
     assert_eq!(used("container/web"), (1, 0));
     assert_eq!(used("container/web@before"), (0, 1));
     assert_eq!(used("volume/data"), (0, 0));
-    let status = asked(&store, &Request::Status).unwrap();
+    let status = asked(&store, &Request::Status {}).unwrap();
     let Answer::Status { version, pid, since } = status else { panic!() };
     assert_eq!((&*version, pid), (env!("CARGO_PKG_VERSION"), std::process::id()));
     assert!(humantime::parse_rfc3339(&since).is_ok(), "{since}");
     drop((lease, saved, server));
-    assert!(ask(&store, &Request::Status).is_none(), "nobody serves any more");
+    assert!(ask(&store, &Request::Status {}).is_none(), "nobody serves any more");
 }
 
 #[test]
@@ -154,8 +154,8 @@ fn requests_and_answers_come_back_as_they_went() {
         Request::Snapshot { container: "c".into(), name: "s".into() },
         diff(),
         resize("volume/v", u64::MAX, true),
-        Request::List,
-        Request::Status,
+        Request::List {},
+        Request::Status {},
     ] {
         let json = request.to_json().unwrap();
         assert_eq!(Request::from_json(&json).unwrap(), request);
@@ -205,6 +205,7 @@ fn what_is_no_request_is_refused() {
         r#"{"version":1,"verb":7}"#,
         r#"{"version":1,"verb":"diff"}"#,
         r#"{"version":1,"verb":"diff","container":"c","also":1}"#,
+        r#"{"version":1,"verb":"status","also":1}"#,
         r#"{"version":1,"verb":"resize","disk":"d","size":-1}"#,
         r#"{"version":1,"verb":"status"} {}"#,
     ] {
@@ -236,6 +237,6 @@ fn odd_clients_hold_nobody_up() {
     assert!(told(b"\n").contains("invalid-input"));
     assert!(told(b"\xff\n").contains("invalid-input"));
     assert!(!told(&vec![b' '; 5 << 20]).contains("done"));
-    assert!(matches!(asked(&store, &Request::Status), Ok(Answer::Status { .. })));
+    assert!(matches!(asked(&store, &Request::Status {}), Ok(Answer::Status { .. })));
     drop(silent);
 }
