@@ -143,8 +143,24 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! [`chain`] is where most programs begin; [`serve`] shows how a front end of one's own is made;
-//! `ARCHITECTURE.md` says what stands where.
+//! # Modules
+//!
+//! [`chain`] is where most programs begin; [`serve`] shows how a front end of one's own is made. From the
+//! ground up, each line names only those before it:
+//!
+//! - [`error`], [`types`], [`wait`], [`memory`]: the error and its kinds; numbers that must not mix; whether a
+//!   call may wait; memory that others may change meanwhile
+//! - [`format`](mod@format), [`storage`], [`device`]: bytes to checked values and back; files and
+//!   folders; what a block device can do
+//! - [`live`], [`packed`]: one layer, as it is written or as it is shared
+//! - [`serve`]: disks in use, for any protocol
+//! - [`chain`]: layers as one device, and the gate through which parents come
+//! - [`derive`](mod@derive), [`inspect`]: new layers made of chains; files that are looked at, judged and repaired
+//! - [`nbd`]: server and client; `store` (with the feature of that name): images, containers and volumes in
+//!   a folder
+//! - `control` (likewise): what is done to a store's disks as a whole
+//!
+//! `ARCHITECTURE.md` follows a request through them, and says where a new thing goes.
 
 pub mod chain;
 #[cfg(feature = "store")]

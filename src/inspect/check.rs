@@ -302,7 +302,3 @@ fn check_group(
     let start = bitmap_offset(group).0;
     check_zeros(file, start + BLOCK_SIZE, end.min(start + GROUP_SLOT_SIZE), report)
 }
-
-#[cfg(test)]
-#[path = "tests.rs"]
-mod tests;

@@ -1,7 +1,6 @@
 //! Looking at a layer's file without opening the layer: [`dump`] shows what stands where (of a packed
-//! layer, [`dump_packed`]), [`check`]
-//! judges it, [`repair`] saves what can be read into another file. All work on files that every open
-//! refuses, change nothing in them and take no lock.
+//! layer, [`dump_packed`]), [`check`] judges it, [`repair`] saves what can be read into another file.
+//! All work on files that every open refuses, change nothing in them and take no lock.
 //!
 //! Their time and memory follow what the file holds, not what its header claims: holes are skipped
 //! with the file system's help.
@@ -13,6 +12,8 @@ mod dump_packed;
 mod packed;
 mod parts;
 mod repair;
+#[cfg(test)]
+mod tests;
 mod torn;
 
 pub use check::{Finding, MAX_FINDINGS, Report, check};

@@ -1,12 +1,14 @@
 use std::sync::Arc;
 
-use super::*;
+use super::parts::{Slots, each_data};
+use super::{Finding, Part, Report, RingRecord, Standing, check, dump};
 use crate::chain::{Chain, Gate, create, seal};
 use crate::device::Device;
-use crate::format::geometry::record_offset;
-use crate::inspect::{Part, dump};
-use crate::storage::{Access, Folder, MemoryFolder, read_exact_at, write_all_at};
-use crate::types::GROUP_BYTES;
+use crate::error::ErrorKind;
+use crate::format::geometry::{GROUP_SLOT_SIZE, SLOT_OFFSETS, bitmap_offset, record_offset};
+use crate::format::header::{Header, State};
+use crate::storage::{Access, Folder, MemoryFolder, Storage, read_exact_at, write_all_at};
+use crate::types::{GROUP_BYTES, Group};
 
 /// Two groups.
 const LARGE: u64 = GROUP_BYTES + (1 << 20);

@@ -107,6 +107,21 @@ fn a_front_end_names_serve_device_error_and_itself() {
     }
 }
 
+/// The front end that the docs of `serve` show, without its comments and the client that tries it.
+#[test]
+fn a_front_end_takes_70_lines() {
+    let docs = include_str!("../../src/serve/mod.rs");
+    let example = docs.split("//! ```\n").nth(1).unwrap();
+    let front_end = example.split("//! // A disk, and a client.\n").next().unwrap();
+    assert!(front_end.len() < example.len(), "the client has no head");
+    let lines = front_end.lines().map(|line| line.trim_start_matches("//!").trim());
+    let code = lines.filter(|line| !line.is_empty() && !line.starts_with("//")).count();
+    assert!((40..=70).contains(&code), "{code} lines of code");
+    for name in named(&front_end.replace("thinply::", "crate::")) {
+        assert!(["serve", "device", "error"].contains(&name.as_str()), "names {name}");
+    }
+}
+
 #[test]
 fn the_library_knows_no_command_line_and_no_logger() {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");

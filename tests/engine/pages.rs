@@ -1,14 +1,18 @@
-//! What the pages for newcomers name is there.
+//! What the pages name is there.
 
 use std::fs;
 use std::path::Path;
 
-const PAGES: [&str; 6] = [
+const PAGES: [&str; 10] = [
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "README.md",
+    "docs/bench/README.md",
     "docs/glossary.md",
     "docs/serving.md",
+    "docs/store.md",
+    "docs/tools.md",
+    "docs/walkthrough.md",
     "tests/README.md",
 ];
 
