@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError};
 use bitvec::vec::BitVec;
 use memmap2::MmapMut;
 
-use super::{Access, Folder, Lock, Rights, Share, Storage, read_exact_at, write_all_at};
+use super::{Access, Folder, Lock, Rights, Share, Storage, copy_range};
 use crate::memory::{Gather, Scatter};
 use crate::sync::{Mutex, RwLock, RwLockReadGuard, guard};
 
@@ -161,9 +161,7 @@ impl Storage for Handle {
         source: &dyn Storage,
         from: u64,
     ) -> io::Result<Share> {
-        let mut bytes = vec![0; length as usize];
-        read_exact_at(source, &mut bytes, from)?;
-        write_all_at(self, &bytes, offset).map(|()| Share::Done)
+        copy_range(self, offset, length, source, from).map(|()| Share::Done)
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
@@ -320,6 +318,7 @@ impl Folder for MemoryFolder {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::{read_exact_at, write_all_at};
 
     #[test]
     fn content_is_sparse_and_survives_growth_and_cuts() {

@@ -264,6 +264,19 @@ pub fn write_all_at<'a>(
     Ok(())
 }
 
+/// Copies bytes between files, for backends that play sharing by it.
+pub fn copy_range(
+    to: &dyn Storage,
+    offset: u64,
+    length: u64,
+    source: &dyn Storage,
+    from: u64,
+) -> io::Result<()> {
+    let mut bytes = vec![0; length as usize];
+    read_exact_at(source, &mut bytes, from)?;
+    write_all_at(to, &bytes, offset)
+}
+
 /// Writes zeros over the range, for backends whose host can't punch.
 fn write_zeros(storage: &dyn Storage, mut offset: u64, mut length: u64) -> io::Result<()> {
     static ZEROS: [u8; 64 << 10] = [0; 64 << 10];

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use thinply::memory::{Gather, Scatter};
-use thinply::storage::{Access, Folder, Lock, Rights, Share, Storage, read_exact_at, write_all_at};
+use thinply::storage::{Access, Folder, Lock, Rights, Share, Storage, copy_range, write_all_at};
 
 /// A call on the folder or a file.
 #[derive(Clone, Copy, Debug)]
@@ -204,9 +204,7 @@ impl Storage for File {
         source: &dyn Storage,
         from: u64,
     ) -> io::Result<Share> {
-        let mut bytes = vec![0; length as usize];
-        read_exact_at(source, &mut bytes, from)?;
-        write_all_at(self, &bytes, offset).map(|()| Share::Done)
+        copy_range(self, offset, length, source, from).map(|()| Share::Done)
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thinply::memory::{Gather, Scatter};
 use thinply::planted::{Bug, planted};
-use thinply::storage::{Access, Folder, Lock, Rights, Share, Storage, read_exact_at, write_all_at};
+use thinply::storage::{Access, Folder, Lock, Rights, Share, Storage, copy_range};
 
 use super::Random;
 use super::disk::{Change, Data, Disk, Names};
@@ -375,9 +375,7 @@ impl Storage for CrashFile {
         source: &dyn Storage,
         from: u64,
     ) -> io::Result<Share> {
-        let mut bytes = vec![0; length as usize];
-        read_exact_at(source, &mut bytes, from)?;
-        write_all_at(self, &bytes, offset).map(|()| Share::Done)
+        copy_range(self, offset, length, source, from).map(|()| Share::Done)
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
