@@ -16,7 +16,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use super::Lease;
-use crate::device::{Device, ZeroMode};
+use crate::device::{Attempt, Device, NotDone, Wait, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::planted::{Bug, planted};
 use crate::storage::Buffer;
@@ -81,6 +81,17 @@ impl Op {
         }
         Ok(Vec::new())
     }
+
+    /// Does it where that takes no wait. Of what is left undone a part may be done.
+    fn at_once(&self, device: &(impl Device + ?Sized)) -> Attempt {
+        let Self::Write { offset, data } = self else { return Err(NotDone::WouldWait) };
+        let data = data.as_ref();
+        if data.is_empty() {
+            return Ok(());
+        }
+        let written = device.try_write(*offset, data.into(), Wait::Never)?;
+        if written == data.len() as u64 { Ok(()) } else { Err(NotDone::WouldWait) }
+    }
 }
 
 /// What a front end does once a request is done. Called once, by any thread, while no lock of this
@@ -141,13 +152,24 @@ impl Lease {
     /// # Errors
     /// Those of the device are for `done`, and [`ErrorKind::Limit`] where there is no thread.
     pub fn submit(&self, op: Op, durable: bool, done: impl Completion) {
-        let lease = self.clone();
-        self.run(move |thread| match thread.and_then(|()| op.carry_out(&*lease.served)) {
-            Ok(_) if durable => lease.flush(done),
-            result => {
-                // Before the answer: whoever waits for it may then be the last and see to the close.
-                drop(lease);
-                done.complete(result);
+        self.submit_all(vec![(op, durable, done)]);
+    }
+
+    /// [`Lease::submit`] of requests that may wait for the same: once the first has it, most of the
+    /// others need no thread of their own.
+    pub fn submit_all<C: Completion>(&self, requests: Vec<(Op, bool, C)>) {
+        let request = |(op, durable, done)| Request { lease: self.clone(), op, durable, done };
+        let requests: Vec<_> = requests.into_iter().map(request).collect();
+        self.run(move |thread| {
+            let mut requests = requests.into_iter();
+            if let Some(first) = requests.next() {
+                caught(|| first.carry_out(thread.clone()));
+            }
+            for request in requests {
+                caught(|| match thread.clone() {
+                    Ok(()) => request.carry_out_now_or_later(),
+                    failed => request.carry_out(failed),
+                });
             }
         });
     }
@@ -176,16 +198,61 @@ impl Lease {
         // A flush covers what completed before it began, and so only those who asked before.
         let mut waiting = queue.take_flushes();
         let flush = || thread.and_then(|()| self.served.flush());
-        let Ok(result) = catch_unwind(AssertUnwindSafe(flush)) else { return };
+        let Some(result) = caught(flush) else { return };
         if planted(Bug::FlushJoinedTooLate) {
             waiting.extend(queue.take_flushes());
         }
         drop(self);
         for done in waiting {
             let result = result.clone();
-            let _ = catch_unwind(AssertUnwindSafe(|| done(result)));
+            caught(|| done(result));
         }
     }
+}
+
+/// A request on its way to a thread.
+struct Request<C> {
+    lease: Lease,
+    op: Op,
+    durable: bool,
+    done: C,
+}
+
+impl<C: Completion> Request<C> {
+    fn carry_out(self, thread: Result<()>) {
+        let Self { lease, op, durable, done } = self;
+        let result = thread.and_then(|()| op.carry_out(&*lease.served));
+        answer(lease, result, durable, done);
+    }
+
+    /// Takes a thread of its own if there is something to wait for.
+    fn carry_out_now_or_later(self) {
+        match self.op.at_once(&*self.lease.served) {
+            Err(NotDone::WouldWait) => {
+                let lease = self.lease.clone();
+                lease.run(move |thread| self.carry_out(thread));
+            }
+            Err(NotDone::Failed(error)) => answer(self.lease, Err(error), self.durable, self.done),
+            Ok(()) => answer(self.lease, Ok(Vec::new()), self.durable, self.done),
+        }
+    }
+}
+
+fn answer(lease: Lease, result: Result<Vec<u8>>, durable: bool, done: impl Completion) {
+    match result {
+        Ok(_) if durable => lease.flush(done),
+        result => {
+            // Before the answer: whoever waits for it may then be the last and see to the close.
+            drop(lease);
+            done.complete(result);
+        }
+    }
+}
+
+/// What `act` answers; nothing if it panics. Then it drops what answers the request, which says so,
+/// and the thread lives on.
+fn caught<T>(act: impl FnOnce() -> T) -> Option<T> {
+    catch_unwind(AssertUnwindSafe(act)).ok()
 }
 
 /// Threads for tasks: started when there is work for them, and gone when there was none for a while.
@@ -240,8 +307,7 @@ impl Crew {
 
     fn work(&self) {
         while let Some(task) = self.next() {
-            // A panic drops what answers the request, which says so, and the thread lives on.
-            let _ = catch_unwind(AssertUnwindSafe(|| task(Ok(()))));
+            caught(|| task(Ok(())));
         }
     }
 

@@ -65,6 +65,8 @@ struct Connection<'a> {
     replies: Replies,
     /// Small reads that have to wait. They are handed on together, before the thread waits itself.
     waiting: Vec<(Ticket, Read)>,
+    /// Writes that have to wait, likewise: often for the same.
+    waiting_writes: Vec<(Op, bool, Answer)>,
     extents: Vec<Extent>,
     /// Requests may be running or replies queued: the socket is shared with other threads.
     busy: bool,
@@ -92,6 +94,7 @@ pub(super) fn serve(shared: &Shared, link: &Arc<Link>) {
             bulk: false,
             replies: Replies::default(),
             waiting: Vec::new(),
+            waiting_writes: Vec::new(),
             extents: Vec::new(),
             busy: false,
             eager: false,
@@ -156,14 +159,14 @@ impl Connection<'_> {
             Ok(Command::Write { offset }) => self.write(request, offset)?,
             Ok(Command::Flush) => self.flush(request),
             Ok(Command::Trim { offset, length }) => {
-                self.submit(&request, Op::Trim { offset, length: length.into() }, 0);
+                self.submit(&request, Op::Trim { offset, length: length.into() });
             }
             Ok(Command::Cache { offset, length }) => {
-                self.submit(&request, Op::Prefetch { offset, length: length.into() }, 0);
+                self.submit(&request, Op::Prefetch { offset, length: length.into() });
             }
             Ok(Command::WriteZeroes { offset, length, allocate, fast_only }) => {
                 let mode = ZeroMode { allocate, fast_only };
-                self.submit(&request, Op::Zero { offset, length: length.into(), mode }, 0);
+                self.submit(&request, Op::Zero { offset, length: length.into(), mode });
             }
             Ok(Command::BlockStatus { offset, length, one }) => {
                 let ticket = self.start(request.cookie, status_estimate(length));
@@ -276,7 +279,11 @@ impl Connection<'_> {
                 let (errno, message) = device_failure(&error, Errno::NoSpace);
                 self.fail(request.cookie, errno, message);
             }
-            (Ok(_), Some(data)) => self.submit(&request, Op::Write { offset, data }, length),
+            (Ok(_), Some(data)) => {
+                let ticket = self.start(request.cookie, length);
+                let answer = Answer { ticket, what: "write", out_of_range: Errno::NoSpace };
+                self.waiting_writes.push((Op::Write { offset, data }, request.fua, answer));
+            }
             (Ok(_), None) if request.fua => self.flush(request),
             (Ok(_), None) => self.replies.push(&proto::simple_reply(request.cookie, None)),
         }
@@ -303,15 +310,14 @@ impl Connection<'_> {
         self.disk.flush(Answer { ticket, what: "flush", out_of_range: Errno::Io });
     }
 
-    /// Has a request carried out by another thread, with `bytes` of memory.
-    fn submit(&mut self, request: &Request, op: Op, bytes: usize) {
+    /// Has a request without data carried out by another thread.
+    fn submit(&mut self, request: &Request, op: Op) {
         let (what, out_of_range, durable) = match op {
-            Op::Write { .. } => ("write", Errno::NoSpace, request.fua),
             Op::Zero { .. } => ("zero", Errno::NoSpace, request.fua),
             Op::Trim { .. } => ("trim", Errno::Invalid, request.fua),
-            Op::Read { .. } | Op::Prefetch { .. } => ("prefetch", Errno::Invalid, false),
+            _ => ("prefetch", Errno::Invalid, false),
         };
-        let ticket = self.start(request.cookie, bytes);
+        let ticket = self.start(request.cookie, 0);
         self.disk.submit(op, durable, Answer { ticket, what, out_of_range });
     }
 
@@ -343,6 +349,9 @@ impl Connection<'_> {
     fn wait(&mut self, want: Want) -> Result<(), Gone> {
         if !self.waiting.is_empty() {
             hand_on(&self.disk, std::mem::take(&mut self.waiting));
+        }
+        if !self.waiting_writes.is_empty() {
+            self.disk.submit_all(std::mem::take(&mut self.waiting_writes));
         }
         self.send()?;
         if self.busy && self.link.wait(want)? {
