@@ -65,8 +65,9 @@ pub struct ZeroMode {
 ///
 /// The `try_` forms take a [`Wait`]. Unless it allows to wait they never wait for a disk, a commit or
 /// what is far away: what they can't know, read or write without, maps included, they leave undone
-/// and say so. (A write goes to the page cache; when too much of that is dirty, the kernel slows
-/// every writer down.)
+/// and say so. (A write goes to the page cache, and once in a group takes the space that its map will
+/// need: when too much is dirty, or the host's file system is at work, the kernel slows every writer
+/// down.)
 pub trait Device: Send + Sync {
     /// Virtual size in bytes.
     fn size(&self) -> u64;

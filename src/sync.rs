@@ -6,8 +6,7 @@
 use std::io;
 use std::sync::{OnceLock, PoisonError};
 
-use crate::error::Result;
-use crate::wait::{Attempt, NotDone, Wait};
+use crate::wait::Attempt;
 
 #[cfg(simulation)]
 pub use shuttle::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
@@ -59,19 +58,16 @@ impl<T> LazyTable<T> {
         }
     }
 
-    /// The entry at `index`; made by `make`, which may have to wait, if this is its first use.
-    /// Threads that race make it more than once, and all get the one that was first.
+    /// The entry at `index`; made by `make` if this is its first use. Threads that race make it more
+    /// than once, and all get the one that was first.
     ///
     /// # Panics
     /// Where `index` is beyond the length.
-    pub fn get(&self, index: u64, wait: Wait, make: impl FnOnce() -> Result<T>) -> Attempt<&T> {
+    pub fn get(&self, index: u64, make: impl FnOnce() -> Attempt<T>) -> Attempt<&T> {
         let (leaf, place) = (index as usize / LEAF, index as usize % LEAF);
         let known = self.leaves[leaf].get().and_then(|leaf| leaf[place].get());
         if let Some(value) = known {
             return Ok(value);
-        }
-        if wait != Wait::Allowed {
-            return Err(NotDone::WouldWait);
         }
         let made = make()?;
         let leaf = self.leaves[leaf]
@@ -83,18 +79,15 @@ impl<T> LazyTable<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wait::NotDone;
 
     #[test]
     fn entries_are_made_once_and_live_until_they_are_cut_off() {
         let mut table = LazyTable::new(3);
-        let made = |table: &LazyTable<u32>, index, value| {
-            *table.get(index, Wait::Allowed, || Ok(value)).unwrap()
-        };
-        let fail = || Err(crate::error::Error::new(crate::error::ErrorKind::Io, "no"));
-        assert!(matches!(table.get(2, Wait::Allowed, fail), Err(NotDone::Failed(_))));
-        assert!(matches!(table.get(2, Wait::Never, || Ok(6)), Err(NotDone::WouldWait)));
+        let made = |table: &LazyTable<u32>, index, value| *table.get(index, || Ok(value)).unwrap();
+        assert!(matches!(table.get(2, || Err(NotDone::WouldWait)), Err(NotDone::WouldWait)));
         assert_eq!(made(&table, 2, 7), 7);
-        assert_eq!(table.get(2, Wait::Never, || Ok(6)).unwrap(), &7);
+        assert_eq!(table.get(2, || Err(NotDone::WouldWait)).unwrap(), &7);
         table.resize(5000);
         assert_eq!(made(&table, 2, 8), 7);
         assert_eq!(made(&table, 4999, 9), 9);

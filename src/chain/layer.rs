@@ -84,10 +84,10 @@ impl Layer {
     }
 
     /// The owned blocks of a group; `None` where there are none.
-    pub fn bits(&self, group: Group) -> Result<Option<Box<Bits>>> {
+    pub fn bits(&self, group: Group, wait: Wait) -> Attempt<Option<Box<Bits>>> {
         match self {
-            Self::Live(layer) => layer.bits(group),
-            Self::Packed(layer) => layer.bits(group),
+            Self::Live(layer) => layer.bits(group, wait),
+            Self::Packed(layer) => layer.bits(group, wait),
         }
     }
 

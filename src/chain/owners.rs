@@ -2,8 +2,8 @@
 //! same at any depth. Built a group at a time, on first touch, and common to all children.
 
 use super::layer::Layer;
-use crate::error::Result;
 use crate::types::{BLOCK_SIZE, GROUP_WORDS, Group, WORD_BLOCKS, Word, runs, touched};
+use crate::wait::{Attempt, Wait};
 
 /// A layer's place in its stack, newest first.
 pub(super) type Place = u16;
@@ -36,7 +36,8 @@ impl GroupOwners {
         group: Group,
         layers: impl Iterator<Item = &'a Layer>,
         clips: &[u64],
-    ) -> Result<Self> {
+        wait: Wait,
+    ) -> Attempt<Self> {
         let mut words = Box::new([NOBODY; GROUP_WORDS as usize]);
         let mut mixed: Vec<MixedWord> = Vec::new();
         let mut open = Box::new([u64::MAX; GROUP_WORDS as usize]);
@@ -45,7 +46,7 @@ impl GroupOwners {
             if clip <= group.first_word().guest_offset() {
                 break;
             }
-            let Some(bits) = layer.bits(group)? else { continue };
+            let Some(bits) = layer.bits(group, wait)? else { continue };
             for (index, &bits) in bits.iter().enumerate() {
                 let shown = shown(Word(group.first_word().0 + index as u64), clip);
                 let taken = bits & open[index] & shown;

@@ -59,8 +59,8 @@ impl Stack {
     /// Who owns the blocks of a word.
     pub(super) fn owners(&self, word: Word, wait: Wait) -> Attempt<WordOwners<'_>> {
         let group = word.group();
-        let build = || GroupOwners::build(group, self.layers(), &self.clips);
-        Ok(self.owners.get(group.0, wait, build)?.word(word))
+        let build = || GroupOwners::build(group, self.layers(), &self.clips, wait);
+        Ok(self.owners.get(group.0, build)?.word(word))
     }
 }
 

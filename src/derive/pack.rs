@@ -49,7 +49,7 @@ impl Chain {
         let (mut from, mut done) = (Group(0), 0);
         while let Some(group) = layer.next_group(from)? {
             from = Group(group.0 + 1);
-            let Some(bits) = layer.bits(group)? else { continue };
+            let Some(bits) = waited(layer.bits(group, Wait::Allowed))? else { continue };
             for (word, &owned) in (group.first_word().0..).map(Word).zip(bits.iter()) {
                 pack_word(layer, word, owned, &mut bytes, &mut writer)?;
                 done += u64::from(owned.count_ones()) * BLOCK_SIZE;

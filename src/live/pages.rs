@@ -6,22 +6,38 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::error::Result;
 use crate::format::bitmap::{Bits, PageBytes, decode, encode};
 use crate::format::geometry::{GROUP_STRIDE, GROUPS_OFFSET, bitmap_offset};
-use crate::storage::{Storage, failed, read_exact_at, write_all_at};
+use crate::storage::{Storage, failed, read_blocks, write_all_at};
 use crate::sync::LazyTable;
 use crate::types::{BLOCK_SIZE, GROUP_WORDS, Group, Uuid, Word};
-use crate::wait::{Attempt, NotDone, Wait};
+use crate::wait::{Attempt, Wait};
 
 /// The bits of a group as the file has them; `None` for an empty page.
-pub(super) fn read_page(file: &dyn Storage, uuid: Uuid, group: Group) -> Result<Option<Box<Bits>>> {
+pub(super) fn read_page(
+    file: &dyn Storage,
+    uuid: Uuid,
+    group: Group,
+    wait: Wait,
+) -> Attempt<Option<Box<Bits>>> {
     let offset = bitmap_offset(group).0;
     let mut bytes: PageBytes = [0; BLOCK_SIZE as usize];
-    read_exact_at(file, &mut bytes, offset).map_err(failed(
-        file,
-        "reading a bitmap page",
-        offset,
-    ))?;
-    decode(uuid, group, &bytes).map_err(|error| error.relative_to(offset).in_file(file.path()))
+    read_blocks(file, offset, (&mut bytes).into(), wait)?;
+    Ok(decode(uuid, group, &bytes)
+        .map_err(|error| error.relative_to(offset).in_file(file.path()))?)
 }
+
+/// The first group from which on the file holds nothing: its pages are known without a wait. Where
+/// that takes more than a few looks, it is beyond all.
+pub(super) fn first_unused_group(file: &dyn Storage) -> Result<Group> {
+    let mut end = Group(0);
+    for _ in 0..LOOKS {
+        let Some(used) = next_group(file, end)? else { return Ok(end) };
+        end = Group(used.0 + 1);
+    }
+    Ok(Group(u64::MAX))
+}
+
+/// How often a file is asked where its data is when it is opened: enough for a gigabyte.
+const LOOKS: u32 = 10;
 
 /// The first group at or after `from` that has anything on disk: one before it owns nothing, as far
 /// as the file says.
@@ -75,11 +91,8 @@ impl Page {
     }
 
     /// Allocates the page on disk, so that a later checkpoint can't run out of space.
-    pub fn allocate(&self, file: &dyn Storage, group: Group, wait: Wait) -> Attempt {
+    pub fn allocate(&self, file: &dyn Storage, group: Group) -> Result<()> {
         if !self.allocated.load(Ordering::Acquire) {
-            if wait != Wait::Allowed {
-                return Err(NotDone::WouldWait);
-            }
             let offset = bitmap_offset(group).0;
             file.allocate(offset, BLOCK_SIZE).map_err(failed(
                 file,
@@ -97,11 +110,13 @@ impl Page {
 pub(super) struct Pages {
     table: LazyTable<Page>,
     uuid: Uuid,
+    /// Pages of this group and those after it are empty until they are touched.
+    unused: Group,
 }
 
 impl Pages {
-    pub fn new(uuid: Uuid, groups: u64) -> Self {
-        Self { table: LazyTable::new(groups), uuid }
+    pub fn new(uuid: Uuid, groups: u64, unused: Group) -> Self {
+        Self { table: LazyTable::new(groups), uuid, unused }
     }
 
     pub fn resize(&mut self, groups: u64) {
@@ -110,9 +125,12 @@ impl Pages {
 
     /// A group's page, read from the file on first touch.
     pub fn get(&self, file: &dyn Storage, group: Group, wait: Wait) -> Attempt<&Page> {
-        self.table.get(group.0, wait, || {
+        self.table.get(group.0, || {
             let page = Page::default();
-            if let Some(bits) = read_page(file, self.uuid, group)? {
+            if group >= self.unused {
+                return Ok(page);
+            }
+            if let Some(bits) = read_page(file, self.uuid, group, wait)? {
                 let atomic = Box::new(bits.map(AtomicU64::new));
                 page.bits.get_or_init(|| atomic);
                 page.allocated.store(true, Ordering::Release);

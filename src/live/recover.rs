@@ -13,6 +13,7 @@ use crate::format::journal::{Record, Slot};
 use crate::planted::{Bug, planted};
 use crate::storage::{Storage, failed, read_exact_at};
 use crate::types::{BLOCK_SIZE, Block, GROUP_WORDS, Group};
+use crate::wait::{Wait, waited};
 
 /// What recovery found.
 #[derive(Debug)]
@@ -57,7 +58,7 @@ impl Recovered {
         let bits = match self.bits.entry(word.group()) {
             std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::btree_map::Entry::Vacant(entry) => {
-                let page = read_page(file, header.uuid, word.group())?;
+                let page = waited(read_page(file, header.uuid, word.group(), Wait::Allowed))?;
                 entry.insert(page.unwrap_or_else(|| Box::new([0; GROUP_WORDS as usize])))
             }
         };

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::pages::{next_group, read_page};
+use super::pages::{first_unused_group, next_group, read_page};
 use super::recover::recover;
 use crate::error::Result;
 use crate::format::bitmap::Bits;
@@ -23,6 +23,8 @@ pub struct Sealed {
     header: Header,
     /// Whole bitmaps of the groups that the journal speaks of.
     replayed: BTreeMap<Group, Box<Bits>>,
+    /// From this group on the file holds nothing.
+    unused: Group,
 }
 
 impl Sealed {
@@ -44,12 +46,14 @@ impl Sealed {
             ))?;
         }
         let replayed = recover(&*file, &header)?.bits;
-        Ok(Self { file, header, replayed })
+        let unused = first_unused_group(&*file)?;
+        Ok(Self { file, header, replayed, unused })
     }
 
     /// The layer of a file that this process has just frozen, and holds.
-    pub(super) fn frozen(file: Arc<dyn Storage>, header: Header) -> Self {
-        Self { file, header, replayed: BTreeMap::new() }
+    pub(super) fn frozen(file: Arc<dyn Storage>, header: Header) -> Result<Self> {
+        let unused = first_unused_group(&*file)?;
+        Ok(Self { file, header, replayed: BTreeMap::new(), unused })
     }
 
     /// The header that counts.
@@ -63,10 +67,11 @@ impl Sealed {
     }
 
     /// The owned blocks of a group; `None` where there are none.
-    pub fn bits(&self, group: Group) -> Result<Option<Box<Bits>>> {
+    pub fn bits(&self, group: Group, wait: Wait) -> Attempt<Option<Box<Bits>>> {
         match self.replayed.get(&group) {
             Some(bits) => Ok(Some(bits.clone())),
-            None => read_page(&*self.file, self.header.uuid, group),
+            None if group >= self.unused => Ok(None),
+            None => read_page(&*self.file, self.header.uuid, group, wait),
         }
     }
 

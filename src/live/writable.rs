@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::create::random;
 use super::journal::Journal;
-use super::pages::{Page, Pages, write_page};
+use super::pages::{Page, Pages, first_unused_group, write_page};
 use super::pending::Pending;
 use super::recover::recover;
 use super::sealed::Sealed;
@@ -84,9 +84,10 @@ impl Writable {
             sync("syncing the header")?;
         }
         slots.adopt(in_use);
+        let unused = first_unused_group(&*file)?;
         Ok(Self {
             uuid: slots.header.uuid,
-            pages: Pages::new(slots.header.uuid, group_count(size)),
+            pages: Pages::new(slots.header.uuid, group_count(size), unused),
             stripes: Box::new(std::array::from_fn(|_| Mutex::new(()))),
             pending: Mutex::default(),
             journal: Mutex::new(Journal::new(epoch, recovered.next)),
@@ -152,10 +153,10 @@ impl Writable {
             .and_then(|()| self.write_header(freeze))
             .and_then(|()| self.punch_ring())
             .and_then(|()| take_lock(&*self.file, Lock::Shared))
+            .and_then(|()| Sealed::frozen(self.file.clone(), self.header()))
             .inspect_err(|error| {
                 self.poison.get_or_init(|| error.clone());
-            })?;
-        Ok(Sealed::frozen(self.file.clone(), self.header()))
+            })
     }
 
     /// Changes the virtual size. Growth reads as zeros, and so does whatever a shrink cut off, even

@@ -71,13 +71,13 @@ impl Writable {
             let stripe = guard(self.stripe(word));
             if !self.must_wait(word, mask) {
                 let absent = mask & !page.word(word);
-                if absent != 0 {
-                    page.allocate(&*self.file, word.group(), wait)?;
-                }
                 if planted(Bug::BitBeforeItsWrite) {
                     self.own(page, word, absent);
                 }
                 self.write_absent(word, from, data, absent, under, wait)?;
+                if absent != 0 {
+                    page.allocate(&*self.file, word.group())?;
+                }
                 self.own(page, word, absent);
                 return Ok(());
             }
@@ -182,7 +182,7 @@ impl Writable {
                     ZeroKind::Allocate => absent,
                 };
                 if newly != 0 {
-                    waited(page.allocate(&*self.file, word.group(), Wait::Allowed))?;
+                    page.allocate(&*self.file, word.group())?;
                 }
                 let punched = mask & page.word(word) | newly;
                 let late = planted(Bug::PunchAfterItsBit);
@@ -249,7 +249,7 @@ impl Writable {
         if parts().any(|(word, mask)| page.word(word) & mask != 0) {
             return Ok(Share::Refused);
         }
-        waited(page.allocate(&*self.file, group, Wait::Allowed))?;
+        page.allocate(&*self.file, group)?;
         let offset = block_offset(first).0;
         let shared = self.file.clone_range(offset, length, source, from);
         if shared.map_err(failed(&*self.file, "sharing blocks", offset))? == Share::Refused {

@@ -134,8 +134,8 @@ impl Packed {
     }
 
     /// The present blocks of a group; `None` where there are none.
-    pub fn bits(&self, group: Group) -> Result<Option<Box<Bits>>> {
-        let loaded = waited(self.loaded(group, Wait::Allowed))?;
+    pub fn bits(&self, group: Group, wait: Wait) -> Attempt<Option<Box<Bits>>> {
+        let loaded = self.loaded(group, wait)?;
         Ok(loaded.map(|loaded| loaded.map.present.clone()))
     }
 
@@ -156,13 +156,16 @@ impl Packed {
         };
         let Some(entry) = self.entries.get(place) else { return Ok(None) };
         let load = || {
+            if wait != Wait::Allowed {
+                return Err(NotDone::WouldWait);
+            }
             let map = self.read_map(place, entry)?;
             let checked = Box::new(std::array::from_fn(|_| AtomicU64::new(0)));
             let frames = map.data_blocks.div_ceil(self.header.frame_blocks);
             let hashed = (0..frames.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
             Ok(Loaded { map, place, checked, hashed })
         };
-        self.loaded.get(place as u64, wait, load).map(Some)
+        self.loaded.get(place as u64, load).map(Some)
     }
 
     /// The directory.

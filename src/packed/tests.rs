@@ -96,7 +96,7 @@ fn what_is_packed_comes_back_and_the_root_does_not_depend_on_compression() {
             let expected = expected.as_ref().map_or([0; BLOCK_SIZE as usize], |bytes| **bytes);
             assert!(read(&layer, block).unwrap() == expected, "block {block}");
             let word = Block(block).word();
-            let bits = layer.bits(word.group()).unwrap().unwrap();
+            let bits = layer.bits(word.group(), Wait::Allowed).unwrap().unwrap();
             assert!(bits[word.index()] & Block(block).mask() != 0);
         }
     }

@@ -23,7 +23,7 @@ fn counting(bytes: &[u8]) -> (Arc<dyn Folder>, Arc<AtomicU64>) {
     let reads = Arc::new(AtomicU64::new(0));
     let count = reads.clone();
     hooked.on_calls(move |call| {
-        if let Call::Read { .. } = call {
+        if let Call::Read { .. } | Call::ReadCached { .. } = call {
             count.fetch_add(1, Ordering::Relaxed);
         }
         Ok(usize::MAX)

@@ -14,12 +14,34 @@ use thinply::storage::{Access, Folder, Lock, Rights, Share, Storage, copy_range,
 /// A call on the folder or a file.
 #[derive(Clone, Copy, Debug)]
 pub enum Call<'a> {
-    Open { name: &'a str },
-    Remove { name: &'a str },
-    Read { name: &'a str, offset: u64 },
-    Write { name: &'a str, offset: u64 },
-    Allocate { offset: u64, length: u64 },
-    Prefetch { name: &'a str, offset: u64, length: u64 },
+    Open {
+        name: &'a str,
+    },
+    Remove {
+        name: &'a str,
+    },
+    Read {
+        name: &'a str,
+        offset: u64,
+    },
+    /// A read from the page cache alone.
+    ReadCached {
+        name: &'a str,
+        offset: u64,
+    },
+    Write {
+        name: &'a str,
+        offset: u64,
+    },
+    Allocate {
+        offset: u64,
+        length: u64,
+    },
+    Prefetch {
+        name: &'a str,
+        offset: u64,
+        length: u64,
+    },
     Sync,
 }
 
@@ -188,7 +210,8 @@ impl Storage for File {
     }
 
     fn read_cached_at(&self, mut into: Scatter<'_>, offset: u64) -> io::Result<usize> {
-        let allowed = self.shared.ask(Call::Read { name: self.name(), offset })?.min(into.len());
+        let call = Call::ReadCached { name: self.name(), offset };
+        let allowed = self.shared.ask(call)?.min(into.len());
         self.inner.read_cached_at(into.range(0, allowed), offset)
     }
 
