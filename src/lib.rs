@@ -177,6 +177,7 @@ pub mod packed;
 #[doc(hidden)]
 pub mod planted;
 pub mod serve;
+mod socket;
 pub mod storage;
 #[cfg(feature = "store")]
 pub mod store;

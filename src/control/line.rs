@@ -15,7 +15,7 @@ use rustix::net::{Shutdown, shutdown};
 use super::request::{reply_from_json, reply_to_json};
 use super::{Answer, Control, Request};
 use crate::error::{Error, ErrorKind, Result};
-use crate::nbd::socket::{bind, connect};
+use crate::socket::{bind, connect};
 use crate::store::Store;
 use crate::sync::spawn;
 

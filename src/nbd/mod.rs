@@ -10,6 +10,5 @@ pub mod client;
 pub mod proto;
 #[cfg(not(simulation))]
 pub mod server;
-pub(crate) mod socket;
 
 pub use address::{Address, Place};

@@ -142,7 +142,8 @@ mod tests;
 
 pub use crate::device::Disk;
 pub use crate::storage::Buffer;
-// What a front end of this crate needs for its own threads.
+// What a front end of this crate needs for its own threads and sockets.
+pub(crate) use crate::socket;
 #[cfg(not(simulation))]
 pub(crate) use crate::sync::{guard, spawn};
 pub use desk::{Broker, Desk, InUse, Lease, Leases, Table};

@@ -4,13 +4,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Level of each module; a module may name those of lower levels, and itself.
-const LEVELS: [(&str, u32); 18] = [
+const LEVELS: [(&str, u32); 19] = [
     ("error", 0),
     ("types", 0),
     ("sync", 0),
     ("wait", 0),
     ("memory", 0),
     ("planted", 0),
+    ("socket", 0),
     ("format", 1),
     ("storage", 1),
     ("device", 1),

@@ -9,7 +9,7 @@ use crate::device::Extent;
 use crate::nbd::address::Place;
 use crate::nbd::proto::numbers::*;
 use crate::nbd::proto::{MAX_EXTENTS, request_header};
-use crate::nbd::socket;
+use crate::serve::socket;
 
 use super::blocks::Blocks;
 

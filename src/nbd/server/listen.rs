@@ -14,7 +14,7 @@ use rustix::net::{AddressFamily, SocketFlags, accept_with};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::nbd::address::{Address, Place};
-use crate::nbd::socket::{MAX_PATH, bind, connect, notice_lost_host};
+use crate::serve::socket::{MAX_PATH, bind, connect, notice_lost_host};
 
 /// The first descriptor that systemd hands over (`SD_LISTEN_FDS_START`).
 const FIRST_ACTIVATED: RawFd = 3;
