@@ -29,6 +29,11 @@ pub enum Bug {
     FlushJoinedTooLate,
     CloseRacesAnOpen,
     ChangeOnAClosingDisk,
+    MarkedAfterTheAnswer,
+    AnsweredBeforeThePageCache,
+    SettledBeforeItsSync,
+    ResentOverANewerOne,
+    LockFreeInTheGap,
 }
 
 #[cfg(simulation)]

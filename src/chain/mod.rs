@@ -20,8 +20,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::{ParentLink, State};
-use crate::live::{Writable, newest_header};
+use crate::format::header::{Header, ParentLink, State};
+use crate::live::{Keeper, Kept, Writable, newest_header};
 use crate::packed::Packed;
 use crate::storage::{Access, Folder, Rights, Storage, open_in, sync_folder};
 use crate::sync::{RwLock, RwLockReadGuard};
@@ -45,6 +45,8 @@ pub struct Chain {
     name: String,
     layers: Arc<Gate>,
     read_only: bool,
+    /// Keeps the top beyond the end of this process.
+    keeper: Option<Arc<dyn Keeper>>,
     /// Taken for writing only where the layers themselves change: snapshot, resize, relink, close.
     state: RwLock<Levels>,
 }
@@ -120,10 +122,37 @@ impl Chain {
     ) -> Result<Self> {
         let levels = match access {
             Access::Read => sealed_levels(&folder, name, Some(&layers))?,
-            Access::Write => open_writable(&folder, name, &layers)?,
+            Access::Write => open_writable(&folder, name, &layers, None)?,
         };
-        let read_only = levels.top.is_none();
-        Ok(Self { folder, name: name.to_owned(), layers, read_only, state: RwLock::new(levels) })
+        Ok(Self::new(folder, name, layers, levels, None))
+    }
+
+    /// Opens the layer for writing, with a keeper of all that its writer leaves when it dies. Where
+    /// the keeper has something of an earlier writer, this one goes on with it: nobody who was
+    /// answered sees that there was a gap.
+    ///
+    /// # Errors
+    /// As [`Chain::open`] and [`Writable::go_on`]; [`ErrorKind::InvalidInput`] where what is kept is
+    /// another disk's.
+    pub fn open_kept(
+        folder: Arc<dyn Folder>,
+        name: &str,
+        layers: Arc<Gate>,
+        keeper: Arc<dyn Keeper>,
+    ) -> Result<Self> {
+        let levels = open_writable(&folder, name, &layers, Some(&*keeper))?;
+        Ok(Self::new(folder, name, layers, levels, Some(keeper)))
+    }
+
+    fn new(
+        folder: Arc<dyn Folder>,
+        name: &str,
+        layers: Arc<Gate>,
+        levels: Levels,
+        keeper: Option<Arc<dyn Keeper>>,
+    ) -> Self {
+        let (name, read_only) = (name.to_owned(), levels.top.is_none());
+        Self { folder, name, layers, read_only, keeper, state: RwLock::new(levels) }
     }
 
     fn levels(&self) -> RwLockReadGuard<'_, Levels> {
@@ -247,7 +276,36 @@ fn sealed_levels(folder: &Arc<dyn Folder>, name: &str, layers: Option<&Gate>) ->
     Ok(Levels::read_only(Arc::new(Stack::new(found))))
 }
 
-fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Gate) -> Result<Levels> {
+fn is(kept: &Kept, header: &Header) -> Result<bool> {
+    Ok(newest_header(&*kept.file)?.uuid == header.uuid)
+}
+
+/// The layer with this header out of those that are kept, of which the others are let go: a new top
+/// that never came to mean anything, or what a snapshot has frozen.
+fn take(held: Vec<Kept>, header: &Header, path: &Path) -> Result<Option<Kept>> {
+    let mut taken = None;
+    let mut others = Vec::new();
+    for kept in held {
+        match is(&kept, header)? {
+            true => taken = Some(kept),
+            false => others.push(kept),
+        }
+    }
+    if taken.is_none() && !others.is_empty() {
+        let detail = "is not the layer that an earlier writer left open";
+        return Err(Error::new(ErrorKind::InvalidInput, detail).in_file(path));
+    }
+    others.iter().for_each(|kept| kept.fresh.release());
+    Ok(taken)
+}
+
+fn open_writable(
+    folder: &Arc<dyn Folder>,
+    name: &str,
+    layers: &Gate,
+    keeper: Option<&dyn Keeper>,
+) -> Result<Levels> {
+    let held = keeper.map_or(Ok(Vec::new()), Keeper::kept)?;
     let path = folder.path().join(name);
     let mut file = open_in(&**folder, name, Access::Write)?;
     if Packed::is_packed(&*file)? {
@@ -256,18 +314,22 @@ fn open_writable(folder: &Arc<dyn Folder>, name: &str, layers: &Gate) -> Result<
     }
     let mut header = newest_header(&*file)?;
     if matches!(header.state, State::Frozen(_))
-        && snapshot::finish(&**folder, name, header.identity())? == CutOff::Finished
+        && snapshot::finish(&**folder, name, header.identity(), &held)? == CutOff::Finished
     {
         file = open_in(&**folder, name, Access::Write)?;
         header = newest_header(&*file)?;
     }
+    let kept = take(held, &header, &path)?;
     // The parents come first: a layer that can't be read shall not be marked as in use.
-    let below = header.parent;
+    let below = header.parent.clone();
     let mut stack = stack_below(below.as_ref(), header.visible_parent_size, folder, layers)
         .map_err(|error| error.in_file(&path))?;
     // A killed process may have given the file this name in memory alone.
     sync_folder(&**folder)?;
-    let top = Writable::open(file)?;
+    let top = match kept {
+        Some(kept) => Writable::go_on(kept)?,
+        None => Writable::open_for(file, keeper)?,
+    };
     // Under the lock the header counts that is on the disk: another process may have relinked the
     // layer before, or a sync that failed have left in the cache what never came there.
     let header = top.header();

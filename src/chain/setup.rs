@@ -43,7 +43,7 @@ pub fn seal(folder: &dyn Folder, name: &str) -> Result<Parent> {
     }
     let mut header = durable_header(&*file)?;
     if matches!(header.state, State::Frozen(_))
-        && snapshot::finish(folder, name, header.identity())? == CutOff::Finished
+        && snapshot::finish(folder, name, header.identity(), &[])? == CutOff::Finished
     {
         file = open_in(folder, name, Access::Read)?;
         header = durable_header(&*file)?;
@@ -77,7 +77,7 @@ pub fn seal(folder: &dyn Folder, name: &str) -> Result<Parent> {
 pub fn finish_snapshot(folder: &dyn Folder, name: &str) -> Result<()> {
     let header = durable_header(&*open_in(folder, name, Access::Read)?)?;
     if matches!(header.state, State::Frozen(_)) {
-        snapshot::finish(folder, name, header.identity())?;
+        snapshot::finish(folder, name, header.identity(), &[])?;
     }
     Ok(())
 }

@@ -6,11 +6,11 @@ use std::sync::{Arc, PoisonError};
 
 use super::gate::Found;
 use super::layer::Layer;
-use super::{Chain, Levels, MAX_DEPTH, Parent, Stack};
+use super::{Chain, Levels, MAX_DEPTH, Parent, Stack, is};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::JOURNAL_OFFSET;
 use crate::format::header::ParentLink;
-use crate::live::{self, NewLayer, Writable, durable_header, newest_header};
+use crate::live::{self, Kept, NewLayer, Writable, durable_header, newest_header};
 use crate::storage::{
     Access, Folder, Lock, Rights, Storage, find_in, open_in, sync_folder, take_lock,
 };
@@ -39,10 +39,13 @@ pub(super) enum CutOff {
 ///
 /// The new top's lock keeps out others who would do the same; whoever gets it second finds that the
 /// name has moved on.
+///
+/// `held` are the layers that this process has locked already.
 pub(super) fn finish(
     folder: &dyn Folder,
     name: &str,
     identity: Option<Identity>,
+    held: &[Kept],
 ) -> Result<CutOff> {
     let new_top = new_top_name(name);
     // A killed process may have left the freeze in the page cache alone. It has to be durable
@@ -52,7 +55,10 @@ pub(super) fn finish(
         Ok(if now == identity { CutOff::Nothing } else { CutOff::Finished })
     };
     let Some(file) = find_in(folder, &new_top, Access::Write)? else { return by_others() };
-    take_lock(&*file, Lock::Exclusive)?;
+    let header = newest_header(&*file)?;
+    if !held.iter().any(|kept| is(kept, &header).unwrap_or(false)) {
+        take_lock(&*file, Lock::Exclusive)?;
+    }
     if by_others()? == CutOff::Finished {
         return Ok(CutOff::Finished);
     }
@@ -109,6 +115,7 @@ impl Chain {
         let new_top = self.build_top(link.clone(), virtual_size, rights)?;
         self.link_snapshot(top, snapshot).inspect_err(|_| {
             // It means nothing yet; the next snapshot would replace it.
+            new_top.release();
             let _ = self.folder.remove(&new_top_name(&self.name));
         })?;
 
@@ -139,7 +146,8 @@ impl Chain {
             _ => {}
         }
         let new = NewLayer { virtual_size, parent: Some((link, virtual_size)) };
-        Writable::open(live::create(&*folder.creating(rights), &name, &new)?)
+        let file = live::create(&*folder.creating(rights), &name, &new)?;
+        Writable::open_for(file, self.keeper.as_deref())
     }
 
     /// Links the snapshot's name to the layer, durably. A link that a crash left is as good as a new

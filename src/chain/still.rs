@@ -6,7 +6,6 @@ use super::{Chain, Gate, Levels, Stack, sealed_levels, stack_below};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
 use crate::storage::Folder;
-use crate::sync::RwLock;
 use crate::types::Identity;
 
 impl Chain {
@@ -17,11 +16,7 @@ impl Chain {
     /// Those of [`super::Layer::open`].
     pub fn open_alone(folder: Arc<dyn Folder>, name: &str, layers: Arc<Gate>) -> Result<Self> {
         let levels = sealed_levels(&folder, name, None)?;
-        Ok(Self::still(folder, name, layers, levels))
-    }
-
-    fn still(folder: Arc<dyn Folder>, name: &str, layers: Arc<Gate>, levels: Levels) -> Self {
-        Self { folder, name: name.to_owned(), layers, read_only: true, state: RwLock::new(levels) }
+        Ok(Self::new(folder, name, layers, levels, None))
     }
 
     /// What a layer in `folder` would show of the parent with this link, `visible` bytes of it, as a
@@ -46,7 +41,7 @@ impl Chain {
         }
         let stack = stack_below(parent, visible, folder, &layers)?;
         let levels = Levels { top: None, stack, clip: visible, size };
-        Ok(Self::still(folder.clone(), &self.name, layers, levels))
+        Ok(Self::new(folder.clone(), &self.name, layers, levels, None))
     }
 
     /// The stack of a chain that nobody writes.

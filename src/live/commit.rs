@@ -215,6 +215,11 @@ impl Writable {
     /// Records that blocks became owned. The caller holds the word's stripe lock, and their data is
     /// written. The bit comes last: whoever sees it finds the block in the set.
     pub(super) fn own(&self, page: &Page, word: Word, mask: u64) {
+        if let Some(kept) = &self.kept
+            && mask != 0
+        {
+            kept.mark(word, mask);
+        }
         guard(&self.pending).fresh.insert(word, mask);
         page.set(word, mask);
     }

@@ -12,6 +12,7 @@
 mod commit;
 mod create;
 mod journal;
+mod keeper;
 mod pages;
 mod pending;
 mod recover;
@@ -27,6 +28,7 @@ use crate::wait::{Attempt, Wait};
 
 pub use create::{NewLayer, create, random};
 pub use journal::{RingSlot, read_ring};
+pub use keeper::{FreshMap, Keeper, Kept};
 pub use pages::next_group;
 pub use sealed::Sealed;
 pub use slots::{durable_header, newest_header, read_slots};

@@ -12,7 +12,7 @@ use crate::format::header::{Header, State};
 use crate::format::journal::{Record, Slot};
 use crate::planted::{Bug, planted};
 use crate::storage::{Storage, failed, read_exact_at};
-use crate::types::{BLOCK_SIZE, Block, GROUP_WORDS, Group};
+use crate::types::{BLOCK_SIZE, Block, GROUP_WORDS, Group, Word, runs};
 use crate::wait::{Wait, waited};
 
 /// What recovery found.
@@ -53,6 +53,21 @@ pub(super) fn recover(file: &dyn Storage, header: &Header) -> Result<Recovered> 
 }
 
 impl Recovered {
+    /// Adds blocks that became owned in a process that died. Marks beyond the device's end are older
+    /// than a shrink.
+    pub fn add(
+        &mut self,
+        file: &dyn Storage,
+        header: &Header,
+        marks: Vec<(Word, u64)>,
+    ) -> Result<()> {
+        let blocks = block_count(header.virtual_size);
+        let marked = marks.into_iter().flat_map(|(word, mask)| {
+            runs(mask).flat_map(move |(first, end)| (first..end).map(move |bit| word.block(bit)))
+        });
+        marked.filter(|block| block.0 < blocks).try_for_each(|block| self.set(file, header, block))
+    }
+
     fn set(&mut self, file: &dyn Storage, header: &Header, block: Block) -> Result<()> {
         let word = block.word();
         let bits = match self.bits.entry(word.group()) {

@@ -4,9 +4,10 @@ use std::sync::{Arc, OnceLock};
 
 use super::create::random;
 use super::journal::Journal;
+use super::keeper::{FreshMap, Keeper, Kept};
 use super::pages::{Page, Pages, first_unused_group, write_page};
 use super::pending::Pending;
-use super::recover::recover;
+use super::recover::{Recovered, recover};
 use super::sealed::Sealed;
 use super::slots::Slots;
 use super::turn::Turn;
@@ -45,6 +46,8 @@ pub struct Writable {
     /// Set by the first sync that failed.
     pub(super) poison: OnceLock<Error>,
     pub(super) writeback: Writeback,
+    /// What another process would go on with.
+    pub(super) kept: Option<Arc<dyn FreshMap>>,
     slots: Mutex<Slots>,
     virtual_size: u64,
 }
@@ -57,15 +60,63 @@ impl Writable {
     /// [`ErrorKind::InUse`], [`ErrorKind::ReadOnly`] for a frozen layer, an unknown
     /// read-only-compatible feature or counters near their end, `NotAnImage`, `Corrupt`, `Unsupported`, `Loss`; host errors.
     pub fn open(file: Arc<dyn Storage>) -> Result<Self> {
+        Self::open_for(file, None)
+    }
+
+    /// [`Writable::open`] of a layer that `keeper`, if there is one, keeps from now on until it is
+    /// closed or frozen.
+    ///
+    /// # Errors
+    /// As [`Writable::open`]; those of keeping it.
+    pub fn open_for(file: Arc<dyn Storage>, keeper: Option<&dyn Keeper>) -> Result<Self> {
         take_lock(&*file, Lock::Exclusive)?;
-        let mut slots = Slots::read_durable(&*file)?;
+        let slots = Slots::read_durable(&*file)?;
         check_writable(&slots.header).map_err(|error| error.in_file(file.path()))?;
-        let sync = |operation| file.sync_data().map_err(failed(&*file, operation, 0));
         if slots.header.state == State::InUse {
             let length = file_length(slots.header.virtual_size);
             file.drop_cache(0, length).map_err(failed(&*file, "dropping cached pages", 0))?;
         }
+        let groups = group_count(slots.header.virtual_size);
         let recovered = recover(&*file, &slots.header)?;
+        let kept = keeper.map(|keeper| keeper.keep(&file, groups)).transpose()?;
+        let release = kept.clone();
+        Self::begin(file, slots, recovered, kept).inspect_err(|_| {
+            if let Some(kept) = release {
+                kept.release();
+            }
+        })
+    }
+
+    /// Goes on with a layer that is kept, where the process that wrote it died: all that it answered
+    /// is there, durably.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Poisoned`] where a sync has failed since it was kept: then what was answered may
+    /// be lost, and nobody may go on as if it were not. Else as [`Writable::open`].
+    pub fn go_on(kept: Kept) -> Result<Self> {
+        let Kept { file, witness, fresh } = kept;
+        if !planted(Bug::SettledBeforeItsSync) {
+            witness.sync_data().map_err(|error| {
+                let detail = format!("a sync failed ({error}): what was answered may be lost");
+                Error::new(ErrorKind::Poisoned, detail).in_file(file.path())
+            })?;
+        }
+        let slots = Slots::read(&*file)?;
+        check_writable(&slots.header).map_err(|error| error.in_file(file.path()))?;
+        let mut recovered = recover(&*file, &slots.header)?;
+        let marks = fresh.marks().map_err(failed(&*file, "reading which blocks are fresh", 0))?;
+        recovered.add(&*file, &slots.header, marks)?;
+        Self::begin(file, slots, recovered, Some(fresh))
+    }
+
+    /// Makes what was recovered durable, and the layer one in use under a new epoch.
+    fn begin(
+        file: Arc<dyn Storage>,
+        mut slots: Slots,
+        recovered: Recovered,
+        kept: Option<Arc<dyn FreshMap>>,
+    ) -> Result<Self> {
+        let sync = |operation| file.sync_data().map_err(failed(&*file, operation, 0));
         for (&group, bits) in &recovered.bits {
             write_page(&*file, slots.header.uuid, group, bits)?;
         }
@@ -94,6 +145,7 @@ impl Writable {
             turn: Turn::default(),
             poison: OnceLock::new(),
             writeback: Writeback::default(),
+            kept,
             slots: Mutex::new(slots),
             virtual_size: size,
             file,
@@ -129,6 +181,7 @@ impl Writable {
     /// recovered by the next open.
     pub fn close(self) -> Result<()> {
         self.settle(|header| header.state = State::Writable)?;
+        self.release();
         self.punch_ring()
     }
 
@@ -151,6 +204,7 @@ impl Writable {
         let freeze = |header: &mut Header| header.state = State::Frozen(id);
         self.settle(freeze)
             .and_then(|()| self.write_header(freeze))
+            .map(|()| self.release())
             .and_then(|()| self.punch_ring())
             .and_then(|()| take_lock(&*self.file, Lock::Shared))
             .and_then(|()| Sealed::frozen(self.file.clone(), self.header()))
@@ -207,6 +261,10 @@ impl Writable {
     /// Prepares the file for a larger size: all that the growth will show is zeros, durably.
     fn extend_file(&self, size: u64) -> Result<()> {
         let file = &*self.file;
+        if let Some(kept) = &self.kept {
+            let grown = kept.grow(group_count(size));
+            grown.map_err(failed(file, "growing the map of fresh blocks", 0))?;
+        }
         self.zero_tail()?;
         cut_to(file, file_length(self.virtual_size))?;
         file.set_length(file_length(size)).map_err(failed(
@@ -241,6 +299,13 @@ impl Writable {
         self.sync()?;
         slots.adopt(header);
         Ok(())
+    }
+
+    /// Nobody is to go on with this layer.
+    pub fn release(&self) {
+        if let Some(kept) = &self.kept {
+            kept.release();
+        }
     }
 
     /// Writes the header anew, so that it differs from that of any copy of the layer.

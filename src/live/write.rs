@@ -1,6 +1,7 @@
 //! Writes, zeros and trims of the top layer, one word of blocks at a time.
 
 use super::Under;
+use super::pages::Page;
 use super::pending::Standing;
 use super::writable::Writable;
 use crate::error::Result;
@@ -76,7 +77,7 @@ impl Writable {
                 }
                 self.write_absent(word, from, data, absent, under, wait)?;
                 if absent != 0 {
-                    page.allocate(&*self.file, word.group())?;
+                    self.allocate(page, word.group())?;
                 }
                 self.own(page, word, absent);
                 return Ok(());
@@ -141,6 +142,16 @@ impl Writable {
         Ok(())
     }
 
+    /// Takes all space that a group needs beside its blocks.
+    fn allocate(&self, page: &Page, group: Group) -> Result<()> {
+        page.allocate(&*self.file, group)?;
+        self.kept.as_ref().map_or(Ok(()), |kept| kept.reserve(group)).map_err(failed(
+            &*self.file,
+            "taking memory for the map of fresh blocks",
+            0,
+        ))
+    }
+
     fn write_data(&self, word: Word, from: u64, data: Gather<'_>) -> Result<()> {
         let offset = word_offset(word).0 + from;
         write_all_at(&*self.file, data, offset).map_err(failed(
@@ -182,7 +193,7 @@ impl Writable {
                     ZeroKind::Allocate => absent,
                 };
                 if newly != 0 {
-                    page.allocate(&*self.file, word.group())?;
+                    self.allocate(page, word.group())?;
                 }
                 let punched = mask & page.word(word) | newly;
                 let late = planted(Bug::PunchAfterItsBit);
@@ -249,7 +260,7 @@ impl Writable {
         if parts().any(|(word, mask)| page.word(word) & mask != 0) {
             return Ok(Share::Refused);
         }
-        page.allocate(&*self.file, group)?;
+        self.allocate(page, group)?;
         let offset = block_offset(first).0;
         let shared = self.file.clone_range(offset, length, source, from);
         if shared.map_err(failed(&*self.file, "sharing blocks", offset))? == Share::Refused {

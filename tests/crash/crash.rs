@@ -7,7 +7,7 @@
 #![cfg(not(simulation))]
 
 use testkit::crash::Random;
-use testkit::crash::client::{fresh, run};
+use testkit::crash::client::{fresh, run, run_kept};
 use testkit::crash::disk::PAGE;
 use testkit::crash::folder::{Fault, Plan};
 use testkit::crash::lives::{
@@ -72,6 +72,22 @@ fn every_call_of_fifty_scripts_fails() {
             }
         }
         Ok(states)
+    });
+}
+
+/// The process dies, the machine runs on, and another process goes on with what a keeper has: all
+/// that was answered is there, flushed or not, also where the power goes then.
+#[test]
+fn deaths_of_the_process() {
+    campaign("deaths", 40, 20, |seed| {
+        let mut random = Random::new(seed);
+        let (disk, oracle) = fresh();
+        let script = several(&mut random, true);
+        let plan = if seed % 3 == 0 { some_fault(&mut random) } else { None };
+        let told = |what| format!("{what}, of {script:?} with {plan:?}");
+        let run = run_kept(disk, oracle, &script, plan, seed).map_err(told)?;
+        // The run itself counts too: a seed that answers nothing would be the last.
+        Ok(1 + run.sample_deaths(4, &mut random).map_err(told)?)
     });
 }
 

@@ -52,6 +52,15 @@ const DESK_BUGS: [(Bug, u64); 5] = [
     (Bug::ChangeOnAClosingDisk, 1000),
 ];
 
+/// Those of going on where a process died.
+const DEATH_BUGS: [(Bug, u64); 5] = [
+    (Bug::MarkedAfterTheAnswer, 1000),
+    (Bug::AnsweredBeforeThePageCache, 1000),
+    (Bug::SettledBeforeItsSync, 1000),
+    (Bug::ResentOverANewerOne, 1000),
+    (Bug::LockFreeInTheGap, 100),
+];
+
 /// One at a time: a planted bug is there for the whole process.
 static ALONE: Mutex<()> = Mutex::new(());
 
@@ -132,6 +141,20 @@ fn at_desk(seed: u64) -> Outcome {
     })
 }
 
+/// Clients of a disk whose process dies, on a machine that runs on.
+fn dying(seed: u64) -> Outcome {
+    scheduled(seed, move || {
+        let mut random = Random::new(seed);
+        let (disk, oracle) = fresh();
+        let scripts = crew(&mut random);
+        let plan = if seed.is_multiple_of(3) { some_fault(&mut random) } else { None };
+        let told = |what| format!("{what}, of {scripts:?} with {plan:?}");
+        let run = run_together(disk, oracle, &scripts, plan, seed).map_err(told)?;
+        // The run itself counts too: a seed that answers nothing would be the last.
+        Ok(1 + run.sample_deaths(8, &mut random).map_err(told)?)
+    })
+}
+
 /// A life of one of all kinds.
 fn any_life(seed: u64) -> Outcome {
     scheduled(seed, move || {
@@ -160,6 +183,12 @@ fn lives_of_several_clients() {
 fn lives_at_a_desk() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     campaign("people at a desk", 20, 100, at_desk);
+}
+
+#[test]
+fn deaths_among_several_clients() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    campaign("deaths among several clients", 20, 100, dying);
 }
 
 /// The first seed below `seeds` that fails, and how.
@@ -207,6 +236,11 @@ fn find(bugs: &[(Bug, u64)], life: fn(u64) -> Outcome) {
 #[test]
 fn planted_bugs_are_found() {
     find(&BUGS, any_life);
+}
+
+#[test]
+fn bugs_planted_about_deaths_are_found() {
+    find(&DEATH_BUGS, dying);
 }
 
 #[test]

@@ -10,6 +10,7 @@ use thinply::storage::{Access, Folder};
 use super::disk::{Data, Disk, PAGE};
 use super::folder::{CrashFolder, Plan, guard};
 use super::judge::{Run, TOP};
+use super::keeper::CrashKeeper;
 use super::oracle::{Ask, Note, Oracle};
 use super::script::{BLOCKS, Op, SECTOR, SIZE};
 
@@ -66,11 +67,19 @@ pub(super) struct Known {
 pub(super) struct Client {
     pub(super) folder: CrashFolder,
     known: Arc<Mutex<Known>>,
+    /// Somebody keeps what it has open.
+    kept: bool,
 }
 
 impl Client {
     fn new(folder: CrashFolder, oracle: Oracle, first: usize) -> Self {
-        Self { folder, known: Arc::new(Mutex::new(Known { oracle, next: first })) }
+        let known = Arc::new(Mutex::new(Known { oracle, next: first }));
+        Self { folder, known, kept: false }
+    }
+
+    /// A client whose writer has a keeper.
+    pub(super) fn kept(self) -> Self {
+        Self { kept: true, ..self }
     }
 
     pub(super) fn known(&self) -> MutexGuard<'_, Known> {
@@ -78,7 +87,17 @@ impl Client {
     }
 
     pub(super) fn open(&self) -> Result<Chain> {
-        Chain::open(Arc::new(self.folder.clone()), TOP, Access::Write, Arc::default())
+        if self.folder.has_lost_a_sync() {
+            self.note(Note::Reopened);
+        }
+        let folder = Arc::new(self.folder.clone());
+        match self.kept {
+            true => {
+                let keeper = Arc::new(CrashKeeper(self.folder.clone()));
+                Chain::open_kept(folder, TOP, Arc::default(), keeper)
+            }
+            false => Chain::open(folder, TOP, Access::Write, Arc::default()),
+        }
     }
 
     pub(super) fn number(&self) -> usize {
@@ -114,7 +133,26 @@ impl Client {
         act: impl FnOnce(&[u8]) -> Result<()>,
     ) -> Result<()> {
         let number = self.number();
-        let data = pattern(number, length);
+        self.write_as(number, offset, pattern(number, length), act)
+    }
+
+    /// Writes these bytes.
+    pub(super) fn write_data(
+        &self,
+        offset: u64,
+        data: Data,
+        act: impl FnOnce(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        self.write_as(self.number(), offset, data, act)
+    }
+
+    fn write_as(
+        &self,
+        number: usize,
+        offset: u64,
+        data: Data,
+        act: impl FnOnce(&[u8]) -> Result<()>,
+    ) -> Result<()> {
         self.request(number, Ask::Write { offset, data: data.clone() }, || act(&data.0))
     }
 
@@ -139,7 +177,7 @@ impl Client {
         judged.map_err(|what| Error::new(ErrorKind::Corrupt, what))
     }
 
-    fn run(&self, chain: &Chain, op: &Op) -> Result<()> {
+    pub(super) fn run(&self, chain: &Chain, op: &Op) -> Result<()> {
         match *op {
             Op::Write { offset, length } => {
                 self.write(offset, length, |data| chain.write(offset, data))
@@ -237,6 +275,11 @@ pub(super) fn begin(disk: &Disk, oracle: &Oracle, fault: Option<Plan>, seed: u64
     Client::new(folder, oracle.clone(), (seed as usize & 0xffff) << 12)
 }
 
+/// A client of a disk whose writer has died, and which somebody keeps.
+pub(super) fn resume(folder: &CrashFolder, oracle: &Oracle, first: usize) -> Client {
+    Client::new(folder.clone(), oracle.clone(), first).kept()
+}
+
 pub(super) fn end(client: &Client, disk: Disk, oracle: Oracle) -> Run {
     let folder = &client.folder;
     Run { disk, oracle, events: folder.take_record(), failed: folder.has_failed() }
@@ -251,7 +294,21 @@ pub fn run(
     fault: Option<Plan>,
     seed: u64,
 ) -> Result<Run, String> {
-    let client = begin(&disk, &oracle, fault, seed);
+    run_as(begin(&disk, &oracle, fault, seed), disk, oracle, script)
+}
+
+/// As [`run`], with a keeper.
+pub fn run_kept(
+    disk: Disk,
+    oracle: Oracle,
+    script: &[Op],
+    fault: Option<Plan>,
+    seed: u64,
+) -> Result<Run, String> {
+    run_as(begin(&disk, &oracle, fault, seed).kept(), disk, oracle, script)
+}
+
+fn run_as(client: Client, disk: Disk, oracle: Oracle, script: &[Op]) -> Result<Run, String> {
     match client.open() {
         Ok(mut chain) => client.run_all(&mut chain, script)?,
         Err(error) => client.excuse(&error, "opening")?,
@@ -268,7 +325,7 @@ pub fn run_together(
     fault: Option<Plan>,
     seed: u64,
 ) -> Result<Run, String> {
-    let client = begin(&disk, &oracle, fault, seed);
+    let client = begin(&disk, &oracle, fault, seed).kept();
     match client.open() {
         Ok(chain) => {
             let chain = Arc::new(chain);

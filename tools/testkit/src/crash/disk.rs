@@ -182,6 +182,8 @@ struct File {
     pages: BTreeMap<u64, Page>,
     /// The durable length, then each that it was given since.
     lengths: Vec<(Time, u64)>,
+    /// Syncs that have failed.
+    failures: u64,
 }
 
 impl File {
@@ -239,7 +241,7 @@ impl File {
             .pages
             .range(..length.div_ceil(PAGE))
             .map(|(&number, page)| (number, Page::settled(page.crashed(luck, random))));
-        Self { pages: pages.collect(), lengths: vec![(0, length)] }
+        Self { pages: pages.collect(), lengths: vec![(0, length)], failures: 0 }
     }
 }
 
@@ -332,15 +334,16 @@ impl Disk {
             }
             Change::FailedSync { file, upto, seed } => {
                 let random = &mut Random::new(seed);
-                let pages = self.file(file).pages.values_mut();
-                pages.for_each(|page| page.fail_sync(upto, random));
+                let file = self.file(file);
+                file.failures += 1;
+                file.pages.values_mut().for_each(|page| page.fail_sync(upto, random));
             }
             Change::DropCache { file, from, to } => {
                 let pages = self.file(file).pages.range_mut(from / PAGE..to.div_ceil(PAGE));
                 pages.for_each(|(_, page)| page.drop_cache());
             }
             Change::NewFile => {
-                let file = File { pages: BTreeMap::new(), lengths: vec![(time, 0)] };
+                let file = File { pages: BTreeMap::new(), lengths: vec![(time, 0)], failures: 0 };
                 self.files.push(Arc::new(file));
             }
             Change::Names(ref names) => {
@@ -377,6 +380,16 @@ impl Disk {
 
     pub fn length(&self, file: usize) -> u64 {
         self.files[file].length()
+    }
+
+    /// How many syncs of a file have failed since the machine started.
+    pub fn failures(&self, file: usize) -> u64 {
+        self.files[file].failures
+    }
+
+    /// Whether a sync of any file has failed.
+    pub fn has_lost_a_sync(&self) -> bool {
+        self.files.iter().any(|file| file.failures > 0)
     }
 
     /// Whether a power loss could lose anything.

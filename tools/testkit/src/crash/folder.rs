@@ -12,6 +12,7 @@ use thinply::storage::{Access, Folder, Lock, Rights, Share, Storage, copy_range}
 
 use super::Random;
 use super::disk::{Change, Data, Disk, Names};
+use super::keeper::{Estate, Told};
 use super::oracle::Note;
 
 /// A step of a run: what was done to the disk, and what the client knows of it.
@@ -19,6 +20,7 @@ use super::oracle::Note;
 pub enum Event {
     Disk(Change),
     Client(Note),
+    Keeper(Told),
 }
 
 /// What a call that is told to fail does.
@@ -70,6 +72,10 @@ pub struct Plan {
 struct State {
     disk: Disk,
     record: Option<Vec<Event>>,
+    /// What a keeper has.
+    estate: Estate,
+    /// What is answered before it is done, and done with the next call (planted bugs).
+    late: Option<Event>,
     /// Exclusive holders, shared holders.
     locks: HashMap<usize, (bool, usize)>,
     /// Calls until the power goes.
@@ -81,19 +87,40 @@ struct State {
 
 impl State {
     fn apply(&mut self, change: Change) {
-        self.disk.apply(&change);
+        self.happen(Event::Disk(change));
+    }
+
+    fn happen(&mut self, event: Event) {
+        match &event {
+            Event::Disk(change) => self.disk.apply(change),
+            Event::Keeper(told) => self.estate.apply(told),
+            Event::Client(_) => {}
+        }
         if let Some(record) = &mut self.record {
-            record.push(Event::Disk(change));
+            record.push(event);
         }
     }
 
-    /// Counts a call; whether it is the short one.
-    fn enter(&mut self, kind: Kind) -> io::Result<bool> {
+    fn is_on(&self) -> bool {
+        self.power != Some(0)
+    }
+
+    /// Counts a step of the process, unless it has ended.
+    fn step(&mut self) -> io::Result<()> {
+        if let Some(event) = self.late.take() {
+            self.happen(event);
+        }
         match &mut self.power {
             Some(0) => return Err(io::Error::other("the power is gone")),
             Some(left) => *left -= 1,
             None => {}
         }
+        Ok(())
+    }
+
+    /// Counts a call; whether it is the short one.
+    fn enter(&mut self, kind: Kind) -> io::Result<bool> {
+        self.step()?;
         let Some(plan) = self.fault.as_mut().filter(|plan| plan.fault.concerns(kind)) else {
             return Ok(false);
         };
@@ -137,8 +164,78 @@ impl CrashFolder {
         Self(Arc::new(Mutex::new(State { disk, ..State::default() })))
     }
 
+    /// The same machine after the process that wrote to it has died: `estate` is what a keeper has
+    /// of it, locks included.
+    pub fn after_death(disk: Disk, estate: Estate) -> Self {
+        let mut locks = HashMap::new();
+        if !planted(Bug::LockFreeInTheGap) {
+            locks.extend(estate.files().map(|file| (file, (true, 0))));
+        }
+        Self(Arc::new(Mutex::new(State { disk, estate, locks, ..State::default() })))
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         guard(&self.0)
+    }
+
+    /// What a keeper has.
+    pub fn estate(&self) -> Estate {
+        self.state().estate.clone()
+    }
+
+    /// Tells the keeper, which nobody does any more once the process is gone.
+    pub(super) fn tell(&self, told: impl FnOnce(&Disk) -> Told) {
+        let mut state = self.called();
+        if state.step().is_ok() {
+            let told = told(&state.disk);
+            state.happen(told.into());
+        }
+    }
+
+    pub(super) fn tell_late(&self, told: Told) {
+        let mut state = self.called();
+        if state.step().is_ok() {
+            state.late = Some(told.into());
+        }
+    }
+
+    /// A call that takes memory of the keeper's.
+    pub(super) fn take_memory(&self) -> io::Result<()> {
+        self.called().enter(Kind::Allocate).map(drop)
+    }
+
+    /// Something that a dead process had begun comes to pass.
+    pub(super) fn happen_late(&self, change: Change) {
+        self.state().apply(change);
+    }
+
+    pub(super) fn number_of(&self, file: &dyn Storage) -> usize {
+        let name = file.path().file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        self.state().disk.names()[name]
+    }
+
+    fn handle_of(&self, file: usize, held: Option<Lock>, seen: u64) -> Arc<dyn Storage> {
+        let name = self
+            .state()
+            .disk
+            .names()
+            .iter()
+            .find(|(_, number)| **number == file)
+            .map(|(name, _)| name.clone());
+        let path = Path::new("crash").join(name.unwrap_or_else(|| format!("file {file}")));
+        let (held, seen) = (Mutex::new(held), Mutex::new(seen));
+        Arc::new(CrashFile { path, file, held, seen, folder: self.clone() })
+    }
+
+    /// A kept file as its writer had it open.
+    pub(super) fn kept_handle(&self, file: usize) -> Arc<dyn Storage> {
+        let seen = self.state().disk.failures(file);
+        self.handle_of(file, Some(Lock::Exclusive), seen)
+    }
+
+    /// A handle of a kept file that has heard of no failure but the first ones.
+    pub(super) fn witness(&self, file: usize, failures: u64) -> Arc<dyn Storage> {
+        self.handle_of(file, None, failures)
     }
 
     /// The state for a call of the engine, before which other threads may go on.
@@ -185,6 +282,11 @@ impl CrashFolder {
         self.state().fired
     }
 
+    /// Whether a sync of any file has failed.
+    pub fn has_lost_a_sync(&self) -> bool {
+        self.state().disk.has_lost_a_sync()
+    }
+
     /// Makes the names durable that begin with `prefix`: those of one folder of several.
     pub fn sync_names(&self, prefix: &'static str) -> io::Result<()> {
         let mut state = self.called();
@@ -204,7 +306,8 @@ impl CrashFolder {
 
     fn handle(&self, name: &str, file: usize) -> Arc<dyn Storage> {
         let (path, held) = (Path::new("crash").join(name), Mutex::default());
-        Arc::new(CrashFile { path, file, held, folder: self.clone() })
+        let seen = Mutex::new(self.state().disk.failures(file));
+        Arc::new(CrashFile { path, file, held, seen, folder: self.clone() })
     }
 }
 
@@ -285,6 +388,9 @@ struct CrashFile {
     path: PathBuf,
     file: usize,
     held: Mutex<Option<Lock>>,
+    /// Failures of a sync that it was told of, or that came before it. The others it is told of by
+    /// its next sync.
+    seen: Mutex<u64>,
     folder: CrashFolder,
 }
 
@@ -306,6 +412,9 @@ impl Drop for CrashFile {
     fn drop(&mut self) {
         let Some(held) = guard(&self.held).take() else { return };
         let mut state = self.folder.state();
+        if state.estate.has(self.file) {
+            return;
+        }
         let (exclusive, shared) = state.locks.entry(self.file).or_default();
         match held {
             Lock::Exclusive => *exclusive = false,
@@ -352,7 +461,7 @@ impl Storage for CrashFile {
         let mut buf = vec![0; from.len()];
         from.copy_to(&mut buf);
         let mut state = self.folder.called();
-        let is_on = state.power != Some(0);
+        let is_on = state.is_on();
         let entered = state.enter(Kind::Write);
         let length = match entered {
             Ok(false) => buf.len(),
@@ -363,7 +472,12 @@ impl Storage for CrashFile {
         };
         if length > 0 {
             let data = Data(buf[..length].into());
-            state.apply(Change::Write { file: self.file, offset, data });
+            let change = Change::Write { file: self.file, offset, data };
+            if planted(Bug::AnsweredBeforeThePageCache) && entered.is_ok() {
+                state.late = Some(Event::Disk(change));
+            } else {
+                state.apply(change);
+            }
         }
         entered.map(|_| length)
     }
@@ -399,13 +513,18 @@ impl Storage for CrashFile {
         let file = self.file;
         let upto = self.folder.called().disk.time();
         let mut state = self.folder.called();
-        let is_on = state.power != Some(0);
+        let is_on = state.is_on();
+        let failures = state.disk.failures(file);
+        if std::mem::replace(&mut *guard(&self.seen), failures) < failures && is_on {
+            return Err(io::Error::from_raw_os_error(5));
+        }
         match state.enter(Kind::Sync) {
             Ok(_) => state.apply(Change::Sync { file, upto }),
             Err(error) => {
                 if is_on {
                     let seed = state.random.below(1 << 32);
                     state.apply(Change::FailedSync { file, upto, seed });
+                    *guard(&self.seen) = failures + 1;
                 }
                 return Err(error);
             }

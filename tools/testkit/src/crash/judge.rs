@@ -61,6 +61,7 @@ impl Run {
             match event {
                 Event::Disk(change) => disk.apply(change),
                 Event::Client(note) => oracle.note(note),
+                Event::Keeper(_) => continue,
             }
             if step < from || matches!(event, Event::Disk(Change::DropCache { .. })) {
                 continue;
@@ -82,6 +83,7 @@ impl Run {
             match event {
                 Event::Disk(change) => disk.apply(change),
                 Event::Client(note) => oracle.note(note),
+                Event::Keeper(_) => {}
             }
         }
         (crash(&disk, random), oracle)

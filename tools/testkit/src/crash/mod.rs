@@ -6,11 +6,13 @@
 //! recovered and judged.
 
 pub mod client;
+pub mod death;
 #[cfg(simulation)]
 pub mod desk;
 pub mod disk;
 pub mod folder;
 pub mod judge;
+pub mod keeper;
 pub mod lives;
 pub mod oracle;
 pub mod parts;

@@ -24,6 +24,9 @@ pub enum Note {
     Asked(usize, Ask),
     Done(usize),
     Failed(usize),
+    /// The disk was opened anew after a sync of it had failed: what no flush has covered by then may
+    /// be lost, and no later flush covers it.
+    Reopened,
 }
 
 /// When something happened, counted in notes.
@@ -151,6 +154,10 @@ impl Oracle {
             }
             Note::Done(request) => self.answer(*request, true),
             Note::Failed(request) => self.answer(*request, false),
+            Note::Reopened => {
+                let values = self.blocks.values_mut().flat_map(|block| &mut block.0);
+                values.filter(|value| value.answered.is_some()).for_each(|v| v.done = false);
+            }
         }
     }
 
@@ -201,6 +208,15 @@ impl Oracle {
                 self.snapshots.insert(name, content);
             }
         }
+    }
+
+    /// The writes that were asked for and not answered, and what they write.
+    pub fn unanswered(&self) -> Vec<(u64, Data)> {
+        let write = |(_, ask): &(Time, Ask)| match ask {
+            Ask::Write { offset, data } => Some((*offset, data.clone())),
+            _ => None,
+        };
+        self.asked.values().filter_map(write).collect()
     }
 
     /// Fails where a crash can't leave what is found in a block.
