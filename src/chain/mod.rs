@@ -21,7 +21,7 @@ use std::sync::{Arc, PoisonError};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{Header, ParentLink, State};
-use crate::live::{Keeper, Kept, Writable, newest_header};
+use crate::live::{Keeper, Kept, Writable, newest_header, survivors};
 use crate::packed::Packed;
 use crate::storage::{Access, Folder, Rights, Storage, open_in, sync_folder};
 use crate::sync::{RwLock, RwLockReadGuard};
@@ -132,7 +132,7 @@ impl Chain {
     /// answered sees that there was a gap.
     ///
     /// # Errors
-    /// As [`Chain::open`] and [`Writable::go_on`]; [`ErrorKind::InvalidInput`] where what is kept is
+    /// As [`Chain::open`] and [`survivors`]; [`ErrorKind::InvalidInput`] where what is kept is
     /// another disk's.
     pub fn open_kept(
         folder: Arc<dyn Folder>,
@@ -305,7 +305,7 @@ fn open_writable(
     layers: &Gate,
     keeper: Option<&dyn Keeper>,
 ) -> Result<Levels> {
-    let held = keeper.map_or(Ok(Vec::new()), Keeper::kept)?;
+    let held = keeper.map_or(Ok(Vec::new()), survivors)?;
     let path = folder.path().join(name);
     let mut file = open_in(&**folder, name, Access::Write)?;
     if Packed::is_packed(&*file)? {

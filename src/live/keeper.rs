@@ -5,7 +5,8 @@ use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
+use crate::planted::{Bug, planted};
 use crate::storage::Storage;
 use crate::types::{Group, Word};
 
@@ -62,4 +63,23 @@ pub trait Keeper: Send + Sync + Debug {
     /// # Errors
     /// Host errors.
     fn kept(&self) -> Result<Vec<Kept>>;
+}
+
+/// What is kept, with all that was answered of it on the disk.
+///
+/// # Errors
+/// [`ErrorKind::Poisoned`] where a sync has failed since it was kept: then what was answered may be
+/// lost, and nobody may go on as if it were not. Host errors.
+pub fn survivors(keeper: &dyn Keeper) -> Result<Vec<Kept>> {
+    let kept = keeper.kept()?;
+    for Kept { file, witness, .. } in &kept {
+        if planted(Bug::SettledBeforeItsSync) {
+            continue;
+        }
+        witness.sync_data().map_err(|error| {
+            let detail = format!("a sync failed ({error}): what was answered may be lost");
+            Error::new(ErrorKind::Poisoned, detail).in_file(file.path())
+        })?;
+    }
+    Ok(kept)
 }

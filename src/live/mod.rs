@@ -28,7 +28,7 @@ use crate::wait::{Attempt, Wait};
 
 pub use create::{NewLayer, create, random};
 pub use journal::{RingSlot, read_ring};
-pub use keeper::{FreshMap, Keeper, Kept};
+pub use keeper::{FreshMap, Keeper, Kept, survivors};
 pub use pages::next_group;
 pub use sealed::Sealed;
 pub use slots::{durable_header, newest_header, read_slots};

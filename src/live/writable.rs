@@ -87,20 +87,13 @@ impl Writable {
         })
     }
 
-    /// Goes on with a layer that is kept, where the process that wrote it died: all that it answered
-    /// is there, durably.
+    /// Goes on with one of the [`survivors`](super::survivors), where the process that wrote it died:
+    /// all that it answered is there, durably.
     ///
     /// # Errors
-    /// [`ErrorKind::Poisoned`] where a sync has failed since it was kept: then what was answered may
-    /// be lost, and nobody may go on as if it were not. Else as [`Writable::open`].
+    /// As [`Writable::open`].
     pub fn go_on(kept: Kept) -> Result<Self> {
-        let Kept { file, witness, fresh } = kept;
-        if !planted(Bug::SettledBeforeItsSync) {
-            witness.sync_data().map_err(|error| {
-                let detail = format!("a sync failed ({error}): what was answered may be lost");
-                Error::new(ErrorKind::Poisoned, detail).in_file(file.path())
-            })?;
-        }
+        let Kept { file, fresh, .. } = kept;
         let slots = Slots::read(&*file)?;
         check_writable(&slots.header).map_err(|error| error.in_file(file.path()))?;
         let mut recovered = recover(&*file, &slots.header)?;
