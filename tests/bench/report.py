@@ -87,6 +87,9 @@ def show(row):
     if OURS in servers and BEFORE in servers:
         pairs = [now / before for now, before in zip(servers[OURS], servers[BEFORE])]
         figures += f"; median of the paired ratios {median(pairs):.3f}"
+        spent = row.get("processor", {OURS: [], BEFORE: []})
+        if pairs := [before / now for now, before in zip(spent[OURS], spent[BEFORE])]:
+            figures += f", of the processor time {median(pairs):.3f}"
     print(f"{row['workload']} {where}: {figures}", flush=True)
 
 
