@@ -102,10 +102,13 @@ pub(super) fn remove(folder: &dyn Folder, name: &str) -> Result<()> {
     }
 }
 
-/// The names in a folder, sorted.
+/// The names in a folder, sorted; none where it is missing.
 pub(super) fn listing(folder: &dyn Folder) -> Result<Vec<String>> {
     let fail = |error| Error::io(error, "listing the folder").in_file(folder.path());
-    let mut names = folder.list().map_err(fail)?;
+    let mut names = match folder.list() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        other => other.map_err(fail)?,
+    };
     names.sort();
     Ok(names)
 }

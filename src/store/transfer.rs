@@ -6,7 +6,7 @@ use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use super::digest::{hex_digest, is_hex_digest};
-use super::image::{LAYER_TYPE, bad, hex_of};
+use super::image::{Manifest, bad, hex_of};
 use super::index::Index;
 use super::{Image, Store, digest, files, json};
 use crate::error::{Error, ErrorKind, Result};
@@ -60,26 +60,37 @@ impl Store {
         })
     }
 
-    /// Gives names to manifests whose blobs were added, after checking that all is there.
+    /// Gives names to manifests whose blobs were added, after checking that all is there. What others
+    /// keep beside them is left out.
     pub fn add_images(&self, index: &[u8]) -> Result<Vec<Image>> {
         let value: Value = json::parse(index)?;
         let _guard = self.lock()?;
         let mut own = Index::read(self)?;
-        let mut images = Vec::new();
+        let (mut images, mut foreign) = (Vec::new(), None);
         let entries = value.get("manifests").and_then(Value::as_array);
         for entry in entries.into_iter().flatten() {
             let digest = entry.get("digest").and_then(Value::as_str).and_then(hex_digest);
             let digest = digest.ok_or_else(|| bad("an entry without a SHA-256 digest"))?;
             let name = entry.pointer("/annotations/org.opencontainers.image.ref.name");
             let reference = name.and_then(Value::as_str).map(str::parse).transpose()?;
-            let image = self.load_image(digest, reference.clone())?;
-            let image = image.ok_or_else(|| bad(format!("manifest {digest} is missing")))?;
+            let image = match self.look_up(digest, reference.clone())? {
+                Manifest::Image(image) => *image,
+                Manifest::Missing => return Err(bad(format!("manifest {digest} is missing"))),
+                Manifest::Foreign(why) => {
+                    foreign.get_or_insert(format!("{digest}: {why}"));
+                    continue;
+                }
+            };
             self.check_layers(&image)?;
             match reference {
                 Some(reference) => own.set(&reference, entry.clone()),
                 None => return Err(bad(format!("manifest {digest} has no name"))),
             }
             images.push(image);
+        }
+        if let Some(why) = foreign.filter(|_| images.is_empty()) {
+            let detail = format!("no image of thinply is in it: {why}");
+            return Err(Error::new(ErrorKind::Unsupported, detail));
         }
         own.write(self)?;
         Ok(images)
@@ -109,10 +120,6 @@ impl Store {
 
     /// Opens the whole chain, and compares it with the manifest.
     fn check_layers(&self, image: &Image) -> Result<()> {
-        if let Some(found) = image.foreign_layer() {
-            let detail = format!("a layer of type {found}, expected {LAYER_TYPE}");
-            return Err(Error::new(ErrorKind::Unsupported, detail));
-        }
         let layers = image.layers()?;
         let chain = self.open_image(image)?;
         let files: Vec<_> = chain

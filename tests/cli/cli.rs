@@ -21,6 +21,7 @@ mod repair;
 mod rights;
 mod show;
 mod store;
+mod store_damage;
 mod store_kill;
 mod store_limits;
 mod support;

@@ -101,8 +101,20 @@ impl Serve {
 
     fn run_store(&self) -> Outcome {
         let listeners = self.listeners()?;
-        let control = Control::serving(self.store.open()?, say())?;
-        let asked = line::Server::start(control.clone())?;
+        let store = self.store.open()?;
+        let (control, asked) = match Control::serving(store.clone(), say()) {
+            Err(error)
+                if matches!(error.kind(), ErrorKind::ReadOnly | ErrorKind::PermissionDenied) =>
+            {
+                output::say(format_args!("only what is read can be used: {error}"));
+                (Control::private(store, say()), None)
+            }
+            other => {
+                let control = other?;
+                let asked = line::Server::start(control.clone())?;
+                (control, Some(asked))
+            }
+        };
         self.serve(listeners, Arc::new(control.desk().clone()))?;
         drop(asked);
         // Somebody may be committing still.
