@@ -201,6 +201,19 @@ impl Store {
         Ok((own.blobs.difference(&kept.blobs).cloned().collect(), Vec::new()))
     }
 
+    /// Those of the blobs that nothing refers to and nobody has open; none where something can't be
+    /// read that may.
+    pub(super) fn unmarked(&self, index: &Index, blobs: &[String]) -> Result<Vec<String>> {
+        let marks = self.marked(index, &[])?;
+        let mut unmarked = Vec::new();
+        for blob in blobs.iter().filter(|blob| !marks.blobs.contains(*blob)) {
+            if marks.bad.is_empty() && self.is_idle(self.blobs(), blob)? {
+                unmarked.push(blob.clone());
+            }
+        }
+        Ok(unmarked)
+    }
+
     /// Takes away what nothing refers to: blobs, images without a name and without containers, and
     /// what crashes left. With `dry_run` it only tells. Where something can't be read that may refer to
     /// anything, only what crashes left goes, and it is told what that is.

@@ -67,6 +67,17 @@ fn foreign(manifest: &[u8]) -> Option<String> {
     let Ok(value) = serde_json::from_slice::<serde_json::Value>(manifest) else {
         return Some("no JSON".into());
     };
+    if let Some(inner) = value.get("manifests").and_then(serde_json::Value::as_array) {
+        let text = |entry: &serde_json::Value, place| {
+            entry.pointer(place).and_then(serde_json::Value::as_str).unwrap_or("?").to_owned()
+        };
+        let platform = |entry: &serde_json::Value| {
+            format!("{}/{}", text(entry, "/platform/os"), text(entry, "/platform/architecture"))
+        };
+        let platforms: Vec<_> = inner.iter().map(platform).collect();
+        let some = some_of(&platforms).escape_debug().to_string();
+        return Some(format!("an index of images for {some}: choose one of them"));
+    }
     if let Some(kind) = value.get("artifactType").and_then(serde_json::Value::as_str) {
         return Some(format!("an artifact of type {kind:?}"));
     }

@@ -100,6 +100,16 @@ impl Index {
         &self.0
     }
 
+    /// Takes a manifest in that has no name, unless it is there.
+    pub fn add(&mut self, descriptor: Value) {
+        let digest = descriptor.get("digest").and_then(Value::as_str).and_then(hex_digest);
+        if digest.is_some_and(|digest| self.descriptor(digest).is_none())
+            && let Some(entries) = self.raw_mut()
+        {
+            entries.push(descriptor);
+        }
+    }
+
     /// Gives a manifest a name. One that had it stays, without a name.
     pub fn set(&mut self, reference: &Reference, mut descriptor: Value) {
         if self.entries().any(|entry| {

@@ -5,8 +5,10 @@ use std::str::FromStr;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Longest name of a container, volume, snapshot or tag.
+/// Longest name of a container, volume or snapshot.
 pub const MAX_NAME: usize = 100;
+/// Longest tag of an image, as registries have it.
+const MAX_TAG: usize = 128;
 /// Longest repository of an image.
 const MAX_REPOSITORY: usize = 255;
 const DEFAULT_TAG: &str = "latest";
@@ -54,17 +56,17 @@ impl FromStr for Reference {
             return Err(refuse(
                 "an image",
                 text,
-                "expected NAME or NAME:TAG, the name of parts of a-z and 0-9 joined by one of \
-                 . _ - and /, at most 255 bytes",
+                "expected NAME or NAME:TAG, the name of parts of a-z and 0-9 joined by . _ __ - and /, \
+                 at most 255 bytes",
             ));
         }
         let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
         let first = tag.chars().next().is_some_and(word);
-        if !first || !tag.chars().all(|c| word(c) || c == '.' || c == '-') || tag.len() > MAX_NAME {
+        if !first || !tag.chars().all(|c| word(c) || c == '.' || c == '-') || tag.len() > MAX_TAG {
             return Err(refuse(
                 "an image",
                 text,
-                "expected a tag of at most 100 of the characters a-z, A-Z, 0-9, _, . and -",
+                "expected a tag of at most 128 of the characters a-z, A-Z, 0-9, _, . and -",
             ));
         }
         Ok(Self { repository: repository.into(), tag: tag.into() })
@@ -84,18 +86,16 @@ fn is_repository(text: &str) -> bool {
     text.len() <= MAX_REPOSITORY && host && parts.all(is_component)
 }
 
-/// Letters and digits, with single separators between them.
+/// Letters and digits, with separators between them: a dot, one or two underscores, any number of
+/// hyphens (the OCI distribution specification, as Docker reads it).
 fn is_component(text: &str) -> bool {
     let alphanumeric = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-    let mut separated = true;
-    for c in text.chars() {
-        let separator = matches!(c, '.' | '_' | '-');
-        if !(separator && !separated || alphanumeric(c)) {
-            return false;
-        }
-        separated = separator;
-    }
-    !separated
+    let separator =
+        |part: &str| matches!(part, "." | "_" | "__") || part.bytes().all(|byte| byte == b'-');
+    let inner = text.trim_start_matches(alphanumeric);
+    let starts = inner.len() < text.len();
+    let separators = inner.split(alphanumeric).filter(|part| !part.is_empty());
+    starts && text.ends_with(alphanumeric) && separators.into_iter().all(separator)
 }
 
 impl fmt::Display for Reference {
@@ -115,14 +115,44 @@ mod tests {
         assert_eq!(read("debian:12.1").unwrap(), "debian:12.1");
         assert_eq!(read("localhost:5000/a/b-c").unwrap(), "localhost:5000/a/b-c:latest");
         assert_eq!(read("localhost:5000/a:T_1").unwrap(), "localhost:5000/a:T_1");
+        for docker in ["my--app", "x__y", "a.b_c__d---e/f", "0", &format!("a:{}", "t".repeat(128))]
+        {
+            assert!(read(docker).is_ok(), "{docker}");
+        }
     }
 
     #[test]
     fn odd_names_are_refused() {
         let long = "a".repeat(300);
         for odd in [
-            "", ".", "..", "../x", "a/../b", "/a", "a/", "a//b", "A", "a:", ":a", "a:b:c", "a b",
-            "a\n", "ä", "日本", "a:ä", "-a", "a-", "a..b", "a@b", &long,
+            "",
+            ".",
+            "..",
+            "../x",
+            "a/../b",
+            "/a",
+            "a/",
+            "a//b",
+            "A",
+            "a:",
+            ":a",
+            "a:b:c",
+            "a b",
+            "a\n",
+            "ä",
+            "日本",
+            "a:ä",
+            "-a",
+            "a-",
+            "a..b",
+            "a@b",
+            "a___b",
+            "a._b",
+            "a-_b",
+            "_a",
+            "a__",
+            &format!("a:{}", "t".repeat(129)),
+            &long,
         ] {
             assert!(odd.parse::<Reference>().is_err(), "{odd:?}");
         }

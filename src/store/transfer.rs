@@ -17,8 +17,8 @@ const CHUNK: usize = 1 << 20;
 
 impl Store {
     /// Stores the bytes of a reader if they have the digest, with these rights, and leaves them
-    /// unreferenced. A blob that was there before keeps its rights.
-    pub fn add_blob(&self, digest: &str, reader: &mut dyn Read, rights: &Rights) -> Result<()> {
+    /// unreferenced. Answers whether they are new; a blob that was there before keeps its rights.
+    pub fn add_blob(&self, digest: &str, reader: &mut dyn Read, rights: &Rights) -> Result<bool> {
         if !is_hex_digest(digest) {
             return Err(bad(format!("a blob called {digest:?}, expected a SHA-256")));
         }
@@ -26,6 +26,7 @@ impl Store {
         let folder = self.blobs();
         let fail = |error| Error::io(error, "storing a blob").in_file(folder.path().join(digest));
         let old = folder.open(digest, Access::Read).ok();
+        let is_new = old.is_none();
         let rights = old.map_or(Ok(rights.clone()), |old| Rights::of_successor(&*old));
         let rights = rights.map_err(fail)?;
         let guard = self.lock()?;
@@ -55,12 +56,25 @@ impl Store {
             folder.rename(&name, digest).map_err(fail)?;
             sync_folder(folder)
         };
-        store().inspect_err(|_| {
+        store().map(|()| is_new).inspect_err(|_| {
             let _ = folder.remove(&name);
         })
     }
 
-    /// Gives names to manifests whose blobs were added, after checking that all is there. What others
+    /// Takes those of the blobs away that nothing refers to; none where something can't be read that
+    /// may.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn discard(&self, blobs: &[String]) -> Result<()> {
+        let _guard = self.lock()?;
+        for blob in self.unmarked(&Index::read(self)?, blobs)? {
+            files::remove(self.blobs(), &blob)?;
+        }
+        Ok(())
+    }
+
+    /// Takes manifests in whose blobs were added, under their names where they have any, after checking that all is there. What others
     /// keep beside them is left out.
     pub fn add_images(&self, index: &[u8]) -> Result<Vec<Image>> {
         let value: Value = json::parse(index)?;
@@ -84,7 +98,7 @@ impl Store {
             self.check_layers(&image)?;
             match reference {
                 Some(reference) => own.set(&reference, entry.clone()),
-                None => return Err(bad(format!("manifest {digest} has no name"))),
+                None => own.add(entry.clone()),
             }
             images.push(image);
         }

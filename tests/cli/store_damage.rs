@@ -141,7 +141,7 @@ fn put(folder: &Folder, kind: &str, bytes: &[u8]) -> Value {
     json!({"mediaType": kind, "digest": format!("sha256:{digest}"), "size": bytes.len()})
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -2,14 +2,17 @@
 
 use std::time::SystemTime;
 
+use crate::io::log::visible;
 use crate::io::output::Output;
 use crate::io::size::human;
 use thinply::error::Result;
 
 /// Appends rows under a heading, each column as wide as its widest cell.
 pub fn print(output: &mut Output, heading: &[&str], rows: &[Vec<String>]) -> Result<()> {
+    let clean = |row: &Vec<String>| row.iter().map(|cell| visible(cell, &[])).collect();
+    let rows: Vec<Vec<String>> = rows.iter().map(clean).collect();
     let mut widths: Vec<_> = heading.iter().map(|cell| cell.len()).collect();
-    for row in rows {
+    for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }

@@ -1,8 +1,9 @@
 //! `thinply image save` and `thinply image load`: OCI image layouts as folders and archives.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, IsTerminal, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -28,7 +29,7 @@ const MAX_INDEX: u64 = 40 << 20;
 pub struct Save {
     #[command(flatten)]
     store: StoreArg,
-    /// The file to make; it must not exist
+    /// The file to make, which must not exist, a pipe to write to, or - for standard output
     #[arg(long, short, value_name = "FILE")]
     output: PathBuf,
     /// Names of images
@@ -53,23 +54,55 @@ impl Read for Blob {
 impl Save {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
+        let fail = |error| self.failed(error);
+        if self.output == Path::new("-") {
+            let stdout = io::stdout();
+            if stdout.is_terminal() {
+                let detail = "a terminal shows no archive; send standard output elsewhere";
+                return Err(Error::new(ErrorKind::InvalidInput, detail));
+            }
+            let stdout = File::from(stdout.as_fd().try_clone_to_owned().map_err(fail)?);
+            self.write(&self.contents()?, stdout)?;
+            return Ok(Answer::Yes);
+        }
+        let kind = fs::metadata(&self.output).map(|meta| meta.file_type());
+        if kind.is_ok_and(|kind| kind.is_fifo() || kind.is_char_device()) {
+            let contents = self.contents()?;
+            let file = File::options().write(true).open(&self.output).map_err(fail)?;
+            self.write(&contents, file)?;
+            return Ok(Answer::Yes);
+        }
         let (directory, name) = vacant(&self.output)?;
+        let contents = self.contents()?;
+        let rights =
+            Rights::of_copy(contents.blobs.iter().map(|(_, file)| &**file)).map_err(fail)?;
+        let draft = Draft::new(&directory, rights);
+        self.write(&contents, draft.file().map_err(fail)?)?.sync_all().map_err(fail)?;
+        draft.publish(Path::new(&name), Replace::Never)?;
+        Ok(Answer::Yes)
+    }
+
+    fn failed(&self, error: io::Error) -> Error {
+        Error::io(error, "writing the archive").in_file(&self.output)
+    }
+
+    fn contents(&self) -> Result<Contents> {
         let store = self.store.open()?;
         let images = self.images.iter().map(|name| store.image(name));
         let images = images.collect::<Result<Vec<_>>>()?;
-        let mut blobs = Vec::new();
+        let mut digests = Vec::new();
         for image in &images {
-            blobs.extend(store.blobs_of(image)?);
+            digests.extend(store.blobs_of(image)?);
         }
-        blobs.sort();
-        blobs.dedup();
+        digests.sort();
+        digests.dedup();
         let index = store.index_of(&images)?;
+        let open = |digest: String| store.blob(&digest).map(|file| (digest, file));
+        Ok(Contents { index, blobs: digests.into_iter().map(open).collect::<Result<_>>()? })
+    }
 
-        let fail = |error| Error::io(error, "writing the archive").in_file(&self.output);
-        let files = blobs.iter().map(|digest| store.blob(digest)).collect::<Result<Vec<_>>>()?;
-        let rights = Rights::of_copy(files.iter().map(|file| &**file)).map_err(fail)?;
-        let draft = Draft::new(&directory, rights);
-        let file = draft.file().map_err(fail)?;
+    fn write(&self, contents: &Contents, file: File) -> Result<File> {
+        let fail = |error| self.failed(error);
         let mut archive = tar::Builder::new(io::BufWriter::new(file));
         let mut add = |path: String, length: u64, bytes: &mut dyn Read| {
             let mut header = tar::Header::new_gnu();
@@ -79,17 +112,22 @@ impl Save {
             archive.append_data(&mut header, path, bytes).map_err(fail)
         };
         add("oci-layout".into(), LAYOUT.len() as u64, &mut &*LAYOUT)?;
-        add("index.json".into(), index.len() as u64, &mut &*index)?;
-        for (digest, file) in blobs.iter().zip(files) {
+        add("index.json".into(), contents.index.len() as u64, &mut &*contents.index)?;
+        for (digest, file) in &contents.blobs {
             let length = file.length().map_err(fail)?;
-            add(format!("{BLOBS}{digest}"), length, &mut Blob { file, at: 0 }.take(length))?;
+            let mut blob = Blob { file: file.clone(), at: 0 }.take(length);
+            add(format!("{BLOBS}{digest}"), length, &mut blob)?;
         }
-        let mut file = archive.into_inner().map_err(fail)?;
-        file.flush().map_err(fail)?;
-        file.get_ref().sync_all().map_err(fail)?;
-        draft.publish(Path::new(&name), Replace::Never)?;
-        Ok(Answer::Yes)
+        let file = archive.into_inner().map_err(fail)?;
+        file.into_inner().map_err(|error| fail(error.into_error()))
     }
+}
+
+/// What an archive holds.
+struct Contents {
+    index: Vec<u8>,
+    /// By digest.
+    blobs: Vec<(String, Arc<dyn Storage>)>,
 }
 
 /// The rights of a copy of a file.
@@ -100,71 +138,131 @@ fn rights_of(file: &File) -> io::Result<Rights> {
 /// Take images from an OCI archive, or from a folder with an OCI layout.
 ///
 /// Every blob is compared with its digest, every image with its layers. Names that are taken here
-/// go to the images that come. Prints their names.
+/// go to the images that come. Prints their names, and the ids of those that have none: they are
+/// there until `gc`, or for good once `image tag` has named them. What is no image of thinply is
+/// left out.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   thinply image load debian.tar
+  zstd -dc debian.tar.zst | thinply image load -
   skopeo copy docker://registry/debian:12 oci:folder:debian:12 && thinply image load folder")]
 pub struct Load {
     #[command(flatten)]
     store: StoreArg,
-    /// The archive or folder
+    /// The archive or folder; - for an archive on standard input
     file: PathBuf,
+}
+
+/// Blobs on their way into a store.
+struct Incoming<'a> {
+    store: &'a Store,
+    /// Those that were not there before.
+    new: Vec<String>,
+}
+
+impl Incoming<'_> {
+    fn take(&mut self, name: &str, bytes: &mut dyn Read, rights: &Rights) -> Result<()> {
+        // Whatever else lies among the blobs is nobody's.
+        if is_digest(name) && self.store.add_blob(name, bytes, rights)? {
+            self.new.push(name.to_owned());
+        }
+        Ok(())
+    }
+}
+
+fn is_digest(name: &str) -> bool {
+    name.len() == 64 && name.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 impl Load {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
         let store = self.store.open()?;
-        let index =
-            if self.file.is_dir() { self.load_folder(&store)? } else { self.load_archive(&store)? };
-        let images = store.add_images(&index).map_err(|error| error.in_file(&self.file))?;
+        let mut incoming = Incoming { store: &store, new: Vec::new() };
+        let loaded = self.read(&mut incoming).and_then(|index| store.add_images(&index));
+        // What no image here has, all of it where that failed, is not to stay.
+        let left = store.discard(&incoming.new);
+        let images = loaded.map_err(|error| error.in_file(self.label()))?;
+        left?;
         let mut output = Output::new();
         for image in images {
-            output.line(format_args!("Loaded image: {}", image.name()))?;
+            match &image.reference {
+                Some(name) => output.line(format_args!("Loaded image: {name}"))?,
+                None => output.line(format_args!("Loaded image ID: sha256:{}", image.id))?,
+            }
         }
         output.print()?;
         Ok(Answer::Yes)
     }
 
-    fn failed(&self, error: io::Error) -> Error {
-        Error::io(error, "reading the images").in_file(&self.file)
+    fn is_stdin(&self) -> bool {
+        self.file == Path::new("-")
     }
 
-    fn load_folder(&self, store: &Store) -> Result<Vec<u8>> {
+    fn label(&self) -> &Path {
+        if self.is_stdin() { Path::new("standard input") } else { &self.file }
+    }
+
+    fn failed(&self, error: io::Error) -> Error {
+        Error::io(error, "reading the images").in_file(self.label())
+    }
+
+    fn refused(&self, detail: &str) -> Error {
+        Error::new(ErrorKind::InvalidInput, detail).in_file(self.label())
+    }
+
+    fn read(&self, incoming: &mut Incoming<'_>) -> Result<Vec<u8>> {
+        let fail = |error| self.failed(error);
+        if self.is_stdin() {
+            let stdin = File::from(io::stdin().as_fd().try_clone_to_owned().map_err(fail)?);
+            return self.read_archive(stdin, incoming);
+        }
+        if self.file.is_dir() {
+            return self.read_folder(incoming);
+        }
+        self.read_archive(File::open(&self.file).map_err(fail)?, incoming)
+    }
+
+    fn read_folder(&self, incoming: &mut Incoming<'_>) -> Result<Vec<u8>> {
         let fail = |error| self.failed(error);
         let index = File::open(self.file.join("index.json")).map_err(fail)?;
         let index = self.read_index(&mut &index)?;
         for entry in fs::read_dir(self.file.join(BLOBS)).map_err(fail)? {
             let entry = entry.map_err(fail)?;
+            let name = entry.file_name();
+            let Some(name) = name.to_str().filter(|name| is_digest(name)) else { continue };
             let mut file = File::open(entry.path()).map_err(fail)?;
             let rights = rights_of(&file).map_err(fail)?;
-            store.add_blob(&entry.file_name().to_string_lossy(), &mut file, &rights)?;
+            incoming.take(name, &mut file, &rights)?;
         }
         Ok(index)
     }
 
-    fn load_archive(&self, store: &Store) -> Result<Vec<u8>> {
+    fn read_archive(&self, mut file: File, incoming: &mut Incoming<'_>) -> Result<Vec<u8>> {
         let fail = |error| self.failed(error);
-        let file = File::open(&self.file).map_err(fail)?;
-        let rights = rights_of(&file).map_err(fail)?;
-        let mut archive = tar::Archive::new(file);
+        let is_file = file.metadata().map_err(fail)?.is_file();
+        let rights = if is_file { rights_of(&file).map_err(fail)? } else { Rights::Usual };
+        let mut head = Vec::new();
+        file.by_ref().take(6).read_to_end(&mut head).map_err(fail)?;
+        if let Some(kind) = compressed(&head) {
+            let detail = format!("compressed with {kind}: decompress it into `image load -`");
+            return Err(self.refused(&detail));
+        }
+        let mut archive = tar::Archive::new(io::Cursor::new(head).chain(file));
         let mut index = None;
         for entry in archive.entries().map_err(fail)? {
             let mut entry = entry.map_err(fail)?;
             let path = entry.path().map_err(fail)?.to_string_lossy().into_owned();
-            let path = path.strip_prefix("./").unwrap_or(&path);
+            let path = path.strip_prefix("./").unwrap_or(&path).to_owned();
+            let mut whole = Whole { left: entry.size(), inner: &mut entry };
             if path == "index.json" {
-                index = Some(self.read_index(&mut entry)?);
-            } else if let Some(digest) = path.strip_prefix(BLOBS).filter(|name| !name.is_empty()) {
-                store.add_blob(digest, &mut entry, &rights)?;
+                index = Some(self.read_index(&mut whole)?);
+            } else if let Some(digest) = path.strip_prefix(BLOBS) {
+                incoming.take(digest, &mut whole, &rights)?;
             }
         }
-        index.ok_or_else(|| {
-            let detail = "no OCI archive: there is no index.json in it";
-            Error::new(ErrorKind::InvalidInput, detail).in_file(&self.file)
-        })
+        index.ok_or_else(|| self.refused("no OCI archive: there is no index.json in it"))
     }
 
     fn read_index(&self, reader: &mut dyn Read) -> Result<Vec<u8>> {
@@ -172,8 +270,37 @@ impl Load {
         let count = reader.take(MAX_INDEX + 1).read_to_end(&mut bytes);
         if count.map_err(|error| self.failed(error))? as u64 > MAX_INDEX {
             let detail = "an index of more than 40 MiB";
-            return Err(Error::new(ErrorKind::Limit, detail).in_file(&self.file));
+            return Err(Error::new(ErrorKind::Limit, detail).in_file(self.label()));
         }
         Ok(bytes)
+    }
+}
+
+/// How a file with this beginning is compressed.
+fn compressed(head: &[u8]) -> Option<&'static str> {
+    let kinds: [(&[u8], _); 4] = [
+        (b"\x1f\x8b", "gzip"),
+        (b"\x28\xb5\x2f\xfd", "zstd"),
+        (b"\xfd7zXZ\0", "xz"),
+        (b"BZh", "bzip2"),
+    ];
+    kinds.into_iter().find(|(magic, _)| head.starts_with(magic)).map(|(_, kind)| kind)
+}
+
+/// Bytes of which so many are announced: fewer are an error.
+struct Whole<'a> {
+    inner: &'a mut dyn Read,
+    left: u64,
+}
+
+impl Read for Whole<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buf)?;
+        self.left = self.left.saturating_sub(count as u64);
+        if count == 0 && self.left > 0 && !buf.is_empty() {
+            let detail = format!("the archive was cut off, {} bytes are missing", self.left);
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, detail));
+        }
+        Ok(count)
     }
 }
