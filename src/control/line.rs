@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::{Shutdown, shutdown};
 
@@ -49,12 +49,12 @@ fn converse(mut stream: &UnixStream, request: &Request) -> Result<Answer> {
     let mut line = request.to_json()?;
     line.push(b'\n');
     stream.write_all(&line).map_err(failed)?;
-    let line = read_line(stream, MAX_ANSWER).map_err(failed)?;
+    let line = read_line(&mut stream, MAX_ANSWER).map_err(failed)?;
     reply_from_json(request, &line)
 }
 
 /// Reads a line of at most `most` bytes.
-fn read_line(stream: &UnixStream, most: u64) -> io::Result<Vec<u8>> {
+fn read_line(stream: &mut dyn Read, most: u64) -> io::Result<Vec<u8>> {
     let mut line = Vec::new();
     BufReader::new(stream.take(most)).read_until(b'\n', &mut line)?;
     match line.pop() {
@@ -139,6 +139,45 @@ fn answer(mut stream: &UnixStream, control: &Control) {
 
 fn hear(stream: &UnixStream) -> Result<Request> {
     let failed = |error| Error::io(error, "reading a request");
-    stream.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
-    Request::from_json(&read_line(stream, MAX_REQUEST).map_err(failed)?)
+    let mut stream = Until { stream, end: Instant::now() + PATIENCE };
+    Request::from_json(&read_line(&mut stream, MAX_REQUEST).map_err(failed)?)
+}
+
+/// A stream that is read until some time, however its bytes trickle in.
+struct Until<'a> {
+    stream: &'a UnixStream,
+    end: Instant,
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let left = self.end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        self.stream.read(buf)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_says_a_request_byte_by_byte_has_no_more_time_than_others() {
+        let (client, server) = UnixStream::pair().unwrap();
+        let dripping = thread::spawn(move || {
+            while (&client).write_all(b"x").is_ok() {
+                thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let mut stream =
+            Until { stream: &server, end: Instant::now() + Duration::from_millis(100) };
+        let error = read_line(&mut stream, MAX_REQUEST).unwrap_err();
+        let kinds = [io::ErrorKind::TimedOut, io::ErrorKind::WouldBlock];
+        assert!(kinds.contains(&error.kind()), "{error:?}");
+        drop(server);
+        dripping.join().unwrap();
+    }
 }

@@ -531,3 +531,37 @@ fn a_store_of_a_later_version_is_read_and_never_changed() {
     folder.write("store/features", b"{");
     assert!(folder.run(&["image", "ls"]).refused().contains("features"));
 }
+
+#[test]
+fn a_disk_of_the_store_is_resized_by_its_name_also_while_it_is_served() {
+    let folder = stocked();
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    folder.ok(&["volume", "create", "--size", "1M", "v"]);
+    let size = |noun: &str, name: &str, field: &str| {
+        folder.json(&[noun, "inspect", name])[0][field].as_u64().unwrap()
+    };
+    folder.ok(&["resize", "container/c", "8M"]);
+    folder.ok(&["resize", "volume/v", "+1M"]);
+    assert_eq!(size("volume", "v", "virtual_size"), 2 * MIB);
+    assert!(folder.run(&["resize", "volume/v", "-1M"]).refused().contains("shrink"));
+    folder.ok(&["resize", "--shrink", "volume/v", "-1M"]);
+    assert_eq!(size("volume", "v", "virtual_size"), MIB);
+    assert!(folder.run(&["resize", "container/none", "8M"]).code == 2);
+
+    let served = Served::all(&folder);
+    let mut client = served.client("container/c").unwrap();
+    client.write(8 * MIB - 512, &[7; 512]).unwrap();
+    folder.ok(&["resize", "container/c", "16M"]);
+    client.write(0, &[8; 512]).unwrap();
+    assert_eq!(client.read(8 * MIB - 512, 512).unwrap(), [7; 512]);
+    client.disconnect().unwrap();
+    let mut client = served.client("container/c").unwrap();
+    client.write(16 * MIB - 512, &[9; 512]).unwrap();
+    drop((client, served));
+    assert_eq!(size("container", "c", "device_size"), 16 * MIB);
+    // A file of that name is meant where there is one.
+    fs::create_dir(folder.join("container")).unwrap();
+    folder.ok(&["create", "--size", "1M", "container/c"]);
+    folder.ok(&["resize", "container/c", "2M"]);
+    assert_eq!(folder.json(&["info", "--json", "container/c"])["virtual_size"], 2 * MIB);
+}

@@ -3,13 +3,15 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use thinply::control::{self, Request};
 use thinply::device::Device;
 use thinply::error::{Error, ErrorKind};
 use thinply::storage::Access;
 
 use crate::io::paths::{Place, closing};
 use crate::io::size::{self, NewSize};
-use crate::options::LayersArg;
+use crate::options::{LayersArg, StoreArg};
+use crate::verbs::serve::say;
 use crate::verbs::{Answer, Outcome};
 
 const AFTER_HELP: &str = "\
@@ -19,9 +21,13 @@ comes back: growing again shows zeros.
 Examples:
   thinply resize disk.tply 20G
   thinply resize disk.tply +512M
-  thinply resize --shrink disk.tply -1G";
+  thinply resize --shrink disk.tply -1G
+  thinply resize container/web +5G";
 
 /// Change a disk's size.
+///
+/// A disk of the store that `serve --all` serves is resized by that process, while its clients go on:
+/// those that are connected keep the size that they were told, until they connect again.
 #[derive(Args, Debug)]
 #[command(after_help = AFTER_HELP)]
 pub struct Resize {
@@ -30,7 +36,9 @@ pub struct Resize {
     shrink: bool,
     #[command(flatten)]
     layers: LayersArg,
-    /// The disk
+    #[command(flatten)]
+    store: StoreArg,
+    /// The disk; container/NAME or volume/NAME for one of the store
     file: PathBuf,
     /// The new size, or a change of it with + or -
     #[arg(allow_hyphen_values = true)]
@@ -40,6 +48,28 @@ pub struct Resize {
 impl Resize {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
+        let name = self.file.to_str().unwrap_or_default();
+        let own = name.split_once('/').filter(|_| !self.file.exists());
+        match own {
+            Some((kind @ ("container" | "volume"), disk)) => self.resize_in_store(kind, disk),
+            _ => self.resize_file(),
+        }
+    }
+
+    fn resize_in_store(&self, kind: &str, name: &str) -> Outcome {
+        let store = self.store.open()?;
+        let old = match kind {
+            "container" => store.container_size(name)?,
+            _ => store.volume(name)?.virtual_size,
+        };
+        let size = self.size.of(old)?;
+        size::check(Some(size))?;
+        let disk = format!("{kind}/{name}");
+        control::carry_out(&store, &Request::Resize { disk, size, shrink: self.shrink }, say())?;
+        Ok(Answer::Yes)
+    }
+
+    fn resize_file(&self) -> Outcome {
         let place = Place::existing(&self.file)?;
         let chain = place.chain(Access::Write, self.layers.layers()?)?;
         closing(chain, |chain| {
