@@ -66,7 +66,10 @@ impl Descriptor {
 
     fn parse(bytes: &[u8]) -> Result<Self> {
         if !bytes.starts_with(VMDK_DESCRIPTOR) {
-            return Err(Error::new(ErrorKind::InvalidInput, "not a VMDK image: no descriptor"));
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "not a VMDK image of a kind that is read here: neither a sparse extent nor a descriptor",
+            ));
         }
         // A name in another encoding is only shown, or matched by what the user calls it.
         let text = str::from_utf8(bytes)
@@ -151,11 +154,7 @@ impl Sparse {
     /// Checks the header of a sparse extent.
     pub fn check(bytes: [u8; HEADER_SIZE]) -> Result<Self> {
         if !bytes.starts_with(VMDK_SPARSE) {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                "not a VMDK image of a kind that is read here: neither a descriptor nor a sparse \
-                 extent",
-            ));
+            return Err(Error::new(ErrorKind::InvalidInput, "not a sparse extent of a VMDK image"));
         }
         let mut sparse = Self { bytes, size: 0, compressed: bytes[77] != 0 };
         let sectors = sparse.u64_at(12);
