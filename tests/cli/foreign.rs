@@ -37,8 +37,8 @@ fn what_is_no_raw_disk_is_refused_with_the_way_unless_the_user_insists() {
         (begins(257, b"ustar"), "tar -xf"),
         (folder.read("layer.tply"), "thinply export"),
         (folder.read("packed.tply"), "thinply export"),
-        (footer[..].to_vec(), "--format=vpc"),
-        (footer[..footer.len() - 1].to_vec(), "--format=vpc"),
+        (footer[..].to_vec(), "--format vhd"),
+        (footer[..footer.len() - 1].to_vec(), "--format vhd"),
     ];
     for (bytes, way) in &cases {
         folder.write("disk.raw", bytes);

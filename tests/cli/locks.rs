@@ -56,7 +56,7 @@ fn writer(folder: &Folder, format: &str, name: &str) -> Option<Ended> {
 
 #[test]
 fn what_a_running_vm_writes_is_refused_unless_the_user_insists() {
-    for format in ["raw", "qcow2"] {
+    for format in ["raw", "qcow2", "vmdk", "vpc", "vhdx", "vdi"] {
         let folder = Folder::new();
         let name = format!("disk.{format}");
         folder.ok(&["create", "--size", "4M", "layer.tply"]);

@@ -23,6 +23,33 @@ pub trait Stream: Read + Write + Send {}
 
 impl<T: Read + Write + Send> Stream for T {}
 
+/// What a server is asked about the ranges of an export.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Context {
+    /// `base:allocation`; a hole is what reads as zeros.
+    #[default]
+    Allocation,
+    /// `qemu:allocation-depth`, of QEMU's servers; a hole is what no image of the chain holds, not
+    /// even as zeros.
+    Depth,
+}
+
+impl Context {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Allocation => ALLOCATION_NAME,
+            Self::Depth => "qemu:allocation-depth",
+        }
+    }
+
+    fn is_hole(self, state: u32) -> bool {
+        match self {
+            Self::Allocation => state & STATE_ZERO != 0,
+            Self::Depth => state == 0,
+        }
+    }
+}
+
 /// Connects to a server; whatever waits for it later waits for `patience` at most.
 pub fn stream(place: &Place, patience: Duration) -> io::Result<Box<dyn Stream>> {
     let limit = Some(patience);
@@ -84,8 +111,9 @@ pub struct Connection {
     /// What requests it takes.
     pub blocks: Blocks,
     pub(super) structured: bool,
-    /// The id of `base:allocation`.
-    pub(super) allocation: Option<u32>,
+    /// What is asked about, and the server's id for it.
+    pub(super) context: Context,
+    pub(super) status: Option<u32>,
     pub(super) cookie: u64,
     /// Whether every request was answered to its end, so that the next bytes belong to the next one.
     pub(super) in_step: bool,
@@ -106,15 +134,16 @@ struct Chunk {
 }
 
 impl Connection {
-    /// Agrees with a server on an export.
-    pub fn negotiate(stream: Box<dyn Stream>, export: &str) -> io::Result<Self> {
+    /// Agrees with a server on an export, and on what it is asked about.
+    pub fn negotiate(stream: Box<dyn Stream>, export: &str, context: Context) -> io::Result<Self> {
         let mut connection = Self {
             stream: BufReader::new(stream),
             size: 0,
             flags: 0,
             blocks: Blocks::default(),
             structured: false,
-            allocation: None,
+            context,
+            status: None,
             cookie: 0,
             in_step: false,
         };
@@ -131,16 +160,17 @@ impl Connection {
         connection.structured =
             connection.option(OPT_STRUCTURED_REPLY, &[], &mut |_, _| {})?.is_ok();
         if connection.structured {
-            connection.allocation = connection.choose_allocation(&name)?;
+            connection.status = connection.choose_context(&name)?;
         }
         connection.go(&name)?;
         connection.in_step = true;
         Ok(connection)
     }
 
-    fn choose_allocation(&mut self, name: &[u8]) -> io::Result<Option<u32>> {
-        let queries = [1, ALLOCATION_NAME.len() as u32].map(u32::to_be_bytes).concat();
-        let body = [name, &queries, ALLOCATION_NAME.as_bytes()].concat();
+    fn choose_context(&mut self, name: &[u8]) -> io::Result<Option<u32>> {
+        let context = self.context.name();
+        let queries = [1, context.len() as u32].map(u32::to_be_bytes).concat();
+        let body = [name, &queries, context.as_bytes()].concat();
         let mut id = None;
         let chosen = self.option(OPT_SET_META_CONTEXT, &body, &mut |kind, answer| {
             if kind == REP_META_CONTEXT {
@@ -294,7 +324,7 @@ impl Connection {
 
     /// The extents from `offset` on, each with a length. They may end before `length` or after it.
     pub fn extents(&mut self, offset: u64, length: u32) -> io::Result<Vec<Extent>> {
-        let Some(allocation) = self.allocation else {
+        let Some(status) = self.status else {
             return Ok(vec![Extent { length: length.into(), hole: false }]);
         };
         self.request(CMD_BLOCK_STATUS, offset, length, &[])?;
@@ -307,11 +337,11 @@ impl Connection {
                     let bytes = self.bytes(chunk.length)?;
                     let mut words =
                         bytes.as_chunks().0.iter().map(|word| u32::from_be_bytes(*word));
-                    if words.next() != Some(allocation) {
+                    if words.next() != Some(status) {
                         return Err(wrong("a status that was not asked for"));
                     }
                     while let (Some(length), Some(state)) = (words.next(), words.next()) {
-                        let (length, hole) = (length.into(), state & STATE_ZERO != 0);
+                        let (length, hole) = (length.into(), self.context.is_hole(state));
                         extents.push(Extent { length, hole });
                     }
                     if extents.is_empty() || extents.iter().any(|extent| extent.length == 0) {

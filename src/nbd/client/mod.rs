@@ -1,7 +1,7 @@
 //! A client: what an NBD server shows, read and written from here.
 //!
-//! Fixed newstyle, one request at a time, structured replies and `base:allocation` where the server
-//! has them. The server is not trusted: what it sends is bounded by what was asked for, and an
+//! Fixed newstyle, one request at a time, structured replies and a metadata [`Context`]
+//! where the server has them. The server is not trusted: what it sends is bounded by what was asked for, and an
 //! answer that fits nothing ends the conversation.
 
 mod blocks;
@@ -11,6 +11,7 @@ use std::io;
 use std::time::Duration;
 
 use connection::Connection;
+pub use connection::Context;
 
 use super::address::Address;
 use super::proto::numbers::{FLAG_READ_ONLY, FLAG_SEND_FLUSH};
@@ -41,14 +42,23 @@ impl Client {
     /// [`ErrorKind::NotFound`] where there is no such socket, [`ErrorKind::Io`] where nobody
     /// answers, the server refuses, or speaks something else.
     pub fn connect(address: &Address) -> Result<Self> {
-        Self::connect_within(address, PATIENCE)
+        Self::connect_for(address, Context::default())
     }
 
-    fn connect_within(address: &Address, patience: Duration) -> Result<Self> {
+    /// [`Client::connect`], where [`Client::extents`] asks about this.
+    ///
+    /// # Errors
+    ///
+    /// Likewise.
+    pub fn connect_for(address: &Address, context: Context) -> Result<Self> {
+        Self::connect_within(address, context, PATIENCE)
+    }
+
+    fn connect_within(address: &Address, context: Context, patience: Duration) -> Result<Self> {
         let failed = |what: &str, error| Error::io(in_words(error), format!("{address}: {what}"));
         let stream = connection::stream(&address.place, patience)
             .map_err(|error| failed("connecting", error))?;
-        let connection = Connection::negotiate(stream, &address.export)
+        let connection = Connection::negotiate(stream, &address.export, context)
             .map_err(|error| failed("agreeing on the export", error))?;
         Ok(Self { address: address.clone(), connection })
     }

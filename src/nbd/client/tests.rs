@@ -34,7 +34,8 @@ fn client(bytes: &[u8], structured: bool) -> Client {
         flags: FLAG_HAS_FLAGS | FLAG_SEND_FLUSH,
         blocks: Blocks::default(),
         structured,
-        allocation: structured.then_some(1),
+        context: Context::Allocation,
+        status: structured.then_some(1),
         cookie: 0,
         in_step: true,
     };
@@ -118,6 +119,11 @@ fn a_status_has_extents_with_lengths_inside_the_range() {
     assert!(extents(&status(DONE, &[1])).is_err());
     assert!(extents(&[hole.clone(), hole].concat()).is_err(), "twice");
     assert!(extents(&simple(0, 1)).is_err());
+    // Of the depth, a hole is what no image holds, whatever it reads as.
+    let mut depth = client(&status(DONE, &[1, 10, 0, 90, 1]), true);
+    depth.connection.context = Context::Depth;
+    let told: Vec<_> = depth.extents(0, 100).unwrap().iter().map(|told| told.hole).collect();
+    assert_eq!(told, [true, false]);
     let all = client(&[], false).extents(0, 100).unwrap();
     assert_eq!(all, [Extent { length: 100, hole: false }]);
 }
@@ -226,7 +232,9 @@ fn a_server_that_keeps_silent_is_an_error() {
     };
     let (_folder, address, serving) = server(vec![silent, greets]);
     for _ in 0..2 {
-        let error = Client::connect_within(&address, Duration::from_millis(20)).unwrap_err();
+        let error =
+            Client::connect_within(&address, Context::Allocation, Duration::from_millis(20))
+                .unwrap_err();
         let text = error.to_string();
         assert!(text.ends_with("agreeing on the export: the server is there, but keeps silent"));
         assert!(text.starts_with(&address.to_string()), "{text}");

@@ -198,15 +198,9 @@ class Qcow2(Foreign):
         encrypted = self.folder / "encrypted.qcow2"
         run("qemu-img", "create", "-q", *secret, "-f", "qcow2",
             "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", encrypted, "1M")
-        for image, what in [
-            (self.convert("zstd.qcow2", "-c", "-o", "compression_type=zstd"), "zstd"),
-            (self.convert("ext.qcow2", "-o", "extended_l2=on,cluster_size=128k"), "extended L2"),
-            (encrypted, "encryption"),
-        ]:
-            message = self.refused(image)
-            self.assertIn(what, message)
-            self.assertIn("qemu-nbd", message)
-            self.assertIn("nbd+unix:///", message)
+        message = self.refused(encrypted)
+        for part in ("encryption", "qemu-nbd", "nbd+unix:///"):
+            self.assertIn(part, message)
 
     def test_the_bytes_of_a_disk_never_say_what_it_is(self):
         secret = self.file("secret", b"s" * MiB)
@@ -335,10 +329,6 @@ class Vmdk(Foreign):
         with open(extent, "r+b") as file:
             file.truncate(SIZE - 512)
         self.assertIn("flat.vmdk", self.refused("--with", extent, flat))
-
-    def test_sparse_extents_are_refused_with_the_way_round(self):
-        sparse = self.convert("sparse.vmdk", format="vmdk")
-        self.assertIn("qemu-nbd", self.refused(sparse))
 
     def test_paths_in_a_descriptor_lead_nowhere(self):
         for path in ("/etc/passwd", "../../etc/passwd", "/dev/zero", ""):

@@ -1,10 +1,22 @@
-//! What a source is. Its name or the user says so, never its bytes: whoever can write a raw disk
-//! can make it begin like any image.
+//! What a source is. The user says so, or its bytes do. Whoever can write a raw disk can make it begin
+//! like any image, so that it is not enough for a source that is called raw, or that is a device; and
+//! nothing becomes a raw disk that begins like something else, or that is called an image.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use clap::ValueEnum;
 use thinply::error::{Error, ErrorKind, Result};
+
+/// How a qcow2 image begins.
+pub const QCOW2: &[u8] = b"QFI\xfb";
+/// How a sparse extent of a VMDK image begins.
+pub const VMDK_SPARSE: &[u8] = b"KDMV";
+/// How the descriptor of a VMDK image begins.
+pub const VMDK_DESCRIPTOR: &[u8] = b"# Disk DescriptorFile";
+/// How the footer of a VHD image begins, and the copy that one of growing size has in front.
+pub const VHD: &[u8] = b"conectix";
 
 /// A format that is read here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -13,15 +25,22 @@ pub enum Format {
     Raw,
     /// A qcow2 image
     Qcow2,
-    /// The descriptor of a VMDK image with flat extents
+    /// A VMDK image: the file that is all of it, or the descriptor of several
     Vmdk,
+    /// A VHD image, of fixed or growing size
+    #[value(alias = "vpc")]
+    Vhd,
+    /// A VHDX image
+    Vhdx,
+    /// A VDI image
+    Vdi,
 }
 
 /// How to get at a disk in something that is not one.
 #[derive(Clone, Copy, Debug)]
 enum Way {
-    /// It is read here, if the user says so.
-    Say(Format),
+    /// It is read here.
+    Read(Format),
     /// QEMU reads it, under this name.
     Serve(&'static str),
     /// This program writes what was compressed.
@@ -37,13 +56,13 @@ type Sign = (&'static str, usize, &'static [u8], Way);
 
 /// How others than raw disks begin.
 const BEGINNINGS: [Sign; 25] = [
-    ("a qcow2 image", 0, b"QFI\xfb", Way::Say(Format::Qcow2)),
-    ("a vmdk image", 0, b"KDMV", Way::Say(Format::Vmdk)),
-    ("a vmdk image", 0, b"COWD", Way::Say(Format::Vmdk)),
-    ("a vmdk image", 0, b"# Disk DescriptorFile", Way::Say(Format::Vmdk)),
-    ("a vhdx image", 0, b"vhdxfile", Way::Serve("vhdx")),
-    ("a vpc image (VHD)", 0, VHD, Way::Serve("vpc")),
-    ("a vdi image", 64, b"\x7f\x10\xda\xbe", Way::Serve("vdi")),
+    ("a qcow2 image", 0, QCOW2, Way::Read(Format::Qcow2)),
+    ("a VMDK image", 0, VMDK_SPARSE, Way::Read(Format::Vmdk)),
+    ("a VMDK image", 0, VMDK_DESCRIPTOR, Way::Read(Format::Vmdk)),
+    ("a VMDK image of ESX", 0, b"COWD", Way::Serve("vmdk")),
+    ("a VHDX image", 0, b"vhdxfile", Way::Read(Format::Vhdx)),
+    ("a VHD image", 0, VHD, Way::Read(Format::Vhd)),
+    ("a VDI image", 64, b"\x7f\x10\xda\xbe", Way::Read(Format::Vdi)),
     ("a qed image", 0, b"QED\0", Way::Serve("qed")),
     ("a parallels image", 0, b"WithoutFreeSpace", Way::Serve("parallels")),
     ("a parallels image", 0, b"WithouFreSpacExt", Way::Serve("parallels")),
@@ -66,31 +85,58 @@ const BEGINNINGS: [Sign; 25] = [
     ("a layer of thinply's", 0, b"TPLYPACK\x01\0\0\0\0\x10\0\0", Way::Export),
 ];
 
-/// What a fixed VHD has behind the disk; it had 511 bytes once.
-const VHD: &[u8] = b"conectix";
-
 /// How others end: how many bytes before the end.
 const ENDS: [Sign; 3] = [
-    ("a vpc image (VHD)", 512, VHD, Way::Serve("vpc")),
-    ("a vpc image (VHD)", 511, VHD, Way::Serve("vpc")),
+    // What one of fixed size has behind the disk; it had 511 bytes once.
+    ("a VHD image", 512, VHD, Way::Read(Format::Vhd)),
+    ("a VHD image", 511, VHD, Way::Read(Format::Vhd)),
     ("a dmg image", 512, b"koly\0\0\0\x04", Way::Serve("dmg")),
 ];
 
+/// What the name of a file says.
+pub fn by_name(path: &Path) -> Option<Format> {
+    match path.extension()?.to_str()? {
+        "raw" => Some(Format::Raw),
+        "qcow2" => Some(Format::Qcow2),
+        "vmdk" => Some(Format::Vmdk),
+        "vhd" | "vpc" => Some(Format::Vhd),
+        "vhdx" => Some(Format::Vhdx),
+        "vdi" => Some(Format::Vdi),
+        _ => None,
+    }
+}
+
 impl Format {
-    /// What the user said, or what the name ends with. Without either it is raw, if it doesn't
-    /// begin like anything else.
-    pub fn of(path: &Path, said: Option<Self>) -> Option<Self> {
-        let extension = path.extension().and_then(|extension| extension.to_str());
-        said.or(match extension {
-            Some("qcow2") => Some(Self::Qcow2),
-            Some("vmdk") => Some(Self::Vmdk),
-            _ => None,
-        })
+    /// What the user said; else what a file's bytes say, unless its name says raw; else what its name
+    /// says. Without any of it, it is raw if it looks like nothing else.
+    pub fn of(path: &Path, said: Option<Self>) -> Result<Option<Self>> {
+        let named = by_name(path).filter(|format| *format != Self::Raw);
+        if said.is_some() || !path.is_file() {
+            return Ok(said.or(named));
+        }
+        let failed = |error| Error::io(error, "looking what it is").in_file(path);
+        let file = File::open(path).map_err(failed)?;
+        let length = file.metadata().map_err(failed)?.len();
+        let mut bytes = vec![0; length.min(TELLING as u64) as usize];
+        file.read_exact_at(&mut bytes, 0).map_err(failed)?;
+        let beginning = found(&BEGINNINGS, &bytes, Some);
+        let last = length - bytes.len() as u64;
+        file.read_exact_at(&mut bytes, last).map_err(failed)?;
+        let end = found(&ENDS, &bytes, |back| bytes.len().checked_sub(back));
+        match beginning.or(end) {
+            Some((.., Way::Read(format))) if by_name(path) != Some(Self::Raw) => Ok(Some(*format)),
+            _ => Ok(named),
+        }
     }
 
     /// Its name, as the user says it.
     pub fn name(self) -> String {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    /// As QEMU calls it.
+    pub fn of_qemu(self) -> String {
+        if self == Self::Vhd { "vpc".into() } else { self.name() }
     }
 
     /// A backing format as qcow2 headers name it.
@@ -105,16 +151,23 @@ pub const TELLING: usize = 512;
 /// Refuses to take a disk for raw that nobody called so, if it begins like something else. `stream`
 /// is what can only be read from beginning to end.
 pub fn check_beginning(bytes: &[u8], stream: bool) -> Result<()> {
-    let found = BEGINNINGS.iter().find(|(_, at, sign, _)| has(bytes, *at, sign));
+    let found = found(&BEGINNINGS, bytes, Some);
     found.map_or(Ok(()), |(what, .., way)| refuse("begins", what, *way, stream))
 }
 
 /// As [`check_beginning`], of the last [`TELLING`] bytes, or of all of a shorter disk.
 pub fn check_end(bytes: &[u8], stream: bool) -> Result<()> {
-    let at = |back: usize| bytes.len().checked_sub(back);
-    let found =
-        ENDS.iter().find(|(_, back, sign, _)| at(*back).is_some_and(|at| has(bytes, at, sign)));
+    let found = found(&ENDS, bytes, |back| bytes.len().checked_sub(back));
     found.map_or(Ok(()), |(what, .., way)| refuse("ends", what, *way, stream))
+}
+
+/// The sign that bytes have, where its offset is in them.
+fn found<'a>(
+    signs: &'a [Sign],
+    bytes: &[u8],
+    place: impl Fn(usize) -> Option<usize>,
+) -> Option<&'a Sign> {
+    signs.iter().find(|(_, at, sign, _)| place(*at).is_some_and(|at| has(bytes, at, sign)))
 }
 
 fn has(bytes: &[u8], at: usize, sign: &[u8]) -> bool {
@@ -123,8 +176,8 @@ fn has(bytes: &[u8], at: usize, sign: &[u8]) -> bool {
 
 fn refuse(verb: &str, what: &str, way: Way, stream: bool) -> Result<()> {
     let way = match way {
-        Way::Say(_) if stream => "save it as a file and import that".into(),
-        Way::Say(format) => format!("say --format {} if it is one", format.name()),
+        Way::Read(_) if stream => "save it as a file and import that".into(),
+        Way::Read(format) => format!("say --format {} if it is one", format.name()),
         Way::Serve(format) => serve_it(format),
         Way::Unpack(_) if stream => "unpack it first".into(),
         Way::Unpack(program) => {
@@ -152,12 +205,48 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_name_or_the_user_says_what_it_is() {
-        let of = |name: &str, said| Format::of(Path::new(name), said);
-        assert_eq!(of("a.qcow2", None), Some(Format::Qcow2));
-        assert_eq!(of("a.vmdk", None), Some(Format::Vmdk));
-        assert_eq!(of("qcow2", None), None);
-        assert_eq!(of("a.qcow2", Some(Format::Raw)), Some(Format::Raw));
+    fn the_user_or_the_bytes_say_what_it_is_and_the_name_what_it_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let of = |name: &str, bytes: &[u8], said| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            Format::of(&path, said).unwrap()
+        };
+        let fixed = [&[7; 5000], VHD, &[0; 504]].concat();
+        let vdi = [&[b' '; 64], &b"\x7f\x10\xda\xbe"[..]].concat();
+        for (bytes, format) in [
+            (&b"QFI\xfb..."[..], Format::Qcow2),
+            (b"KDMV", Format::Vmdk),
+            (b"# Disk DescriptorFile\n", Format::Vmdk),
+            (b"vhdxfile", Format::Vhdx),
+            (b"conectix", Format::Vhd),
+            (&fixed, Format::Vhd),
+            (&vdi, Format::Vdi),
+        ] {
+            for name in ["a", "a.img", "a.qcow2", "a.vhdx"] {
+                assert_eq!(of(name, bytes, None), Some(format), "{name}");
+                assert_eq!(of(name, bytes, Some(Format::Raw)), Some(Format::Raw));
+            }
+            // It is refused as a raw disk then.
+            assert_eq!(of("a.raw", bytes, None), None);
+        }
+        for (name, format) in [
+            ("a.qcow2", Some(Format::Qcow2)),
+            ("a.vmdk", Some(Format::Vmdk)),
+            ("a.vhd", Some(Format::Vhd)),
+            ("a.vhdx", Some(Format::Vhdx)),
+            ("a.vdi", Some(Format::Vdi)),
+            ("a.raw", None),
+            ("a.img", None),
+            ("qcow2", None),
+        ] {
+            for bytes in [&[][..], &[0; 600], b"\x1f\x8b\x08"] {
+                assert_eq!(of(name, bytes, None), format, "{name}");
+            }
+        }
+        // Neither a device nor what is not there is looked at.
+        assert_eq!(Format::of(Path::new("/dev/null"), None).unwrap(), None);
+        assert_eq!(Format::of(Path::new("/nowhere/a.vmdk"), None).unwrap(), Some(Format::Vmdk));
     }
 
     #[test]

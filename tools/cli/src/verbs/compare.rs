@@ -2,12 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
+use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use thinply::derive::{Content, Mismatch, Raw, Rule, compare};
 use thinply::error::Result;
 use thinply::storage::Access;
 
+use crate::import::{Format, Opener};
 use crate::io::output::Output;
 use crate::io::paths::Place;
 use crate::io::progress;
@@ -20,7 +22,7 @@ Disks of different sizes are the same if all that the longer one has beyond the 
 zeros. With --strict the sizes must be the same too, and so must the ranges that some layer owns (in
 a raw file: that are no holes).
 
-Whether a file is raw is not guessed, since a guest may write anything to it.
+Nothing is guessed of what A and B are, since a guest may write anything to a raw disk.
 
 Exit codes:
   0  the same
@@ -29,7 +31,8 @@ Exit codes:
 
 Examples:
   thinply compare disk.tply packed.tply
-  thinply compare -F raw disk.tply disk.img";
+  thinply compare -F raw disk.tply disk.img
+  thinply compare -F qcow2 --with base.qcow2 disk.tply disk.qcow2";
 
 /// Compare what two disks show.
 ///
@@ -40,10 +43,13 @@ Examples:
 pub struct Compare {
     /// What A is
     #[arg(short = 'f', long, value_name = "FORMAT", default_value = "layer")]
-    format: Format,
+    format: Kind,
     /// What B is
     #[arg(short = 'F', long, value_name = "FORMAT", default_value = "layer")]
-    second_format: Format,
+    second_format: Kind,
+    /// Let an image refer to FILE, as in `thinply import` (repeatable)
+    #[arg(long = "with", value_name = "[NAME=]FILE")]
+    named: Vec<PathBuf>,
     /// Compare sizes and ownership too
     #[arg(short, long)]
     strict: bool,
@@ -60,12 +66,35 @@ pub struct Compare {
     b: PathBuf,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Format {
-    /// A layer, with those that it stands on
+#[derive(Clone, Copy, Debug)]
+enum Kind {
     Layer,
-    /// A raw disk
-    Raw,
+    Image(Format),
+}
+
+impl ValueEnum for Kind {
+    fn value_variants<'a>() -> &'a [Self] {
+        use Format::*;
+        const KINDS: [Kind; 7] = [
+            Kind::Layer,
+            Kind::Image(Raw),
+            Kind::Image(Qcow2),
+            Kind::Image(Vmdk),
+            Kind::Image(Vhd),
+            Kind::Image(Vhdx),
+            Kind::Image(Vdi),
+        ];
+        &KINDS
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        match self {
+            Self::Layer => {
+                Some(PossibleValue::new("layer").help("A layer, with those that it stands on"))
+            }
+            Self::Image(format) => format.to_possible_value(),
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -115,16 +144,21 @@ impl Compare {
         Ok(if verdict.same { Answer::Yes } else { Answer::No })
     }
 
-    fn open(&self, path: &Path, format: Format) -> Result<Box<dyn Content>> {
-        let place = Place::existing(path)?;
-        Ok(match format {
-            Format::Layer => Box::new(place.chain(Access::Read, self.layers.layers()?)?),
-            Format::Raw => {
-                let file = place.open(Access::Read)?;
+    fn open(&self, path: &Path, kind: Kind) -> Result<Box<dyn Content>> {
+        Ok(match kind {
+            Kind::Layer => {
+                let place = Place::existing(path)?;
+                Box::new(place.chain(Access::Read, self.layers.layers()?)?)
+            }
+            Kind::Image(Format::Raw) => {
+                let file = Place::existing(path)?.open(Access::Read)?;
                 if let Some(descriptor) = file.descriptor() {
                     self.share.check_source(descriptor, path)?;
                 }
                 Box::new(Raw::new(file)?)
+            }
+            Kind::Image(format) => {
+                Box::new(Opener::new(&self.named, self.share).flat(path, format)?)
             }
         })
     }

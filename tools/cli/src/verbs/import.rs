@@ -16,21 +16,26 @@ use crate::options::parent::ParentArg;
 use crate::verbs::{Answer, Outcome};
 
 const AFTER_HELP: &str = "\
-FILE appears when it is whole. What SRC is goes by its name or --format, never by its bytes: whoever
-can write a raw disk can make it look like an image. Nothing is opened because an image refers to
-it. Images that are not read here (vhdx, sparse vmdk, qcow2 with zstd) come in over NBD:
+FILE appears when it is whole. What SRC is goes by its bytes, unless --format says it. A device, or
+what is called .raw, is refused if it begins like an image: whoever can write a raw disk can make
+it look like one. Nothing is opened because an image refers to it.
 
-  qemu-nbd --read-only --socket=/tmp/nbd.sock --format=vhdx disk.vhdx &
+Some images are read by qemu-nbd, if it is installed, which thinply starts without any rights: VHD,
+VHDX, VDI, sparse VMDK, and qcow2 with zstd or extended L2 entries. Other formats that QEMU reads
+come in over NBD:
+
+  qemu-nbd --read-only --socket=/tmp/nbd.sock --format=qed disk.qed &
   thinply import 'nbd+unix:///?socket=/tmp/nbd.sock' disk.tply
 
 Examples:
   thinply import disk.raw base.tply
   thinply import --parent base.tply changed.raw layer.tply
   thinply import --with base.qcow2 disk.qcow2 disk.tply
+  thinply import --with vm-s001.vmdk --with vm-s002.vmdk vm.vmdk disk.tply
   thinply import --chain --with base.qcow2 disk.qcow2 disk.tply
   zstdcat disk.raw.zst | thinply import --writable - disk.tply";
 
-/// Make a layer from a disk: raw, qcow2 or flat VMDK, or one that an NBD server shows.
+/// Make a layer from a disk: raw, qcow2, VMDK, VHD, VHDX, VDI, or from an NBD server.
 ///
 /// Zeros take no space, and with a parent only the blocks that differ from it do. The size is
 /// rounded up to a whole sector of 512 bytes.
@@ -50,7 +55,8 @@ pub struct Import {
     size: Option<u64>,
     #[command(flatten)]
     source: SourceArgs,
-    /// Make each backing file of a qcow2 image a layer too: base.qcow2 becomes base.tply beside FILE
+    /// Make each backing file or parent of an image a layer too: base.qcow2 becomes base.tply beside
+    /// FILE
     #[arg(long, conflicts_with = "parent")]
     chain: bool,
     /// An image, a block device, an NBD URI, or - for standard input

@@ -66,7 +66,7 @@ pub fn print_id(image: &Image) -> Result<()> {
     output.print()
 }
 
-/// Make an image of a disk: raw, qcow2 or flat VMDK, or one that an NBD server shows.
+/// Make an image of a disk: raw, qcow2, VMDK, VHD, VHDX, VDI, or from an NBD server.
 ///
 /// Zeros take no space. The sources are those of `thinply import`. Prints the image's id.
 #[derive(Args, Debug)]
