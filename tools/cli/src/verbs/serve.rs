@@ -102,7 +102,16 @@ impl Serve {
     fn run_store(&self) -> Outcome {
         let listeners = self.listeners()?;
         let control = Control::serving(self.store.open()?, say())?;
-        let asked = line::Server::start(control.clone())?;
+        let asked = match line::Server::start(control.clone()) {
+            // Disks can be used all the same.
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                output::say(format!(
+                    "{error}: commits, snapshots and diffs of disks in use will be refused"
+                ));
+                None
+            }
+            started => Some(started?),
+        };
         self.serve(listeners, Arc::new(control.desk().clone()))?;
         drop(asked);
         // Somebody may be committing still.
