@@ -236,7 +236,8 @@ impl Chain {
         let file = folder
             .creating(rights)
             .create(&name)
-            .map_err(failed(folder, "creating the snapshot's copy"))?;
+            .map_err(|error| Error::io(error, "creating the snapshot's copy"))
+            .map_err(|error| error.in_file(folder.path().join(&name)))?;
         copy_file(&*file, top.file())?;
         Writable::open(file)?.freeze(id)?;
         folder.rename_new(&name, snapshot).map_err(|error| {

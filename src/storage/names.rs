@@ -66,3 +66,28 @@ pub(super) fn sync(folder: &Path) -> io::Result<()> {
         other => Ok(other?),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_name_is_taken_by_every_way_and_never_from_somebody_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let (draft, taken, new) =
+            (dir.path().join("draft"), dir.path().join("taken"), dir.path().join("new"));
+        for way in [rename_new, take] {
+            fs::write(&draft, "mine").unwrap();
+            fs::write(&taken, "yours").unwrap();
+            let refused = way(&draft, &taken).unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
+            assert_eq!(fs::read(&taken).unwrap(), b"yours");
+            way(&draft, &new).unwrap();
+            assert_eq!(fs::read(&new).unwrap(), b"mine");
+            fs::remove_file(&new).unwrap();
+            // Nothing to rename any more: the name is free again.
+            assert_eq!(way(&draft, &new).unwrap_err().kind(), io::ErrorKind::NotFound);
+            assert!(!new.exists());
+        }
+    }
+}

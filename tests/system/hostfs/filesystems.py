@@ -128,7 +128,7 @@ def fuse_overlayfs(lower, upper, work):
 def rclone(mode):
     def prepare(below, cache):
         return ("rclone", "mount", "--daemon", "--config", cache / "config", "--cache-dir", cache,
-                "--vfs-cache-mode", mode, "--vfs-write-back", "0s", below, "{}")
+                "--vfs-cache-mode", mode, below, "{}")
     return over(prepare, "below", "cache")
 
 
