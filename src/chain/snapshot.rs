@@ -12,13 +12,19 @@ use crate::format::geometry::JOURNAL_OFFSET;
 use crate::format::header::ParentLink;
 use crate::live::{self, Kept, NewLayer, Writable, durable_header, newest_header};
 use crate::storage::{
-    Access, Folder, Lock, Rights, Storage, find_in, open_in, sync_folder, take_lock,
+    self, Access, Folder, Lock, Rights, Storage, copy_range, find_in, open_in, sync_folder,
+    take_lock,
 };
-use crate::types::Identity;
+use crate::types::{FreezeId, Identity};
 
 /// The new top's name until it takes the old one's.
 fn new_top_name(name: &str) -> String {
     format!(".{name}.top")
+}
+
+/// The name of a copy of the layer `name` until it takes the snapshot's.
+fn copy_name(name: &str) -> String {
+    format!(".{name}.copy")
 }
 
 fn failed(folder: &dyn Folder, operation: &'static str) -> impl FnOnce(std::io::Error) -> Error {
@@ -89,10 +95,50 @@ fn is_link(top: &Writable, folder: &dyn Folder, name: &str) -> Result<bool> {
     Ok(header(&*other).is_ok_and(|found| found == (marked.uuid, marked.epoch, marked.generation)))
 }
 
+/// Whether the layer has the snapshot's name, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Linked {
+    Yes,
+    /// It can't: here a file has one name only.
+    Never,
+}
+
+/// Removes what a snapshot left that was cut off before it meant anything.
+fn clear(folder: &dyn Folder, name: &str) -> Result<()> {
+    match folder.remove(name) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(failed(folder, "removing what a snapshot left that was cut off")(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Copies what a file holds into an empty one, holes aside.
+fn copy_file(to: &dyn Storage, from: &dyn Storage) -> Result<()> {
+    const PART: u64 = 1 << 20;
+    let reading = |at| storage::failed(from, "reading what is to be copied", at);
+    let length = from.length().map_err(reading(0))?;
+    to.set_length(length).map_err(storage::failed(to, "setting the length", length))?;
+    let mut at = 0;
+    while let Some(data) = from.next_data(at).map_err(reading(at))? {
+        let end = from.next_hole(data).map_err(reading(data))?;
+        for part in (data..end).step_by(PART as usize) {
+            copy_range(to, part, PART.min(end - part), from, part).map_err(storage::failed(
+                to,
+                "copying the layer",
+                part,
+            ))?;
+        }
+        at = end;
+    }
+    Ok(())
+}
+
 impl Chain {
     /// Gives the present content the name `snapshot` in the chain's folder, frozen; this chain and
     /// its name go on over it. Answers what the chain stands on now. Waits for operations under way,
-    /// and holds up those that come.
+    /// and holds up those that come: for as long as it takes to copy the top, where a file has one
+    /// name only.
     ///
     /// # Errors
     /// [`ErrorKind::ReadOnly`]; [`ErrorKind::Exists`] for a name that is taken;
@@ -112,25 +158,39 @@ impl Chain {
         let rights = Rights::of_successor(top.file())
             .map_err(failed(&*self.folder, "looking at the layer's owner"))?;
         let virtual_size = levels.size;
-        let new_top = self.build_top(link.clone(), virtual_size, rights)?;
-        self.link_snapshot(top, snapshot).inspect_err(|_| {
-            // It means nothing yet; the next snapshot would replace it.
+        let new_top = self.build_top(link.clone(), virtual_size, rights.clone())?;
+        let linked = self.link_snapshot(top, snapshot).and_then(|linked| {
+            if linked == Linked::Never {
+                self.copy_snapshot(top, snapshot, id, rights)?;
+            }
+            Ok(linked)
+        });
+        let linked = linked.inspect_err(|_| {
+            // They mean nothing yet; the next snapshot would replace them.
             new_top.release();
             let _ = self.folder.remove(&new_top_name(&self.name));
+            let _ = self.folder.remove(&copy_name(&self.name));
         })?;
 
-        let layer = Layer::Live(levels.top_mut()?.freeze(id)?);
+        let layer = match linked {
+            Linked::Yes => Layer::Live(levels.top_mut()?.freeze(id)?),
+            Linked::Never => Layer::open(open_in(&*self.folder, snapshot, Access::Read)?)?,
+        };
         let found = Arc::new(Found { layer, folder: self.folder.clone() });
         let older = levels.stack.iter().flat_map(|stack| stack.found().iter().cloned());
         let stack = Arc::new(Stack::new(std::iter::once(found.clone()).chain(older).collect()));
         self.layers.adopt(identity, &found, &stack);
-        *levels = Levels::read_only(stack.clone());
+        let old = std::mem::replace(&mut *levels, Levels::read_only(stack.clone()));
 
         let name = new_top_name(&self.name);
         self.folder
             .rename(&name, &self.name)
             .map_err(failed(&*self.folder, "renaming the new top"))?;
         sync_folder(&*self.folder)?;
+        if let Some(old) = &old.top {
+            // Where it was copied it is not frozen, but nobody goes on with it.
+            old.release();
+        }
         *levels = Levels::writable(new_top, Some(stack));
         Ok(Parent { link, virtual_size, newly_frozen: true })
     }
@@ -139,12 +199,7 @@ impl Chain {
     /// anything. Who may use the disk by its name goes on being able to, and nobody else.
     fn build_top(&self, link: ParentLink, virtual_size: u64, rights: Rights) -> Result<Writable> {
         let (folder, name) = (&*self.folder, new_top_name(&self.name));
-        match folder.remove(&name) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(failed(folder, "removing a new top that was left over")(error));
-            }
-            _ => {}
-        }
+        clear(folder, &name)?;
         let new = NewLayer { virtual_size, parent: Some((link, virtual_size)) };
         let file = live::create(&*folder.creating(rights), &name, &new)?;
         Writable::open_for(file, self.keeper.as_deref())
@@ -152,7 +207,7 @@ impl Chain {
 
     /// Links the snapshot's name to the layer, durably. A link that a crash left is as good as a new
     /// one, but it may not be durable yet either, and nor may the new top's name.
-    fn link_snapshot(&self, top: &Writable, snapshot: &str) -> Result<()> {
+    fn link_snapshot(&self, top: &Writable, snapshot: &str) -> Result<Linked> {
         let folder = &*self.folder;
         let linked = self.name != snapshot
             && folder
@@ -161,6 +216,9 @@ impl Chain {
         if !linked {
             let link = folder.link(&self.name, snapshot);
             match link {
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                    return Ok(Linked::Never);
+                }
                 Err(error)
                     if error.kind() == io::ErrorKind::AlreadyExists
                         && self.name != snapshot
@@ -170,6 +228,33 @@ impl Chain {
                 })?,
             }
         }
+        sync_folder(folder).map(|()| Linked::Yes)
+    }
+
+    /// Gives the snapshot's name to a frozen copy of the layer, durably, in place of a link. The layer
+    /// itself is never frozen: it goes with the name that the new top takes, and until then nothing
+    /// stands on the copy.
+    fn copy_snapshot(
+        &self,
+        top: &Writable,
+        snapshot: &str,
+        id: FreezeId,
+        rights: Rights,
+    ) -> Result<()> {
+        let (folder, name) = (&*self.folder, copy_name(&self.name));
+        clear(folder, &name)?;
+        // All that a kill could leave here, a copy opens with.
+        top.mark()?;
+        let file = folder
+            .creating(rights)
+            .create(&name)
+            .map_err(|error| Error::io(error, "creating the snapshot's copy"))
+            .map_err(|error| error.in_file(folder.path().join(&name)))?;
+        copy_file(&*file, top.file())?;
+        Writable::open(file)?.freeze(id)?;
+        folder.rename_new(&name, snapshot).map_err(|error| {
+            Error::io(error, "naming the snapshot").in_file(folder.path().join(snapshot))
+        })?;
         sync_folder(folder)
     }
 }

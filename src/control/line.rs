@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::net::{Shutdown, shutdown};
 
 use super::request::{reply_from_json, reply_to_json};
@@ -76,7 +77,8 @@ impl Server {
     /// Listens in the store of `control`, for its owner alone, and answers in threads of its own.
     ///
     /// # Errors
-    /// Host errors; [`ErrorKind::InvalidInput`] for a desk that is not the store's.
+    /// [`ErrorKind::Unsupported`] for a store on a file system without sockets; other host errors;
+    /// [`ErrorKind::InvalidInput`] for a desk that is not the store's.
     pub fn start(control: Control) -> Result<Self> {
         if control.lock.is_none() {
             let detail = "only the process that serves a store answers for it";
@@ -88,7 +90,15 @@ impl Server {
         // left under either name is in nobody's use: this one has the store's desk.
         let draft = path.with_file_name(format!(".draft-control-{}", std::process::id()));
         let _ = fs::remove_file(&draft);
-        let listener = bind(&draft).map_err(fail)?;
+        let listener = bind(&draft).map_err(|error| {
+            // Some make a plain file of it before they fail (exFAT through FUSE).
+            let _ = fs::remove_file(&draft);
+            if !has_no_sockets(&error) {
+                return fail(error);
+            }
+            let detail = "no control socket can be made on this file system";
+            Error::new(ErrorKind::Unsupported, detail).in_file(&path)
+        })?;
         fs::set_permissions(&draft, fs::Permissions::from_mode(0o600)).map_err(fail)?;
         fs::rename(&draft, &path).map_err(fail)?;
         let listener = Arc::new(listener);
@@ -105,6 +115,12 @@ impl Drop for Server {
         // Ends the accept under way, and all that come.
         let _ = shutdown(&self.listener, Shutdown::Both);
     }
+}
+
+/// Whether an attempt to make a socket failed in a way in which file systems say that they have none.
+fn has_no_sockets(error: &io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    matches!(errno, Some(Errno::IO | Errno::PERM | Errno::NOSYS | Errno::OPNOTSUPP))
 }
 
 fn accept(listener: &UnixListener, control: &Control) {

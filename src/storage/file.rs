@@ -14,7 +14,7 @@ use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom, fadvise, fallocate, f
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use rustix::process::geteuid;
 
-use super::{Access, Folder, Lock, Rights, Share, Storage, write_zeros};
+use super::{Access, Folder, Lock, Rights, Share, Storage, names, write_zeros};
 use crate::memory::{Gather, Scatter};
 
 const TMPFS_MAGIC: i64 = 0x0102_1994;
@@ -331,11 +331,15 @@ impl Folder for FileFolder {
     }
 
     fn link(&self, from: &str, to: &str) -> io::Result<()> {
-        fs::hard_link(self.join(from)?, self.join(to)?)
+        names::link(&self.join(from)?, &self.join(to)?)
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         fs::rename(self.join(from)?, self.join(to)?)
+    }
+
+    fn rename_new(&self, from: &str, to: &str) -> io::Result<()> {
+        names::rename_new(&self.join(from)?, &self.join(to)?)
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
@@ -343,7 +347,7 @@ impl Folder for FileFolder {
     }
 
     fn sync(&self) -> io::Result<()> {
-        File::open(&self.path)?.sync_all()
+        names::sync(&self.path)
     }
 }
 

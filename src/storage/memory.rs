@@ -306,6 +306,16 @@ impl Folder for MemoryFolder {
         Ok(())
     }
 
+    fn rename_new(&self, from: &str, to: &str) -> io::Result<()> {
+        let mut files = guard(&self.files);
+        if files.contains_key(to) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        let inode = files.remove(from).ok_or(io::ErrorKind::NotFound)?;
+        files.insert(to.to_owned(), inode);
+        Ok(())
+    }
+
     fn remove(&self, name: &str) -> io::Result<()> {
         guard(&self.files).remove(name).map(drop).ok_or_else(|| io::ErrorKind::NotFound.into())
     }

@@ -7,6 +7,7 @@
 mod buffer;
 mod file;
 mod memory;
+mod names;
 mod rights;
 mod writeback;
 
@@ -23,6 +24,7 @@ use crate::wait::{Attempt, NotDone, Wait};
 pub use buffer::Buffer;
 pub use file::{FileFolder, holders, is_used, is_written, opened};
 pub use memory::MemoryFolder;
+pub use names::rename_new;
 pub use rights::Rights;
 pub use writeback::Writeback;
 
@@ -146,16 +148,21 @@ pub trait Folder: Send + Sync + Debug {
     /// Whether both names stand for the same file; false where one is missing.
     fn same_file(&self, a: &str, b: &str) -> io::Result<bool>;
 
-    /// Gives the file a second name, which must not exist.
+    /// Gives the file a second name, which must not exist; [`io::ErrorKind::Unsupported`] where a
+    /// file has one name only.
     fn link(&self, from: &str, to: &str) -> io::Result<()>;
 
     /// Renames, replacing what bears the new name.
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
 
+    /// Renames to a name that must not exist.
+    fn rename_new(&self, from: &str, to: &str) -> io::Result<()>;
+
     /// Removes a name.
     fn remove(&self, name: &str) -> io::Result<()>;
 
-    /// Returns once all changes of names survive a power loss.
+    /// Returns once all changes of names survive a power loss, as far as the host has a way to ask
+    /// for that.
     fn sync(&self) -> io::Result<()>;
 }
 
@@ -264,7 +271,7 @@ pub fn write_all_at<'a>(
     Ok(())
 }
 
-/// Copies bytes between files, for backends that play sharing by it.
+/// Copies bytes between files, through memory for all of them at once.
 pub fn copy_range(
     to: &dyn Storage,
     offset: u64,

@@ -142,6 +142,8 @@ fn give_owner(new: &File, wanted: &Stat) -> io::Result<bool> {
 fn give_attributes(new: BorrowedFd<'_>, old: BorrowedFd<'_>, group_kept: bool) -> io::Result<bool> {
     let names = match grown(|buffer| flistxattr(old, buffer)) {
         Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(true),
+        // So rclone says that it has none; another may have had an ACL.
+        Err(Errno::IO) => return Ok(false),
         other => other?,
     };
     let names = names.split(|&byte| byte == 0).filter_map(|name| str::from_utf8(name).ok());

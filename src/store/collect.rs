@@ -317,9 +317,9 @@ impl Store {
             folder.same_file(name, name).map_err(fail)
         };
         let record = self.record(disk)?.unwrap_or_default();
-        let new_top = disk.new_top_file();
-        let has_top = exists(&new_top)?;
-        if record.frozen.is_empty() && !has_top {
+        let (new_top, copy) = (disk.new_top_file(), disk.copy_file());
+        let (has_top, has_copy) = (exists(&new_top)?, exists(&copy)?);
+        if record.frozen.is_empty() && !has_top && !has_copy {
             return Ok(Vec::new());
         }
         let file = match self.claim(disk, guard) {
@@ -332,6 +332,7 @@ impl Store {
         // The frozen layer's new top is still to take its name.
         names.retain(|_| !frozen);
         names.extend((has_top && !frozen).then_some(new_top));
+        names.extend(has_copy.then_some(copy));
         let mut found = Vec::new();
         for name in names {
             if exists(&name)? {
@@ -419,7 +420,8 @@ impl Store {
         let mut strays = Vec::new();
         for name in &names {
             let stem = name.strip_prefix('.').unwrap_or(name);
-            let stem = stem.strip_suffix(".top").unwrap_or(stem);
+            let stem =
+                [".top", ".copy"].iter().find_map(|end| stem.strip_suffix(end)).unwrap_or(stem);
             let stray = if name.starts_with(files::DRAFT) {
                 true
             } else if let Some(stem) = stem.strip_suffix(LAYER) {

@@ -325,7 +325,7 @@ impl Store {
             let _ = folder.remove(&draft);
             Error::io(error, "replacing the layer").in_file(folder.path().join(disk.file()))
         })?;
-        files::remove(&**folder, &disk.new_top_file())?;
+        disk.clear_snapshot(&**folder)?;
         sync_folder(&**folder)?;
         self.drop_unneeded(&disk, &mut record)?;
         self.write_record(&disk, &record)

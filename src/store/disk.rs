@@ -109,6 +109,18 @@ impl DiskName {
         format!(".{}.top", self.file())
     }
 
+    /// The file that it goes through besides, where a file has one name only.
+    pub(super) fn copy_file(&self) -> String {
+        format!(".{}.copy", self.file())
+    }
+
+    /// Makes sure that nothing is left of a snapshot that was cut off. Not durable until the folder is
+    /// synced.
+    pub(super) fn clear_snapshot(&self, folder: &dyn Folder) -> Result<()> {
+        files::remove(folder, &self.new_top_file())?;
+        files::remove(folder, &self.copy_file())
+    }
+
     pub(super) fn missing(&self) -> Error {
         let detail = format!("there is no {} {:?}", self.kind.noun(), self.name);
         Error::new(ErrorKind::NotFound, detail)
@@ -258,7 +270,7 @@ impl Store {
         self.finish_removal(disk)?;
         // What a creation left that was cut off before its record.
         files::remove(&**folder, &disk.file())?;
-        files::remove(&**folder, &disk.new_top_file())?;
+        disk.clear_snapshot(&**folder)?;
         let rights = match parent {
             Some(parent) => rights_over(self.blobs(), parent)?,
             None => Rights::Usual,
@@ -364,7 +376,7 @@ impl Store {
             Err(error) => return Err(error),
         };
         files::remove(folder, &disk.file())?;
-        files::remove(folder, &disk.new_top_file())?;
+        disk.clear_snapshot(folder)?;
         for frozen in &record.frozen {
             if is_layer_of(disk, &frozen.file) {
                 files::remove(folder, &frozen.file)?;

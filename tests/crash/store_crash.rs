@@ -297,10 +297,26 @@ impl Outcome {
 
 #[test]
 fn a_kill_or_a_power_loss_between_any_two_steps_leaves_a_store_that_works() {
-    let start = stocked();
-    for (number, &(name, verb)) in VERBS.iter().enumerate() {
+    cut_off_everywhere(&stocked(), VERBS);
+}
+
+/// There a snapshot copies the layer.
+#[test]
+fn cut_off_likewise_where_a_file_has_one_name() {
+    let mut start = stocked();
+    start.without_links = true;
+    let freezes = |verb: &&(&str, Verb)| {
+        ["container commit", "container snapshot"].iter().any(|name| verb.0.starts_with(name))
+    };
+    let verbs: Vec<_> = VERBS.iter().filter(freezes).copied().collect();
+    assert_eq!(verbs.len(), 3);
+    cut_off_everywhere(&start, &verbs);
+}
+
+fn cut_off_everywhere(start: &Media, verbs: &[(&str, Verb)]) {
+    for (number, &(name, verb)) in verbs.iter().enumerate() {
         let random = &mut Random::new(number as u64);
-        let (states, done) = record(&start, 1, verb);
+        let (states, done) = record(start, 1, verb);
         done.unwrap_or_else(|error| panic!("{name}: {error}"));
         let last = states[states.len() - 1].clone();
         let outcome = Outcome {

@@ -155,6 +155,10 @@ impl Folder for Hooked {
         self.inner.rename(from, to)
     }
 
+    fn rename_new(&self, from: &str, to: &str) -> io::Result<()> {
+        self.inner.rename_new(from, to)
+    }
+
     fn remove(&self, name: &str) -> io::Result<()> {
         self.ask(Call::Remove { name })?;
         self.inner.remove(name)

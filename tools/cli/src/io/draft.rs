@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
-use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use thinply::error::{Error, Result};
-use thinply::storage::{FileFolder, Folder, Rights, sync_folder};
+use thinply::storage::{FileFolder, Folder, Rights, rename_new, sync_folder};
 
 use crate::io::paths::Place;
 use crate::io::pump::BUFFER;
@@ -147,7 +147,7 @@ impl Draft {
     pub fn publish_unkept(self, place: &Place) -> Result<Unkept> {
         let unkept = Unkept(place.path());
         let mut drafts = drafts();
-        let renamed = rename_no_replace(&self.path(), &unkept.0);
+        let renamed = rename_new(&self.path(), &unkept.0);
         if renamed.is_ok() {
             drafts.push(unkept.0.clone());
         }
@@ -166,7 +166,7 @@ impl Draft {
         let drafts = drafts();
         let renamed = match replace {
             Replace::Yes => fs::rename(self.path(), &to),
-            Replace::Never => rename_no_replace(&self.path(), &to),
+            Replace::Never => rename_new(&self.path(), &to),
         };
         // Dropping the draft wants the list.
         drop(drafts);
@@ -194,14 +194,6 @@ impl Drop for Unkept {
             let _ = fs::remove_file(&self.0);
             drafts.retain(|other| *other != self.0);
         }
-    }
-}
-
-fn rename_no_replace(from: &Path, to: &Path) -> std::io::Result<()> {
-    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        // A file system that can't; the draft's own name goes when it is dropped.
-        Err(Errno::INVAL | Errno::NOSYS) => fs::hard_link(from, to),
-        other => Ok(other?),
     }
 }
 

@@ -111,8 +111,8 @@ impl Serve {
             }
             other => {
                 let control = other?;
-                let asked = line::Server::start(control.clone())?;
-                (control, Some(asked))
+                let asked = listen(&control)?;
+                (control, asked)
             }
         };
         self.serve(listeners, Arc::new(control.desk().clone()))?;
@@ -194,4 +194,18 @@ fn stop_on_signals(server: Handle) -> Result<()> {
         Some(_) => {}
     };
     signals::on_end(stop).map_err(|error| Error::io(error, "setting up signal handlers"))
+}
+
+/// Answers those who ask for changes of disks in use, where there can be sockets.
+fn listen(control: &Control) -> Result<Option<line::Server>> {
+    match line::Server::start(control.clone()) {
+        // Disks can be used all the same.
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
+            output::say(format!(
+                "{error}: commits, snapshots and diffs of disks in use will be refused"
+            ));
+            Ok(None)
+        }
+        started => started.map(Some),
+    }
 }

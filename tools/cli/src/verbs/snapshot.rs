@@ -20,7 +20,7 @@ Example:
 ///
 /// FILE stays the writable disk, now an empty layer; SNAP is what it held, frozen. Both must be in
 /// the same folder. A snapshot that was interrupted is finished when FILE is next opened for
-/// writing.
+/// writing. On a file system without hard links the layer is copied.
 #[derive(Args, Debug)]
 #[command(after_help = AFTER_HELP)]
 pub struct Snapshot {

@@ -297,12 +297,15 @@ pub struct Disk {
     /// The durable names, then those after each change since.
     history: Vec<Arc<Names>>,
     time: Time,
+    /// A file has one name at most, as on FAT.
+    pub without_links: bool,
 }
 
 impl Default for Disk {
     fn default() -> Self {
         let names = Arc::<Names>::default();
-        Self { files: Vec::new(), history: vec![names.clone()], names, time: 0 }
+        let history = vec![names.clone()];
+        Self { files: Vec::new(), history, names, time: 0, without_links: false }
     }
 }
 
@@ -410,7 +413,7 @@ impl Disk {
             false => Arc::new(file.crashed(luck, random)),
         });
         let files = files.collect();
-        Self { files, history: vec![names.clone()], names, time: self.time }
+        Self { files, history: vec![names.clone()], names, ..*self }
     }
 
     /// Reads what there is of a range; answers its length.

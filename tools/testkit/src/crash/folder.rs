@@ -357,6 +357,9 @@ impl Folder for CrashFolder {
     }
 
     fn link(&self, from: &str, to: &str) -> io::Result<()> {
+        if self.state().disk.without_links {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         self.names(|names| {
             let file = *names.get(from).ok_or(io::ErrorKind::NotFound)?;
             match names.insert(to.to_owned(), file) {
@@ -371,6 +374,16 @@ impl Folder for CrashFolder {
             let file = names.remove(from).ok_or(io::ErrorKind::NotFound)?;
             names.insert(to.to_owned(), file);
             Ok(())
+        })
+    }
+
+    fn rename_new(&self, from: &str, to: &str) -> io::Result<()> {
+        self.names(|names| {
+            let file = names.remove(from).ok_or(io::ErrorKind::NotFound)?;
+            match names.insert(to.to_owned(), file) {
+                None => Ok(()),
+                Some(_) => Err(io::ErrorKind::AlreadyExists.into()),
+            }
         })
     }
 

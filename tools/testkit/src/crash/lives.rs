@@ -51,7 +51,7 @@ pub fn campaign(name: &str, percent: u64, least: u64, seed: impl Fn(u64) -> Outc
     assert!(states >= wanted, "{name}: too few");
 }
 
-/// Rounds of operations, crashes and recoveries on one disk. `script` says what to do in a round,
+/// Rounds of operations, crashes and recoveries on one disk: one of four has no links. `script` says what to do in a round,
 /// and `run` does it.
 pub fn rounds<S: Debug>(
     random: &mut Random,
@@ -61,6 +61,7 @@ pub fn rounds<S: Debug>(
     run: impl Fn(Disk, Oracle, &S, Option<Plan>, u64) -> Result<Run, String>,
 ) -> Outcome {
     let (mut disk, mut oracle): (Disk, Oracle) = fresh();
+    disk.without_links = seed % 4 == 3;
     let mut states = 0;
     for round in 0..4 {
         let (script, plan) = (script(random), plan(random));

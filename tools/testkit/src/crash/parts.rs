@@ -62,6 +62,10 @@ impl Folder for Part {
         self.whole.rename(&self.inside(from), &self.inside(to))
     }
 
+    fn rename_new(&self, from: &str, to: &str) -> io::Result<()> {
+        self.whole.rename_new(&self.inside(from), &self.inside(to))
+    }
+
     fn remove(&self, name: &str) -> io::Result<()> {
         self.whole.remove(&self.inside(name))
     }
