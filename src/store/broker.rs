@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{DiskKind, DiskName, Finding, Listed, OpenDisk, Store, files};
+use super::{DiskKind, DiskName, OpenDisk, Store, files};
 use crate::error::{Error, ErrorKind, Result};
 use crate::serve::{Broker, Log, Opened};
 use crate::storage::{Access, Storage};
@@ -78,16 +78,11 @@ impl StoreBroker {
     }
 
     /// What could be listed; what could not be is logged.
-    fn listed<T>(&self, what: &str, list: Result<Listed<T>>) -> Vec<T> {
-        let Listed { found, bad } = list.unwrap_or_else(|error| {
-            let mut none = Listed::default();
-            none.add(format!("listing the {what}"), Err(error));
-            none
-        });
-        for Finding { subject, detail } in bad {
-            (self.log)(&format!("{subject}: {detail}"));
-        }
-        found
+    fn listed<T>(&self, what: &str, list: Result<Vec<T>>) -> Vec<T> {
+        list.unwrap_or_else(|error| {
+            (self.log)(&format!("listing the {what}: {error}"));
+            Vec::new()
+        })
     }
 }
 
@@ -122,9 +117,9 @@ impl Broker for StoreBroker {
                 list.push((format!("container/{}@{}", container.name, saved.name), text));
             }
         }
-        for volume in self.listed("volumes", self.store.volumes()) {
-            list.push((format!("volume/{}", volume.name), "volume, for one writer".into()));
-            list.push((format!("volume/{}:ro", volume.name), "volume, for many readers".into()));
+        for name in self.listed("volumes", self.store.disk_names(DiskKind::Volume)) {
+            list.push((format!("volume/{name}"), "volume, for one writer".into()));
+            list.push((format!("volume/{name}:ro"), "volume, for many readers".into()));
         }
         Ok(list)
     }

@@ -1,6 +1,6 @@
 //! What is needed, what is not, and taking away the latter.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
 
 use serde_json::Value;
@@ -8,9 +8,8 @@ use serde_json::Value;
 use super::digest::{hex_digest, is_hex_digest};
 use super::disk::{DiskKind, DiskName, GONE, LAYER, RECORD, Record, is_layer_of};
 use super::files::listing;
-use super::image::Manifest;
 use super::index::Index;
-use super::{Container, Finding, Guard, Image, Store, files, is_unwritable, json};
+use super::{Guard, Image, Store, files, json};
 use crate::chain::finish_snapshot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::State;
@@ -25,8 +24,6 @@ pub struct Collected {
     pub images: Vec<String>,
     /// Files with their folder in the store, and the bytes of disk that they take.
     pub files: Vec<(String, u64)>,
-    /// What can't be read: it may need what is there, and so blobs and images stayed.
-    pub bad: Vec<Finding>,
 }
 
 impl Collected {
@@ -68,20 +65,6 @@ impl Place {
     }
 }
 
-/// What something refers to.
-#[derive(Debug, Default)]
-struct Marks {
-    blobs: BTreeSet<String>,
-    /// What can't be read, and may refer to anything.
-    bad: Vec<Finding>,
-}
-
-impl Marks {
-    fn unreadable(&mut self, subject: String, error: Error) {
-        self.bad.push(Finding::new(subject, error));
-    }
-}
-
 /// A file that nothing needs.
 #[derive(Debug)]
 struct Garbage {
@@ -92,113 +75,88 @@ struct Garbage {
 impl Store {
     /// Everything that something refers to in the folder of blobs: from the index, from records,
     /// and from the parent links of layers, those of no record included, but for what is `doomed`.
-    fn marked(&self, index: &Index, doomed: &[Garbage]) -> Result<Marks> {
+    fn marked(&self, index: &Index, doomed: &[Garbage]) -> Result<BTreeSet<String>> {
         let is_doomed = |place: Place, name: &str| {
             doomed.iter().any(|garbage| garbage.place == place && garbage.name == name)
         };
-        let mut marks = Marks::default();
-        self.mark_json(index.value(), &mut marks);
+        let mut marked = BTreeSet::new();
+        self.mark_json(index.value(), &mut marked)?;
         for kind in [DiskKind::Container, DiskKind::Volume] {
             let folder = &**self.folder(kind);
             for name in listing(folder)? {
                 if name.ends_with(RECORD) || name.ends_with(GONE) {
-                    match json::read::<Record>(folder, &name) {
-                        Ok(record) => {
-                            let manifest = record.unwrap_or_default().manifest;
-                            if is_hex_digest(&manifest) {
-                                self.mark_manifest(&manifest, &mut marks);
-                            }
-                        }
-                        Err(error) => {
-                            let disk = name.trim_end_matches(RECORD).trim_end_matches(GONE);
-                            marks.unreadable(format!("{} {disk}", kind.noun()), error);
-                        }
+                    let record = json::read::<Record>(folder, &name)?.unwrap_or_default();
+                    if is_hex_digest(&record.manifest) {
+                        self.mark_manifest(&record.manifest, &mut marked)?;
                     }
                 } else if (name.ends_with(LAYER) || name.ends_with(".top"))
                     && !is_doomed(Place::Disks(kind), &name)
                 {
-                    self.mark_parents(folder, &name, &mut marks);
+                    self.mark_parents(folder, &name, &mut marked)?;
                 }
             }
         }
         // What is being made stands on something too.
         for name in listing(self.blobs())?.iter().filter(|name| name.starts_with(files::DRAFT)) {
             if !is_doomed(Place::Blobs, name) {
-                self.mark_parents(self.blobs(), name, &mut marks);
+                self.mark_parents(self.blobs(), name, &mut marked)?;
             }
         }
-        Ok(marks)
+        Ok(marked)
     }
 
     /// Marks the digests in JSON and what those blobs refer to in turn, whatever wrote it.
-    fn mark_json(&self, value: &Value, marks: &mut Marks) {
+    fn mark_json(&self, value: &Value, marked: &mut BTreeSet<String>) -> Result<()> {
         match value {
             Value::Object(map) => {
                 let text = |key| map.get(key).and_then(Value::as_str);
                 if let Some(digest) = text("digest").and_then(hex_digest) {
                     let kind = text("mediaType").unwrap_or_default();
                     if kind.contains("manifest") || kind.contains("index") {
-                        self.mark_manifest(digest, marks);
+                        self.mark_manifest(digest, marked)?;
                     }
-                    marks.blobs.insert(digest.to_owned());
+                    marked.insert(digest.to_owned());
                 }
-                map.values().for_each(|value| self.mark_json(value, marks));
+                map.values().try_for_each(|value| self.mark_json(value, marked))
             }
-            Value::Array(items) => items.iter().for_each(|item| self.mark_json(item, marks)),
-            _ => {}
+            Value::Array(items) => items.iter().try_for_each(|item| self.mark_json(item, marked)),
+            _ => Ok(()),
         }
     }
 
-    fn mark_manifest(&self, digest: &str, marks: &mut Marks) {
-        if !marks.blobs.insert(digest.to_owned()) {
-            return;
+    fn mark_manifest(&self, digest: &str, marked: &mut BTreeSet<String>) -> Result<()> {
+        if !marked.insert(digest.to_owned()) {
+            return Ok(());
         }
-        match self.json_blob(digest) {
-            // What others keep may be no JSON, and then refers to nothing.
-            Ok(Some(bytes)) => {
-                if let Ok(value) = json::parse(&bytes) {
-                    self.mark_json(&value, marks);
-                }
-            }
-            // A missing one is for `check` to tell.
-            Ok(None) => {}
-            Err(error) => marks.unreadable(format!("manifest {digest}"), error),
-        }
+        // A missing one is for `check` to tell. One that was altered ends the collection.
+        let Some(bytes) = self.json_blob(digest)? else { return Ok(()) };
+        self.mark_json(&json::parse(&bytes)?, marked)
     }
 
-    /// Marks the blobs below a layer.
-    fn mark_parents(&self, folder: &dyn Folder, name: &str, marks: &mut Marks) {
-        let mut hint = parent_hint(folder, name);
-        let mut of = name.to_owned();
-        loop {
-            match hint {
-                Ok(Some(digest)) if is_hex_digest(&digest) => {
-                    if !marks.blobs.insert(digest.clone()) {
-                        return;
-                    }
-                    hint = parent_hint(self.blobs(), &digest);
-                    of = digest;
-                }
-                Ok(_) => return,
-                Err(error) => return marks.unreadable(format!("layer {of}"), error),
-            }
-        }
-    }
-
-    /// The blobs that only an image needs, by an index that doesn't have it any more; none where
-    /// something can't be read that may need them, which is told then.
-    pub(super) fn garbage_of(
+    /// Marks the blobs below a layer. A layer that can't be read ends the collection, but a file
+    /// that never became one doesn't.
+    fn mark_parents(
         &self,
-        index: &Index,
-        image: &str,
-    ) -> Result<(Vec<String>, Vec<Finding>)> {
-        let mut own = Marks::default();
-        self.mark_manifest(image, &mut own);
-        let kept = self.marked(index, &[])?;
-        if !kept.bad.is_empty() {
-            return Ok((Vec::new(), kept.bad));
+        folder: &dyn Folder,
+        name: &str,
+        marked: &mut BTreeSet<String>,
+    ) -> Result<()> {
+        let Some(hint) = parent_hint(folder, name)? else { return Ok(()) };
+        let mut next = Some(hint);
+        while let Some(digest) = next.take().filter(|hint| is_hex_digest(hint)) {
+            if marked.insert(digest.clone()) {
+                next = parent_hint(self.blobs(), &digest)?;
+            }
         }
-        Ok((own.blobs.difference(&kept.blobs).cloned().collect(), Vec::new()))
+        Ok(())
+    }
+
+    /// The blobs that only `image` needs, by an index that doesn't have it any more.
+    pub(super) fn garbage_of(&self, index: &Index, image: &Image) -> Result<Vec<String>> {
+        let mut own = BTreeSet::new();
+        self.mark_manifest(&image.id, &mut own)?;
+        let kept = self.marked(index, &[])?;
+        Ok(own.difference(&kept).cloned().collect())
     }
 
     /// Those of the blobs that nothing refers to and nobody has open; none where something can't be
@@ -215,35 +173,27 @@ impl Store {
     }
 
     /// Takes away what nothing refers to: blobs, images without a name and without containers, and
-    /// what crashes left. With `dry_run` it only tells. Where something can't be read that may refer to
-    /// anything, only what crashes left goes, and it is told what that is.
+    /// what crashes left. With `dry_run` it only tells.
     ///
     /// # Errors
-    /// Those of the host.
+    /// Where anything can't be read that may refer to something, nothing is taken.
     pub fn collect(&self, dry_run: bool) -> Result<Collected> {
-        let guard = match self.lock() {
-            // Nobody changes it then.
-            Err(error) if dry_run && is_unwritable(&error) => None,
-            other => Some(other?),
-        };
+        let guard = self.lock()?;
         if !dry_run {
             self.finish_changes()?;
         }
         let mut index = Index::read(self)?;
-        let mut doomed = self.leftovers(guard.as_ref())?;
-        let mut found =
-            Collected { bad: self.marked(&index, &doomed)?.bad, ..Collected::default() };
-        if found.bad.is_empty() {
-            found.images = self.unnamed_images(&index)?;
-            index.remove(|entry| entry.reference.is_none() && found.images.contains(&entry.digest));
-            let marked = self.marked(&index, &doomed)?.blobs;
-            for name in listing(self.blobs())? {
-                if is_hex_digest(&name)
-                    && !marked.contains(&name)
-                    && self.is_idle(self.blobs(), &name)?
-                {
-                    doomed.push(Garbage { place: Place::Blobs, name });
-                }
+        let unnamed = self.unnamed_images(&index)?;
+        index.remove(|entry| entry.reference.is_none() && unnamed.contains(&entry.digest));
+        let mut found = Collected { images: unnamed, files: Vec::new() };
+        let mut doomed = self.leftovers(&guard)?;
+        let marked = self.marked(&index, &doomed)?;
+        for name in listing(self.blobs())? {
+            if is_hex_digest(&name)
+                && !marked.contains(&name)
+                && self.is_idle(self.blobs(), &name)?
+            {
+                doomed.push(Garbage { place: Place::Blobs, name });
             }
         }
         for garbage in &doomed {
@@ -259,9 +209,7 @@ impl Store {
             index.write_smaller(self)?;
         }
         for garbage in &doomed {
-            if let Err(error) = files::remove(self.place(garbage.place), &garbage.name) {
-                found.bad.push(Finding::new(&garbage.name, error));
-            }
+            files::remove(self.place(garbage.place), &garbage.name)?;
         }
         for folder in [
             &self.folders.root,
@@ -272,12 +220,12 @@ impl Store {
             sync_folder(&**folder)?;
         }
         self.keep_reserve();
-        drop(guard);
+        drop::<Guard>(guard);
         Ok(found)
     }
 
     /// What commands left that were killed, and that nobody is making any more.
-    fn leftovers(&self, guard: Option<&Guard>) -> Result<Vec<Garbage>> {
+    fn leftovers(&self, guard: &Guard) -> Result<Vec<Garbage>> {
         let mut found = Vec::new();
         let mut add = |place, names: Vec<String>| {
             found.extend(names.into_iter().map(|name| Garbage { place, name }));
@@ -297,13 +245,9 @@ impl Store {
         for kind in [DiskKind::Container, DiskKind::Volume] {
             add(Place::Disks(kind), self.strays(kind)?);
         }
-        let Some(guard) = guard else { return Ok(found) };
         for name in self.disk_names(DiskKind::Container)? {
             let disk = DiskName { kind: DiskKind::Container, name };
-            // Of a container that can't be read nobody knows what it needs.
-            if let Ok(abandoned) = self.abandoned(&disk, guard) {
-                add(Place::Disks(DiskKind::Container), abandoned);
-            }
+            add(Place::Disks(DiskKind::Container), self.abandoned(&disk, guard)?);
         }
         Ok(found)
     }
@@ -376,11 +320,10 @@ impl Store {
 
     /// Images whose name went to another one and on which no container stands.
     fn unnamed_images(&self, index: &Index) -> Result<Vec<String>> {
-        let containers = self.containers()?.found;
+        let containers = self.containers()?;
         let mut unnamed = Vec::new();
         for entry in index.entries().filter(|e| e.is_manifest && e.reference.is_none()) {
-            // What others keep under no name, as referrers are kept, is theirs.
-            let Manifest::Image(image) = self.look_up(&entry.digest, None)? else { continue };
+            let Some(image) = self.load_image(&entry.digest, None)? else { continue };
             let top = image.top().ok();
             let used = containers.iter().any(|container| {
                 container.image_id == image.id || (top.is_some() && container.base == top)
@@ -392,20 +335,9 @@ impl Store {
         Ok(unnamed)
     }
 
-    /// Whether nobody has a file open with a lock on it. Where this process may not write it, nobody
-    /// is going to, and who reads it is not asked.
+    /// Whether nobody has a file open with a lock on it.
     fn is_idle(&self, folder: &dyn Folder, name: &str) -> Result<bool> {
-        let file = match find_in(folder, name, Access::Write) {
-            Ok(Some(file)) => file,
-            Ok(None) => return Ok(false),
-            Err(error) if is_unwritable(&error) => {
-                return match find_in(folder, name, Access::Read)? {
-                    Some(file) => Ok(file.lock(Lock::Shared).is_ok()),
-                    None => Ok(false),
-                };
-            }
-            Err(error) => return Err(error),
-        };
+        let Some(file) = find_in(folder, name, Access::Write)? else { return Ok(false) };
         match file.lock(Lock::Exclusive) {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
@@ -455,79 +387,50 @@ impl Store {
         if !frozen {
             return Ok(true);
         }
-        let Ok(record) = self.record(&disk) else { return Ok(true) };
-        let frozen = record.unwrap_or_default().frozen;
-        Ok(!is_layer_of(&disk, file) || frozen.iter().any(|frozen| frozen.file == file))
+        let record = self.record(&disk)?.unwrap_or_default();
+        Ok(!is_layer_of(&disk, file) || record.frozen.iter().any(|frozen| frozen.file == file))
     }
 
-    /// What images, containers and volumes take, in that order, and what could not be counted.
-    pub fn usage(&self) -> Result<([Usage; 3], Vec<Finding>)> {
-        let (containers, images) = (self.containers()?, self.images()?);
-        let mut bad = images.bad;
-        let images = self.image_usage(images.found, &containers.found, &mut bad)?;
-        let containers = self.disk_usage(DiskKind::Container, &mut bad)?;
-        Ok(([images, containers, self.disk_usage(DiskKind::Volume, &mut bad)?], bad))
-    }
-
-    fn image_usage(
-        &self,
-        images: Vec<Image>,
-        containers: &[Container],
-        bad: &mut Vec<Finding>,
-    ) -> Result<Usage> {
-        let mut usage = Usage::default();
-        let (mut all, mut held) = (BTreeMap::new(), BTreeSet::new());
+    /// What images, containers and volumes take, in that order.
+    pub fn usage(&self) -> Result<[Usage; 3]> {
+        let containers = self.containers()?;
+        let mut images = Usage::default();
+        let (mut all, mut held) = (BTreeSet::new(), BTreeSet::new());
         let mut counted = BTreeSet::new();
-        for image in images {
-            if !counted.insert(image.id.clone()) {
-                continue;
-            }
+        for image in self.images()? {
             let layers = image.layers()?;
             let used = containers.iter().any(|container| {
                 container.image_id == image.id || container.base.as_ref() == layers.last()
             });
-            usage.total += 1;
-            usage.active += u64::from(used);
+            if counted.insert(image.id.clone()) {
+                images.total += 1;
+                images.active += u64::from(used);
+            }
             if used {
                 held.extend(layers.iter().cloned());
             }
-            all.extend(layers.into_iter().map(|layer| (layer, image.name())));
+            all.extend(layers);
         }
-        for (layer, image) in &all {
-            match self.blob_cost(layer) {
-                Ok(cost) => {
-                    usage.size += cost;
-                    usage.reclaimable += if held.contains(layer) { 0 } else { cost };
-                }
-                Err(error) => bad.push(Finding::new(format!("image {image}"), error)),
-            }
+        for layer in &all {
+            let cost = self.blob_cost(layer)?;
+            images.size += cost;
+            images.reclaimable += if held.contains(layer) { 0 } else { cost };
         }
-        Ok(usage)
-    }
-
-    fn disk_usage(&self, kind: DiskKind, bad: &mut Vec<Finding>) -> Result<Usage> {
-        let mut usage = Usage::default();
-        for name in self.disk_names(kind)? {
-            let disk = DiskName { kind, name };
-            let look = || -> Result<Option<(u64, bool)>> {
-                let Some(record) = self.record(&disk)? else { return Ok(None) };
+        let disks = |kind| -> Result<Usage> {
+            let mut usage = Usage::default();
+            for name in self.disk_names(kind)? {
+                let disk = DiskName { kind, name };
+                let Some(record) = self.record(&disk)? else { continue };
                 let cost = self.disk_cost(&disk, &record)?;
-                Ok(Some((cost, self.is_idle(&**self.folder(kind), &disk.file())?)))
-            };
-            match look() {
-                Ok(Some((cost, idle))) => {
-                    usage.total += 1;
-                    usage.active += u64::from(!idle);
-                    usage.size += cost;
-                    usage.reclaimable += if idle { cost } else { 0 };
-                }
-                Ok(None) => {}
-                Err(error) => {
-                    bad.push(Finding::new(format!("{} {}", kind.noun(), disk.name), error))
-                }
+                let idle = self.is_idle(&**self.folder(kind), &disk.file())?;
+                usage.total += 1;
+                usage.active += u64::from(!idle);
+                usage.size += cost;
+                usage.reclaimable += if idle { cost } else { 0 };
             }
-        }
-        Ok(usage)
+            Ok(usage)
+        };
+        Ok([images, disks(DiskKind::Container)?, disks(DiskKind::Volume)?])
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::blob::NewBlob;
 use super::digest::is_hex_digest;
 use super::disk::{DiskKind, DiskName, FrozenLayer, LAYER, Record, rights_over};
-use super::{Image, Listed, NewImage, OpenDisk, Reference, Store, check_name, files, now};
+use super::{Image, NewImage, OpenDisk, Reference, Store, check_name, files, now};
 use crate::chain::{Chain, Parent, create, seal};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
@@ -45,18 +45,10 @@ fn container(name: &str) -> Result<DiskName> {
 
 impl Store {
     /// All containers, by name.
-    ///
-    /// # Errors
-    /// Those of listing the folder.
-    pub fn containers(&self) -> Result<Listed<Container>> {
-        let mut listed = Listed::default();
-        for name in self.disk_names(DiskKind::Container)? {
-            // One that goes meanwhile is left out.
-            if let Some(container) = self.find_container(&name).transpose() {
-                listed.add(format!("container {name}"), container);
-            }
-        }
-        Ok(listed)
+    pub fn containers(&self) -> Result<Vec<Container>> {
+        let names = self.disk_names(DiskKind::Container)?;
+        // One that goes meanwhile is left out.
+        names.iter().filter_map(|name| self.find_container(name).transpose()).collect()
     }
 
     /// One container.
@@ -83,16 +75,6 @@ impl Store {
             image: record.image,
             image_id: record.manifest,
         }))
-    }
-
-    /// Whether a container stands on an image with this manifest and newest layer, by its record or by
-    /// its layer, as far as either can be read.
-    pub(super) fn stands_on(&self, name: &str, manifest: &str, top: Option<&str>) -> bool {
-        let disk = DiskName { kind: DiskKind::Container, name: name.to_owned() };
-        let record = self.record(&disk).ok().flatten();
-        let base = self.base_of(&disk.file()).ok();
-        record.is_some_and(|record| record.manifest == manifest)
-            || base.is_some() && base.as_deref() == top
     }
 
     /// The first blob below a layer in the folder of containers.
@@ -230,13 +212,12 @@ impl Store {
 
     /// The image that a container stands on: its record may be behind its layer.
     fn image_over(&self, record: &Record, base: &str) -> Result<Image> {
-        if let Ok(Some(image)) = self.load_image(&record.manifest, None)
+        if let Some(image) = self.load_image(&record.manifest, None)?
             && image.top()? == base
         {
             return Ok(image);
         }
-        let found =
-            self.images()?.found.into_iter().find(|image| image.top().is_ok_and(|t| t == base));
+        let found = self.images()?.into_iter().find(|image| image.top().is_ok_and(|t| t == base));
         found.ok_or_else(|| {
             let detail = format!("no image has the layer {base} that the container stands on");
             Error::new(ErrorKind::NotFound, detail)

@@ -289,11 +289,11 @@ impl Store {
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] with who has it; [`ErrorKind::Unsupported`] for
     /// writing in a store that only a later version may change; those of [`Chain::open`].
     pub fn open_disk(&self, disk: &DiskName, access: Access) -> Result<OpenDisk> {
-        let (lock, need) = match access {
-            Access::Read => (Lock::Shared, Need::Read),
-            Access::Write => (Lock::Exclusive, Need::Write),
+        let _hold = self.hold()?;
+        let need = match access {
+            Access::Read => Need::Read,
+            Access::Write => Need::Write,
         };
-        let _hold = self.hold(lock)?;
         features::check(self.root(), need)?;
         if self.record(disk)?.is_none() {
             return Err(disk.missing());

@@ -102,13 +102,10 @@ pub(super) fn remove(folder: &dyn Folder, name: &str) -> Result<()> {
     }
 }
 
-/// The names in a folder, sorted; none where it is missing.
+/// The names in a folder, sorted.
 pub(super) fn listing(folder: &dyn Folder) -> Result<Vec<String>> {
     let fail = |error| Error::io(error, "listing the folder").in_file(folder.path());
-    let mut names = match folder.list() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        other => other.map_err(fail)?,
-    };
+    let mut names = folder.list().map_err(fail)?;
     names.sort();
     Ok(names)
 }

@@ -33,16 +33,6 @@ pub(super) struct IndexEntry {
     pub is_manifest: bool,
 }
 
-impl IndexEntry {
-    /// What it is called in messages.
-    pub fn label(&self) -> String {
-        self.reference.as_ref().map_or_else(
-            || format!("image {}", self.digest),
-            |reference| format!("image {reference}"),
-        )
-    }
-}
-
 fn name_of(entry: &Value) -> Option<Reference> {
     entry.get("annotations")?.get(NAME)?.as_str()?.parse().ok()
 }

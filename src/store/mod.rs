@@ -19,7 +19,6 @@ mod files;
 mod image;
 mod index;
 mod json;
-mod listed;
 mod name;
 mod publish;
 mod transfer;
@@ -39,10 +38,10 @@ pub use collect::{Collected, Usage};
 pub use container::{Container, Snapshot};
 pub use disk::{DiskKind, DiskName, OpenDisk};
 pub use features::Need;
-pub use image::{HistoryEntry, Image, Removed};
-pub use listed::{Finding, Listed};
+pub use image::{HistoryEntry, Image};
 pub use name::{MAX_NAME, Reference, check_name};
 pub use publish::NewImage;
+pub use verify::Finding;
 pub use volume::Volume;
 
 const LAYOUT_FILE: &str = "oci-layout";
@@ -83,17 +82,12 @@ struct Hold(#[allow(dead_code, reason = "held for its lock")] Arc<dyn Storage>);
 struct Guard(#[allow(dead_code, reason = "held for its lock")] Hold);
 
 impl Store {
-    /// Opens the store in a folder of the host, which is made where it is missing. Where that can't be
-    /// written, a folder that is missing is an empty one.
+    /// Opens the store in a folder of the host, which is made where it is missing.
     pub fn open(path: &std::path::Path) -> Result<Self> {
+        let fail = |error| Error::io(error, "making the store's folders").in_file(path);
         let folder = |name: &str| {
             let path = path.join(name);
-            let made = std::fs::create_dir_all(&path)
-                .map_err(|error| Error::io(error, "making the store's folders").in_file(&path));
-            match made {
-                Err(error) if !is_unwritable(&error) => return Err(error),
-                _ => {}
-            }
+            std::fs::create_dir_all(&path).map_err(fail)?;
             Ok::<_, Error>(Arc::new(FileFolder::new(path)) as Arc<dyn Folder>)
         };
         // The root comes last, so that its path carries no trailing slash.
@@ -199,36 +193,30 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::Unsupported`] for a store that only a later version may change.
     fn lock(&self) -> Result<Guard> {
-        let hold = self.hold(Lock::Exclusive)?;
+        let hold = self.hold()?;
         features::check(self.root(), Need::Write)?;
         Ok(Guard(hold))
     }
 
-    /// Waits for those who change names, and keeps them out. A shared lock takes no right to write.
-    fn hold(&self, lock: Lock) -> Result<Hold> {
-        let access = if lock == Lock::Shared { Access::Read } else { Access::Write };
-        let file = open_in(self.root(), LOCK_FILE, access)?;
+    /// Waits for those who change names, and keeps them out.
+    fn hold(&self) -> Result<Hold> {
+        let file = open_in(self.root(), LOCK_FILE, Access::Write)?;
         let start = Instant::now();
         let mut pause = Duration::from_micros(100);
         loop {
-            match file.lock(lock) {
+            match file.lock(Lock::Exclusive) {
                 Ok(()) => return Ok(Hold(file)),
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(failed(&*file, "locking the store", 0)(error)),
             }
             if start.elapsed() > PATIENCE {
                 // Fails with the holder's name, or succeeds after all.
-                return take_lock(&*file, lock).map(|()| Hold(file));
+                return take_lock(&*file, Lock::Exclusive).map(|()| Hold(file));
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(10));
         }
     }
-}
-
-/// Whether the store, or a part of it, is only to be read here.
-fn is_unwritable(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::ReadOnly | ErrorKind::PermissionDenied)
 }
 
 /// The present time as the OCI specification writes it.

@@ -3,12 +3,20 @@
 use super::digest::is_hex_digest;
 use super::disk::{DiskKind, DiskName};
 use super::files::listing;
-use super::image::Manifest;
 use super::index::Index;
-use super::{Finding, Store, digest};
+use super::{Store, digest};
 use crate::error::{ErrorKind, Result};
 use crate::inspect;
-use crate::storage::{Access, Lock, open_in};
+use crate::storage::{Access, open_in};
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// What it is about.
+    pub subject: String,
+    /// What was found.
+    pub detail: String,
+}
 
 impl Store {
     /// Reads everything: blobs against their digests, images against their layers, disks against
@@ -20,7 +28,7 @@ impl Store {
         match self.examine() {
             Ok(findings) if findings.is_empty() => Ok(findings),
             _ => {
-                let _hold = self.hold(Lock::Shared)?;
+                let _hold = self.hold()?;
                 self.examine()
             }
         }
@@ -56,9 +64,12 @@ impl Store {
 
     fn verify_images(&self, note: &mut impl FnMut(String, String)) -> Result<()> {
         for entry in Index::read(self)?.entries().filter(|entry| entry.is_manifest) {
-            let name = entry.label();
-            match self.look_up(&entry.digest, entry.reference) {
-                Ok(Manifest::Image(image)) => {
+            let name = entry.reference.as_ref().map_or_else(
+                || format!("image {}", entry.digest),
+                |reference| format!("image {reference}"),
+            );
+            match self.load_image(&entry.digest, entry.reference) {
+                Ok(Some(image)) => {
                     for layer in image.manifest.layers() {
                         let digest = layer.digest().digest();
                         let length =
@@ -79,10 +90,7 @@ impl Store {
                         note(name, error.to_string());
                     }
                 }
-                Ok(Manifest::Foreign(_)) => {}
-                Ok(Manifest::Missing) => {
-                    note(name, format!("manifest {} is missing", entry.digest))
-                }
+                Ok(None) => note(name, format!("manifest {} is missing", entry.digest)),
                 Err(error) => note(name, error.to_string()),
             }
         }

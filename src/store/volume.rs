@@ -1,7 +1,7 @@
 //! Volumes: live layers without a parent.
 
 use super::disk::{DiskKind, DiskName, Record};
-use super::{Listed, Store, now};
+use super::{Store, now};
 use crate::error::Result;
 
 /// A volume as its record and its layer tell.
@@ -31,18 +31,10 @@ impl Store {
     }
 
     /// All volumes, by name.
-    ///
-    /// # Errors
-    /// Those of listing the folder.
-    pub fn volumes(&self) -> Result<Listed<Volume>> {
-        let mut listed = Listed::default();
-        for name in self.disk_names(DiskKind::Volume)? {
-            // One that goes meanwhile is left out.
-            if let Some(volume) = self.find_volume(&name).transpose() {
-                listed.add(format!("volume {name}"), volume);
-            }
-        }
-        Ok(listed)
+    pub fn volumes(&self) -> Result<Vec<Volume>> {
+        let names = self.disk_names(DiskKind::Volume)?;
+        // One that goes meanwhile is left out.
+        names.iter().filter_map(|name| self.find_volume(name).transpose()).collect()
     }
 
     /// One volume.

@@ -22,7 +22,6 @@ mod repair;
 mod rights;
 mod show;
 mod store;
-mod store_damage;
 mod store_kill;
 mod store_limits;
 mod support;

@@ -27,10 +27,6 @@ pub mod store;
 pub mod verify;
 pub mod volume;
 
-use thinply::store::Finding;
-
-use crate::io::output::say;
-
 /// What a verb that did its work has to say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
@@ -42,11 +38,3 @@ pub enum Answer {
 
 /// Result of a verb.
 pub type Outcome = thinply::error::Result<Answer>;
-
-/// The answer of a verb that did its work on what is good: no, where something is bad, which is named.
-fn unless_bad(bad: &[Finding]) -> Answer {
-    for Finding { subject, detail } in bad {
-        say(format_args!("{subject}: {detail}"));
-    }
-    if bad.is_empty() { Answer::Yes } else { Answer::No }
-}

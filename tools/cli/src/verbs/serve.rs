@@ -101,19 +101,16 @@ impl Serve {
 
     fn run_store(&self) -> Outcome {
         let listeners = self.listeners()?;
-        let store = self.store.open()?;
-        let (control, asked) = match Control::serving(store.clone(), say()) {
-            Err(error)
-                if matches!(error.kind(), ErrorKind::ReadOnly | ErrorKind::PermissionDenied) =>
-            {
-                output::say(format_args!("only what is read can be used: {error}"));
-                (Control::private(store, say()), None)
+        let control = Control::serving(self.store.open()?, say())?;
+        let asked = match line::Server::start(control.clone()) {
+            // Disks can be used all the same.
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                output::say(format!(
+                    "{error}: commits, snapshots and diffs of disks in use will be refused"
+                ));
+                None
             }
-            other => {
-                let control = other?;
-                let asked = listen(&control)?;
-                (control, asked)
-            }
+            started => Some(started?),
         };
         self.serve(listeners, Arc::new(control.desk().clone()))?;
         drop(asked);
@@ -194,18 +191,4 @@ fn stop_on_signals(server: Handle) -> Result<()> {
         Some(_) => {}
     };
     signals::on_end(stop).map_err(|error| Error::io(error, "setting up signal handlers"))
-}
-
-/// Answers those who ask for changes of disks in use, where there can be sockets.
-fn listen(control: &Control) -> Result<Option<line::Server>> {
-    match line::Server::start(control.clone()) {
-        // Disks can be used all the same.
-        Err(error) if error.kind() == ErrorKind::Unsupported => {
-            output::say(format!(
-                "{error}: commits, snapshots and diffs of disks in use will be refused"
-            ));
-            Ok(None)
-        }
-        started => started.map(Some),
-    }
 }

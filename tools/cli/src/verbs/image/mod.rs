@@ -7,10 +7,10 @@ mod show;
 use clap::{Args, Subcommand};
 use thinply::store::Reference;
 
-use crate::io::output::{self, Output};
+use crate::io::output::Output;
 use crate::io::table::short_id;
 use crate::options::StoreArg;
-use crate::verbs::{Answer, Outcome, unless_bad};
+use crate::verbs::{Answer, Outcome};
 
 /// Make, list, move and remove images: sealed disks under a name.
 #[derive(Args, Debug)]
@@ -80,16 +80,12 @@ impl TagImage {
 /// Remove names of images, and with its last name an image.
 ///
 /// Layers that no other image has go with it. The last name of an image that containers stand on
-/// is refused, and they are named. So is an id that has several names, unless all of them are to go.
-/// An image that can't be read is removed like any other.
+/// is refused, and they are named.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  thinply image rm debian:12")]
 struct RemoveImages {
     #[command(flatten)]
     store: StoreArg,
-    /// Remove all names that an id has
-    #[arg(long, short)]
-    force: bool,
     /// Names or ids
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<String>,
@@ -98,23 +94,15 @@ struct RemoveImages {
 impl RemoveImages {
     fn run(&self) -> Outcome {
         let store = self.store.open()?;
-        let (mut output, mut bad) = (Output::new(), Vec::new());
+        let mut output = Output::new();
         let removed = self.images.iter().try_for_each(|name| {
-            let removed = store.remove_image(name, self.force)?;
-            for name in &removed.names {
-                output.line(format_args!("Untagged: {name}"))?;
-            }
-            for blob in &removed.blobs {
-                output.line(format_args!("Deleted: sha256:{}", short_id(blob)))?;
-            }
-            bad = removed.kept;
-            Ok(())
+            let blobs = store.remove_image(name)?;
+            output.line(format_args!("Untagged: {name}"))?;
+            blobs.iter().try_for_each(|blob| {
+                output.line(format_args!("Deleted: sha256:{}", short_id(blob)))
+            })
         });
         output.print()?;
-        removed?;
-        if !bad.is_empty() {
-            output::say("layers stay, since what can't be read may need them:");
-        }
-        Ok(unless_bad(&bad))
+        removed.map(|()| Answer::Yes)
     }
 }

@@ -1,17 +1,15 @@
 //! `thinply image ls`, `history` and `inspect`
 
-use std::collections::HashMap;
-
 use clap::Args;
 use serde::Serialize;
 use thinply::device::Device;
 use thinply::error::Result;
-use thinply::store::{Finding, Image, Listed, Store};
+use thinply::store::{Image, Store};
 
 use crate::io::output::Output;
 use crate::io::table::{self, ago, short, short_id};
 use crate::options::StoreArg;
-use crate::verbs::{Answer, Outcome, unless_bad};
+use crate::verbs::{Answer, Outcome};
 
 /// List the images.
 ///
@@ -39,26 +37,16 @@ impl ListImages {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
         let store = self.store.open()?;
-        let Listed { found, mut bad } = store.images()?;
-        // Many names may stand for one image.
-        let mut costs = HashMap::new();
-        let mut rows = Vec::new();
-        for image in found.into_iter().rev() {
-            let cost = costs.entry(image.id.clone()).or_insert_with(|| store.image_cost(&image));
-            match cost.clone() {
-                Ok(size) => rows.push(Row {
-                    repository: image.reference.as_ref().map(|name| name.repository.clone()),
-                    tag: image.reference.as_ref().map(|name| name.tag.clone()),
-                    created: image.created().to_owned(),
-                    size,
-                    id: image.id,
-                }),
-                Err(error) => bad.push(Finding {
-                    subject: format!("image {}", image.name()),
-                    detail: error.to_string(),
-                }),
-            }
-        }
+        let rows = store.images()?.into_iter().rev().map(|image| {
+            Ok(Row {
+                repository: image.reference.as_ref().map(|name| name.repository.clone()),
+                tag: image.reference.as_ref().map(|name| name.tag.clone()),
+                created: image.created().to_owned(),
+                size: store.image_cost(&image)?,
+                id: image.id,
+            })
+        });
+        let rows = rows.collect::<Result<Vec<_>>>()?;
         let mut output = Output::new();
         if self.json {
             output.json(&rows)?;
@@ -77,7 +65,7 @@ impl ListImages {
             table::print(&mut output, &heading, &rows)?;
         }
         output.print()?;
-        Ok(unless_bad(&bad))
+        Ok(Answer::Yes)
     }
 }
 
@@ -179,7 +167,7 @@ impl InspectImages {
 
 fn facts(store: &Store, image: &Image) -> Result<Facts> {
     let name = image.reference.as_ref().map(|name| name.to_string());
-    let containers = store.containers()?.found.into_iter().filter(|c| c.image_id == image.id);
+    let containers = store.containers()?.into_iter().filter(|c| c.image_id == image.id);
     let json = |value: serde_json::Result<serde_json::Value>| value.unwrap_or_default();
     Ok(Facts {
         id: image.id.clone(),
