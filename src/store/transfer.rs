@@ -6,7 +6,7 @@ use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use super::digest::{hex_digest, is_hex_digest};
-use super::image::{LAYER_TYPE, bad, hex_of};
+use super::image::{bad, hex_of};
 use super::index::Index;
 use super::{Image, Store, digest, files, json};
 use crate::error::{Error, ErrorKind, Result};
@@ -109,10 +109,6 @@ impl Store {
 
     /// Opens the whole chain, and compares it with the manifest.
     fn check_layers(&self, image: &Image) -> Result<()> {
-        if let Some(found) = image.foreign_layer() {
-            let detail = format!("a layer of type {found}, expected {LAYER_TYPE}");
-            return Err(Error::new(ErrorKind::Unsupported, detail));
-        }
         let layers = image.layers()?;
         let chain = self.open_image(image)?;
         let files: Vec<_> = chain

@@ -28,7 +28,9 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 ///
 /// With --all every container, volume and image of the store is an export by name, also those that
 /// come while it runs: container/NAME, container/NAME@SNAP, volume/NAME for one writer,
-/// volume/NAME:ro for many readers, image/NAME:TAG. A disk is open only while a client has it.
+/// volume/NAME:ro for many readers, image/NAME:TAG. A disk is open only while a client has it. Of a
+/// store that may only be read, what is for reading is served. What is damaged is logged when somebody
+/// lists the exports or asks for it, and all else is served.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Prints the NBD URI once clients can connect, then serves until SIGTERM or SIGINT: requests under
@@ -101,8 +103,15 @@ impl Serve {
 
     fn run_store(&self) -> Outcome {
         let listeners = self.listeners()?;
-        let control = Control::serving(self.store.open()?, say())?;
-        let asked = line::Server::start(control.clone())?;
+        let store = self.store.open()?;
+        let (control, asked) = match Control::serving(store.clone(), say()) {
+            Ok(control) => (control.clone(), Some(line::Server::start(control)?)),
+            Err(error) if is_read_only(&error) => {
+                output::say(format!("what can only be read is served for reading: {error}"));
+                (Control::private(store, say()), None)
+            }
+            Err(error) => return Err(error),
+        };
         self.serve(listeners, Arc::new(control.desk().clone()))?;
         drop(asked);
         // Somebody may be committing still.
@@ -159,6 +168,11 @@ impl Serve {
         }
         Ok(listeners)
     }
+}
+
+/// Whether a refusal says that this process may only read.
+fn is_read_only(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::ReadOnly | ErrorKind::PermissionDenied)
 }
 
 /// Says on standard error what goes wrong where nobody waits for an answer.

@@ -113,13 +113,18 @@ pub struct Load {
     file: PathBuf,
 }
 
+/// Stores the bytes of a reader under their digest.
+type AddBlob<'a> = dyn FnMut(&str, &mut dyn Read, &Rights) -> Result<()> + 'a;
+
 impl Load {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
         let store = self.store.open()?;
-        let index =
-            if self.file.is_dir() { self.load_folder(&store)? } else { self.load_archive(&store)? };
-        let images = store.add_images(&index).map_err(|error| error.in_file(&self.file))?;
+        let mut added = Vec::new();
+        let images = self
+            .load(&store, &mut added)
+            .and_then(|index| store.add_images(&index).map_err(|error| error.in_file(&self.file)))
+            .inspect_err(|_| store.withdraw_blobs(std::mem::take(&mut added)))?;
         let mut output = Output::new();
         for image in images {
             output.line(format_args!("Loaded image: {}", image.name()))?;
@@ -132,7 +137,17 @@ impl Load {
         Error::io(error, "reading the images").in_file(&self.file)
     }
 
-    fn load_folder(&self, store: &Store) -> Result<Vec<u8>> {
+    /// Stores all blobs, and notes them in `added`; the index that names what they are.
+    fn load(&self, store: &Store, added: &mut Vec<String>) -> Result<Vec<u8>> {
+        let mut add = |digest: &str, bytes: &mut dyn Read, rights: &Rights| {
+            store.add_blob(digest, bytes, rights)?;
+            added.push(digest.to_owned());
+            Ok(())
+        };
+        if self.file.is_dir() { self.load_folder(&mut add) } else { self.load_archive(&mut add) }
+    }
+
+    fn load_folder(&self, add: &mut AddBlob<'_>) -> Result<Vec<u8>> {
         let fail = |error| self.failed(error);
         let index = File::open(self.file.join("index.json")).map_err(fail)?;
         let index = self.read_index(&mut &index)?;
@@ -140,12 +155,12 @@ impl Load {
             let entry = entry.map_err(fail)?;
             let mut file = File::open(entry.path()).map_err(fail)?;
             let rights = rights_of(&file).map_err(fail)?;
-            store.add_blob(&entry.file_name().to_string_lossy(), &mut file, &rights)?;
+            add(&entry.file_name().to_string_lossy(), &mut file, &rights)?;
         }
         Ok(index)
     }
 
-    fn load_archive(&self, store: &Store) -> Result<Vec<u8>> {
+    fn load_archive(&self, add: &mut AddBlob<'_>) -> Result<Vec<u8>> {
         let fail = |error| self.failed(error);
         let file = File::open(&self.file).map_err(fail)?;
         let rights = rights_of(&file).map_err(fail)?;
@@ -158,7 +173,7 @@ impl Load {
             if path == "index.json" {
                 index = Some(self.read_index(&mut entry)?);
             } else if let Some(digest) = path.strip_prefix(BLOBS).filter(|name| !name.is_empty()) {
-                store.add_blob(digest, &mut entry, &rights)?;
+                add(digest, &mut entry, &rights)?;
             }
         }
         index.ok_or_else(|| {
