@@ -4,6 +4,7 @@
 use std::io::{self, BufWriter, Write};
 use std::sync::Arc;
 
+use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use super::image::bad;
@@ -11,7 +12,7 @@ use super::{Store, digest, files};
 use crate::chain::{Chain, Layer, Parent, create, seal};
 use crate::derive::PackOptions;
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
 use crate::packed::Compression;
 use crate::storage::{Access, Lock, Rights, Storage, failed, open_in};
@@ -42,7 +43,39 @@ pub(super) struct NewBlob {
     pub virtual_size: u64,
 }
 
+/// A blob that may be JSON.
+pub(super) enum Document {
+    /// JSON, as its bytes and as what they say.
+    Json(Vec<u8>, Value),
+    /// What its digest says, but no JSON, or too much for a manifest.
+    Other,
+    Missing,
+}
+
 impl Store {
+    /// A blob of the index's or of others, whatever they keep there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for one that was altered; host errors.
+    pub(super) fn document(&self, digest: &str) -> Result<Document> {
+        let bytes = match self.json_blob(digest) {
+            Ok(bytes) => bytes,
+            // No manifest is that long; but is it what it was?
+            Err(error) if error.kind() == ErrorKind::Limit => {
+                let (found, _) = digest::sha256_file(&*self.blob(digest)?)?;
+                return if found == digest { Ok(Document::Other) } else { Err(error) };
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(match bytes {
+            None => Document::Missing,
+            Some(bytes) => match serde_json::from_slice(&bytes) {
+                Ok(value) => Document::Json(bytes, value),
+                Err(_) => Document::Other,
+            },
+        })
+    }
+
     /// A blob that is JSON, if it has the digest that it should have.
     pub(super) fn json_blob(&self, digest: &str) -> Result<Option<Vec<u8>>> {
         let Some(bytes) = files::read_small(self.blobs(), digest)? else { return Ok(None) };

@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{DiskKind, DiskName, OpenDisk, Store, files};
+use super::{DiskKind, DiskName, Finding, OpenDisk, Store, Survey, files};
 use crate::error::{Error, ErrorKind, Result};
 use crate::serve::{Broker, Log, Opened};
 use crate::storage::{Access, Storage};
+use crate::sync::{Mutex, guard};
 
 /// How long a disk that is in use is tried again: the other name of a volume may just be closed, or a
 /// verb of another process be done soon.
@@ -25,6 +26,8 @@ const TRY_AGAIN: Duration = Duration::from_millis(20);
 pub struct StoreBroker {
     store: Store,
     log: Log,
+    /// What was damaged when the disks were listed last.
+    told: Mutex<Vec<Finding>>,
 }
 
 /// What a name stands for.
@@ -69,7 +72,7 @@ impl Named {
 impl StoreBroker {
     /// For the disks of `store`; `log` hears of what goes wrong where nobody waits for an answer.
     pub fn new(store: Store, log: Log) -> Self {
-        Self { store, log }
+        Self { store, log, told: Mutex::default() }
     }
 
     /// The store.
@@ -77,12 +80,27 @@ impl StoreBroker {
         &self.store
     }
 
-    /// What could be listed; what could not be is logged.
-    fn listed<T>(&self, what: &str, list: Result<Vec<T>>) -> Vec<T> {
-        list.unwrap_or_else(|error| {
-            (self.log)(&format!("listing the {what}: {error}"));
-            Vec::new()
-        })
+    /// What could be listed; what could not be goes to `bad`.
+    fn listed<T: Default>(what: &str, list: Result<Survey<T>>, bad: &mut Vec<Finding>) -> T {
+        match list {
+            Ok(survey) => {
+                bad.extend(survey.bad);
+                survey.good
+            }
+            Err(error) => {
+                bad.push(Finding::new(what, error));
+                T::default()
+            }
+        }
+    }
+
+    /// Logs what is damaged, unless it was so already when somebody listed the disks before.
+    fn tell(&self, bad: Vec<Finding>) {
+        let mut told = guard(&self.told);
+        bad.iter().filter(|found| !told.contains(found)).for_each(|found| {
+            (self.log)(&found.to_string());
+        });
+        *told = bad;
     }
 }
 
@@ -103,13 +121,15 @@ impl Broker for StoreBroker {
     }
 
     fn list(&self) -> Result<Vec<(String, String)>> {
-        let mut list = Vec::new();
-        for image in self.listed("images", self.store.images()) {
+        let (mut list, mut bad) = (Vec::new(), Vec::new());
+        for image in Self::listed("images", self.store.images(), &mut bad) {
             if let Some(name) = &image.reference {
                 list.push((format!("image/{name}"), format!("image {:.12}", image.id)));
             }
         }
-        for container in self.listed("containers", self.store.containers()) {
+        let containers = Self::listed("containers", self.store.containers(), &mut bad);
+        // One whose layer can't be read is no disk.
+        for container in containers.iter().filter(|container| container.base.is_some()) {
             let over = format!("container over {}", container.image);
             list.push((format!("container/{}", container.name), over));
             for saved in &container.snapshots {
@@ -117,10 +137,12 @@ impl Broker for StoreBroker {
                 list.push((format!("container/{}@{}", container.name, saved.name), text));
             }
         }
-        for name in self.listed("volumes", self.store.disk_names(DiskKind::Volume)) {
+        for volume in Self::listed("volumes", self.store.volumes(), &mut bad) {
+            let name = volume.name;
             list.push((format!("volume/{name}"), "volume, for one writer".into()));
             list.push((format!("volume/{name}:ro"), "volume, for many readers".into()));
         }
+        self.tell(bad);
         Ok(list)
     }
 

@@ -1,21 +1,25 @@
 //! What is needed, what is not, and taking away the latter.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::io;
 
 use serde_json::Value;
 
+use super::blob::Document;
+use super::container::Standing;
 use super::digest::{hex_digest, is_hex_digest};
 use super::disk::{DiskKind, DiskName, GONE, LAYER, RECORD, Record, is_layer_of};
 use super::files::listing;
 use super::index::Index;
-use super::{Guard, Image, Store, files, json};
+use super::{Costs, Finding, Guard, Image, Store, Survey, files, json};
 use crate::chain::finish_snapshot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::State;
 use crate::live::newest_header;
 use crate::packed::Packed;
-use crate::storage::{Access, Folder, Lock, failed, find_in, sync_folder};
+use crate::storage::{
+    Access, Folder, Lock, Storage, failed, find_in, is_used, open_in, sync_folder,
+};
 
 /// What a collection took away, or would.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -24,6 +28,9 @@ pub struct Collected {
     pub images: Vec<String>,
     /// Files with their folder in the store, and the bytes of disk that they take.
     pub files: Vec<(String, u64)>,
+    /// What can't be read or removed. While there is anything that may refer to blobs, no image and
+    /// no blob goes.
+    pub bad: Vec<Finding>,
 }
 
 impl Collected {
@@ -72,136 +79,213 @@ struct Garbage {
     name: String,
 }
 
+impl Garbage {
+    fn label(&self) -> String {
+        format!("{}/{}", self.place.label(), self.name)
+    }
+}
+
+fn is_among(doomed: &[Garbage], place: Place, name: &str) -> bool {
+    doomed.iter().any(|garbage| garbage.place == place && garbage.name == name)
+}
+
+/// The blobs that something refers to.
+#[derive(Debug, Default)]
+struct Marks {
+    digests: BTreeSet<String>,
+    /// What may refer to more, and can't be read.
+    bad: Vec<Finding>,
+}
+
+impl Marks {
+    /// Goes on without a folder that can't be listed.
+    fn give_up(&mut self, subject: &str, error: &Error) -> Vec<String> {
+        self.bad.push(Finding::new(subject, error));
+        Vec::new()
+    }
+}
+
+/// Whether a manifest is there whose references are marked now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Followed {
+    Yes,
+    /// It is not there: what it referred to can't be told.
+    Missing,
+}
+
+/// Leaves each thing in a list once.
+fn dedup(bad: &mut Vec<Finding>) {
+    let mut seen = HashSet::new();
+    bad.retain(|finding| seen.insert((finding.subject.clone(), finding.detail.clone())));
+}
+
 impl Store {
     /// Everything that something refers to in the folder of blobs: from the index, from records,
     /// and from the parent links of layers, those of no record included, but for what is `doomed`.
-    fn marked(&self, index: &Index, doomed: &[Garbage]) -> Result<BTreeSet<String>> {
-        let is_doomed = |place: Place, name: &str| {
-            doomed.iter().any(|garbage| garbage.place == place && garbage.name == name)
-        };
-        let mut marked = BTreeSet::new();
-        self.mark_json(index.value(), &mut marked)?;
-        for kind in [DiskKind::Container, DiskKind::Volume] {
-            let folder = &**self.folder(kind);
-            for name in listing(folder)? {
-                if name.ends_with(RECORD) || name.ends_with(GONE) {
-                    let record = json::read::<Record>(folder, &name)?.unwrap_or_default();
-                    if is_hex_digest(&record.manifest) {
-                        self.mark_manifest(&record.manifest, &mut marked)?;
-                    }
-                } else if (name.ends_with(LAYER) || name.ends_with(".top"))
-                    && !is_doomed(Place::Disks(kind), &name)
-                {
-                    self.mark_parents(folder, &name, &mut marked)?;
-                }
+    fn marked(&self, index: &Index, doomed: &[Garbage]) -> Marks {
+        let mut marks = Marks::default();
+        for entry in index.manifests() {
+            let missing = || Finding::new(entry.label(), "its manifest is missing");
+            if self.mark_manifest(&entry.digest, &entry.label(), &mut marks) == Followed::Missing {
+                marks.bad.push(missing());
             }
+        }
+        self.mark_json(index.value(), "the index", &mut marks);
+        for kind in [DiskKind::Container, DiskKind::Volume] {
+            self.mark_disks(kind, doomed, &mut marks);
         }
         // What is being made stands on something too.
-        for name in listing(self.blobs())?.iter().filter(|name| name.starts_with(files::DRAFT)) {
-            if !is_doomed(Place::Blobs, name) {
-                self.mark_parents(self.blobs(), name, &mut marked)?;
+        let drafts = listing(self.blobs()).unwrap_or_else(|error| marks.give_up("blobs", &error));
+        for name in drafts.iter().filter(|name| name.starts_with(files::DRAFT)) {
+            if !is_among(doomed, Place::Blobs, name) {
+                self.mark_parents(self.blobs(), name, &mut marks);
             }
         }
-        Ok(marked)
+        marks
+    }
+
+    /// Marks what the records and the layers of a folder refer to.
+    fn mark_disks(&self, kind: DiskKind, doomed: &[Garbage], marks: &mut Marks) {
+        let folder = &**self.folder(kind);
+        let names = listing(folder).unwrap_or_else(|error| marks.give_up(kind.noun(), &error));
+        for name in names {
+            let stem = name.strip_suffix(RECORD).or_else(|| name.strip_suffix(GONE));
+            if let Some(stem) = stem {
+                let subject = format!("{} {stem}", kind.noun());
+                match json::read::<Record>(folder, &name) {
+                    Ok(record) => {
+                        let manifest = record.unwrap_or_default().manifest;
+                        if is_hex_digest(&manifest) {
+                            self.mark_manifest(&manifest, &subject, marks);
+                        }
+                    }
+                    Err(error) => marks.bad.push(Finding::new(subject, error)),
+                }
+            } else if (name.ends_with(LAYER) || name.ends_with(".top"))
+                && !is_among(doomed, Place::Disks(kind), &name)
+            {
+                self.mark_parents(folder, &name, marks);
+            }
+        }
     }
 
     /// Marks the digests in JSON and what those blobs refer to in turn, whatever wrote it.
-    fn mark_json(&self, value: &Value, marked: &mut BTreeSet<String>) -> Result<()> {
+    fn mark_json(&self, value: &Value, subject: &str, marks: &mut Marks) {
         match value {
             Value::Object(map) => {
                 let text = |key| map.get(key).and_then(Value::as_str);
                 if let Some(digest) = text("digest").and_then(hex_digest) {
                     let kind = text("mediaType").unwrap_or_default();
                     if kind.contains("manifest") || kind.contains("index") {
-                        self.mark_manifest(digest, marked)?;
+                        self.mark_manifest(digest, subject, marks);
                     }
-                    marked.insert(digest.to_owned());
+                    marks.digests.insert(digest.to_owned());
                 }
-                map.values().try_for_each(|value| self.mark_json(value, marked))
+                map.values().for_each(|value| self.mark_json(value, subject, marks));
             }
-            Value::Array(items) => items.iter().try_for_each(|item| self.mark_json(item, marked)),
-            _ => Ok(()),
-        }
-    }
-
-    fn mark_manifest(&self, digest: &str, marked: &mut BTreeSet<String>) -> Result<()> {
-        if !marked.insert(digest.to_owned()) {
-            return Ok(());
-        }
-        // A missing one is for `check` to tell. One that was altered ends the collection.
-        let Some(bytes) = self.json_blob(digest)? else { return Ok(()) };
-        self.mark_json(&json::parse(&bytes)?, marked)
-    }
-
-    /// Marks the blobs below a layer. A layer that can't be read ends the collection, but a file
-    /// that never became one doesn't.
-    fn mark_parents(
-        &self,
-        folder: &dyn Folder,
-        name: &str,
-        marked: &mut BTreeSet<String>,
-    ) -> Result<()> {
-        let Some(hint) = parent_hint(folder, name)? else { return Ok(()) };
-        let mut next = Some(hint);
-        while let Some(digest) = next.take().filter(|hint| is_hex_digest(hint)) {
-            if marked.insert(digest.clone()) {
-                next = parent_hint(self.blobs(), &digest)?;
+            Value::Array(items) => {
+                items.iter().for_each(|item| self.mark_json(item, subject, marks));
             }
+            _ => {}
         }
-        Ok(())
     }
 
-    /// The blobs that only `image` needs, by an index that doesn't have it any more.
-    pub(super) fn garbage_of(&self, index: &Index, image: &Image) -> Result<Vec<String>> {
-        let mut own = BTreeSet::new();
-        self.mark_manifest(&image.id, &mut own)?;
-        let kept = self.marked(index, &[])?;
-        Ok(own.difference(&kept).cloned().collect())
+    fn mark_manifest(&self, digest: &str, subject: &str, marks: &mut Marks) -> Followed {
+        if !marks.digests.insert(digest.to_owned()) {
+            return Followed::Yes;
+        }
+        match self.document(digest) {
+            Ok(Document::Json(_, value)) => self.mark_json(&value, subject, marks),
+            Ok(Document::Other) => {}
+            Ok(Document::Missing) => return Followed::Missing,
+            Err(error) => marks.bad.push(Finding::new(subject, error)),
+        }
+        Followed::Yes
     }
 
-    /// Those of the blobs that nothing refers to and nobody has open; none where something can't be
-    /// read that may.
-    pub(super) fn unmarked(&self, index: &Index, blobs: &[String]) -> Result<Vec<String>> {
-        let marks = self.marked(index, &[])?;
-        let mut unmarked = Vec::new();
-        for blob in blobs.iter().filter(|blob| !marks.blobs.contains(*blob)) {
-            if marks.bad.is_empty() && self.is_idle(self.blobs(), blob)? {
-                unmarked.push(blob.clone());
+    /// Marks the blobs below a layer.
+    fn mark_parents(&self, folder: &dyn Folder, name: &str, marks: &mut Marks) {
+        let mut hint = parent_hint(folder, name);
+        loop {
+            match hint {
+                Ok(Some(digest)) if is_hex_digest(&digest) => {
+                    if !marks.digests.insert(digest.clone()) {
+                        return;
+                    }
+                    hint = parent_hint(self.blobs(), &digest);
+                }
+                Ok(_) => return,
+                Err(error) => {
+                    return marks.bad.push(Finding::new(format!("layer {name}"), error));
+                }
             }
         }
-        Ok(unmarked)
+    }
+
+    /// The blobs that only the image with this id needs, by an index that doesn't have it any more:
+    /// none where it can't be told.
+    pub(super) fn garbage_of(&self, index: &Index, id: &str) -> Survey<Vec<String>> {
+        let mut own = Marks::default();
+        // Of one that can't be read nothing but its manifest is known; `gc` finds the rest.
+        self.mark_manifest(id, "", &mut own);
+        self.unmarked(index, own.digests.into_iter().collect())
+    }
+
+    /// Those of some blobs that nothing refers to; none where it can't be told.
+    fn unmarked(&self, index: &Index, mut blobs: Vec<String>) -> Survey<Vec<String>> {
+        let marks = self.marked(index, &[]);
+        blobs.retain(|blob| marks.bad.is_empty() && !marks.digests.contains(blob));
+        Survey { good: blobs, bad: marks.bad }
+    }
+
+    /// Takes blobs away again that were stored for an image that could not be made, unless something
+    /// refers to them by now. What this can't tell or do is left to [`Store::collect`].
+    pub fn withdraw_blobs(&self, digests: Vec<String>) {
+        if let Ok(guard) = self.lock() {
+            self.withdraw(digests, &guard);
+        }
+    }
+
+    /// [`Store::withdraw_blobs`] under the lock.
+    pub(super) fn withdraw(&self, digests: Vec<String>, _: &Guard) {
+        let Ok(index) = Index::read(self) else { return };
+        for blob in self.unmarked(&index, digests).good {
+            if self.is_idle(self.blobs(), &blob).unwrap_or(false) {
+                let _ = files::remove(self.blobs(), &blob);
+            }
+        }
+        let _ = sync_folder(self.blobs());
     }
 
     /// Takes away what nothing refers to: blobs, images without a name and without containers, and
-    /// what crashes left. With `dry_run` it only tells.
+    /// what crashes left. With `dry_run` it only tells, and needs no more than to read.
     ///
     /// # Errors
-    /// Where anything can't be read that may refer to something, nothing is taken.
+    /// Where nothing could be looked at. What can't be read is told of in what was collected: while
+    /// it may refer to something, only what crashes left goes.
     pub fn collect(&self, dry_run: bool) -> Result<Collected> {
-        let guard = self.lock()?;
+        let guard = self.guard(if dry_run { Lock::Shared } else { Lock::Exclusive })?;
+        let mut found = Collected::default();
         if !dry_run {
-            self.finish_changes()?;
+            self.finish_changes(&mut found.bad)?;
         }
         let mut index = Index::read(self)?;
+        let mut doomed = self.leftovers(&guard, &mut found.bad)?;
         let unnamed = self.unnamed_images(&index)?;
-        index.remove(|entry| entry.reference.is_none() && unnamed.contains(&entry.digest));
-        let mut found = Collected { images: unnamed, files: Vec::new() };
-        let mut doomed = self.leftovers(&guard)?;
-        let marked = self.marked(&index, &doomed)?;
-        for name in listing(self.blobs())? {
-            if is_hex_digest(&name)
-                && !marked.contains(&name)
-                && self.is_idle(self.blobs(), &name)?
-            {
-                doomed.push(Garbage { place: Place::Blobs, name });
-            }
+        index.remove(|entry| !entry.is_named && unnamed.contains(&entry.digest));
+        let marks = self.marked(&index, &doomed);
+        if marks.bad.is_empty() {
+            found.images = unnamed.into_iter().collect();
+            doomed.extend(self.unneeded_blobs(&marks, &mut found.bad)?);
         }
-        for garbage in &doomed {
+        found.bad.extend(marks.bad);
+        dedup(&mut found.bad);
+        let bytes = |garbage: &Garbage| {
             let file = self.place(garbage.place).open(&garbage.name, Access::Read);
-            let bytes = file.and_then(|file| file.allocated()).unwrap_or(0);
-            found.files.push((format!("{}/{}", garbage.place.label(), garbage.name), bytes));
-        }
+            file.and_then(|file| file.allocated()).unwrap_or(0)
+        };
         if dry_run {
+            found.files = doomed.iter().map(|garbage| (garbage.label(), bytes(garbage))).collect();
             return Ok(found);
         }
         // The index first: a blob that it still names may not go.
@@ -209,7 +293,11 @@ impl Store {
             index.write_smaller(self)?;
         }
         for garbage in &doomed {
-            files::remove(self.place(garbage.place), &garbage.name)?;
+            let bytes = bytes(garbage);
+            match files::remove(self.place(garbage.place), &garbage.name) {
+                Ok(()) => found.files.push((garbage.label(), bytes)),
+                Err(error) => found.bad.push(Finding::new("leftover", error)),
+            }
         }
         for folder in [
             &self.folders.root,
@@ -224,37 +312,58 @@ impl Store {
         Ok(found)
     }
 
-    /// What commands left that were killed, and that nobody is making any more.
-    fn leftovers(&self, guard: &Guard) -> Result<Vec<Garbage>> {
-        let mut found = Vec::new();
-        let mut add = |place, names: Vec<String>| {
-            found.extend(names.into_iter().map(|name| Garbage { place, name }));
-        };
-        let is_draft = |name: &String| name.starts_with(files::DRAFT);
-        for place in [Place::Root, Place::Blobs] {
-            let mut drafts = listing(self.place(place))?;
-            drafts.retain(is_draft);
-            let mut idle = Vec::new();
-            for name in drafts {
-                if place == Place::Root || self.is_idle(self.blobs(), &name)? {
-                    idle.push(name);
+    /// The blobs that nothing refers to and nobody has open.
+    fn unneeded_blobs(&self, marks: &Marks, bad: &mut Vec<Finding>) -> Result<Vec<Garbage>> {
+        let mut unneeded = Vec::new();
+        for name in listing(self.blobs())? {
+            if is_hex_digest(&name) && !marks.digests.contains(&name) {
+                match self.is_idle(self.blobs(), &name) {
+                    Ok(true) => unneeded.push(Garbage { place: Place::Blobs, name }),
+                    Ok(false) => {}
+                    Err(error) => bad.push(Finding::new(format!("blob {name}"), error)),
                 }
             }
-            add(place, idle);
+        }
+        Ok(unneeded)
+    }
+
+    /// What commands left that were killed, and that nobody is making any more.
+    fn leftovers(&self, guard: &Guard, bad: &mut Vec<Finding>) -> Result<Vec<Garbage>> {
+        let mut found = Vec::new();
+        for place in [Place::Root, Place::Blobs] {
+            let mut drafts = listing(self.place(place))?;
+            drafts.retain(|name| name.starts_with(files::DRAFT));
+            for name in drafts {
+                let idle = place == Place::Root || {
+                    let idle = self.is_idle(self.blobs(), &name);
+                    idle.unwrap_or_else(|error| {
+                        bad.push(Finding::new("leftover", error));
+                        false
+                    })
+                };
+                found.extend(idle.then_some(Garbage { place, name }));
+            }
         }
         for kind in [DiskKind::Container, DiskKind::Volume] {
-            add(Place::Disks(kind), self.strays(kind)?);
+            let strays = self.strays(kind, bad)?;
+            let place = Place::Disks(kind);
+            found.extend(strays.into_iter().map(|name| Garbage { place, name }));
         }
         for name in self.disk_names(DiskKind::Container)? {
             let disk = DiskName { kind: DiskKind::Container, name };
-            add(Place::Disks(DiskKind::Container), self.abandoned(&disk, guard)?);
+            let abandoned = self.abandoned(&disk, guard).unwrap_or_else(|error| {
+                bad.push(Finding::new(&disk, error));
+                Vec::new()
+            });
+            let place = Place::Disks(disk.kind);
+            found.extend(abandoned.into_iter().map(|name| Garbage { place, name }));
         }
         Ok(found)
     }
 
     /// What a snapshot or commit of a container left that was cut off. One that is open is for
     /// whoever has it.
-    fn abandoned(&self, disk: &DiskName, guard: &Guard) -> Result<Vec<String>> {
+    fn abandoned(&self, disk: &DiskName, _: &Guard) -> Result<Vec<String>> {
         let folder = &**self.folder(disk.kind);
         let exists = |name: &str| {
             let fail = |error| Error::io(error, "looking at layers").in_file(folder.path());
@@ -266,11 +375,10 @@ impl Store {
         if record.frozen.is_empty() && !has_top && !has_copy {
             return Ok(Vec::new());
         }
-        let file = match self.claim(disk, guard) {
-            Ok(Some(file)) => file,
-            Err(error) if error.kind() != ErrorKind::InUse => return Err(error),
-            _ => return Ok(Vec::new()),
-        };
+        if !self.is_idle(folder, &disk.file())? {
+            return Ok(Vec::new());
+        }
+        let file = open_in(folder, &disk.file(), Access::Read)?;
         let frozen = matches!(newest_header(&*file)?.state, State::Frozen(_));
         let mut names = self.unneeded(disk, &record)?;
         // The frozen layer's new top is still to take its name.
@@ -295,23 +403,28 @@ impl Store {
     }
 
     /// Brings removals and snapshots to their end that were cut off.
-    fn finish_changes(&self) -> Result<()> {
+    fn finish_changes(&self, bad: &mut Vec<Finding>) -> Result<()> {
         for kind in [DiskKind::Container, DiskKind::Volume] {
             let folder = &**self.folder(kind);
             for name in listing(folder)? {
                 let top = name.strip_prefix('.').and_then(|name| name.strip_suffix(".top"));
-                if let Some(name) = name.strip_suffix(GONE) {
-                    self.finish_removal(&DiskName { kind, name: name.to_owned() })?;
+                let finished = if let Some(name) = name.strip_suffix(GONE) {
+                    self.finish_removal(&DiskName { kind, name: name.to_owned() }).map(drop)
                 } else if let Some(layer) = top {
                     match finish_snapshot(folder, layer) {
-                        Err(error)
-                            if !matches!(error.kind(), ErrorKind::InUse | ErrorKind::NotFound) =>
-                        {
-                            return Err(error);
-                        }
                         // Somebody is making it just now, or it was of a disk that is gone.
-                        _ => {}
+                        Err(error)
+                            if matches!(error.kind(), ErrorKind::InUse | ErrorKind::NotFound) =>
+                        {
+                            Ok(())
+                        }
+                        finished => finished.map(drop),
                     }
+                } else {
+                    Ok(())
+                };
+                if let Err(error) = finished {
+                    bad.push(Finding::new(format!("{} {name}", kind.noun()), error));
                 }
             }
         }
@@ -319,17 +432,14 @@ impl Store {
     }
 
     /// Images whose name went to another one and on which no container stands.
-    fn unnamed_images(&self, index: &Index) -> Result<Vec<String>> {
-        let containers = self.containers()?;
-        let mut unnamed = Vec::new();
-        for entry in index.entries().filter(|e| e.is_manifest && e.reference.is_none()) {
-            let Some(image) = self.load_image(&entry.digest, None)? else { continue };
-            let top = image.top().ok();
-            let used = containers.iter().any(|container| {
-                container.image_id == image.id || (top.is_some() && container.base == top)
-            });
-            if !used {
-                unnamed.push(entry.digest);
+    fn unnamed_images(&self, index: &Index) -> Result<BTreeSet<String>> {
+        let ground = Ground::new(&self.standing()?);
+        let mut unnamed = BTreeSet::new();
+        for entry in index.manifests().filter(|entry| !entry.is_named) {
+            // What can't be read ends the collection a little later.
+            let image = self.load_image(&entry.digest, None).ok().flatten();
+            if image.is_some_and(|image| !ground.has(&image)) {
+                unnamed.insert(entry.digest);
             }
         }
         Ok(unnamed)
@@ -337,7 +447,19 @@ impl Store {
 
     /// Whether nobody has a file open with a lock on it.
     fn is_idle(&self, folder: &dyn Folder, name: &str) -> Result<bool> {
-        let Some(file) = find_in(folder, name, Access::Write)? else { return Ok(false) };
+        let file = match find_in(folder, name, Access::Write) {
+            Ok(Some(file)) => file,
+            Ok(None) => return Ok(false),
+            // A lock can't be taken then, but asked for.
+            Err(error)
+                if matches!(error.kind(), ErrorKind::ReadOnly | ErrorKind::PermissionDenied) =>
+            {
+                let file = find_in(folder, name, Access::Read)?;
+                let file = file.as_deref().and_then(Storage::descriptor);
+                return Ok(file.is_some_and(|file| !is_used(file)));
+            }
+            Err(error) => return Err(error),
+        };
         match file.lock(Lock::Exclusive) {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
@@ -346,7 +468,7 @@ impl Store {
     }
 
     /// Files of no record: drafts, and layers that a cut-off creation or commit left.
-    fn strays(&self, kind: DiskKind) -> Result<Vec<String>> {
+    fn strays(&self, kind: DiskKind, bad: &mut Vec<Finding>) -> Result<Vec<String>> {
         let folder = &**self.folder(kind);
         let names = listing(folder)?;
         let mut strays = Vec::new();
@@ -354,15 +476,15 @@ impl Store {
             let stem = name.strip_prefix('.').unwrap_or(name);
             let stem =
                 [".top", ".copy"].iter().find_map(|end| stem.strip_suffix(end)).unwrap_or(stem);
-            let stray = if name.starts_with(files::DRAFT) {
-                true
-            } else if let Some(stem) = stem.strip_suffix(LAYER) {
-                !self.is_recorded(kind, stem, name, &names)?
-            } else {
-                false
+            let recorded = match stem.strip_suffix(LAYER) {
+                _ if name.starts_with(files::DRAFT) => Ok(false),
+                Some(stem) => self.is_recorded(kind, stem, name, &names),
+                None => Ok(true),
             };
-            if stray && self.is_idle(folder, name)? {
-                strays.push(name.clone());
+            match recorded.and_then(|recorded| Ok(!recorded && self.is_idle(folder, name)?)) {
+                Ok(true) => strays.push(name.clone()),
+                Ok(false) => {}
+                Err(error) => bad.push(Finding::new(format!("{} {stem}", kind.noun()), error)),
             }
         }
         Ok(strays)
@@ -391,46 +513,88 @@ impl Store {
         Ok(!is_layer_of(&disk, file) || record.frozen.iter().any(|frozen| frozen.file == file))
     }
 
-    /// What images, containers and volumes take, in that order.
-    pub fn usage(&self) -> Result<[Usage; 3]> {
-        let containers = self.containers()?;
-        let mut images = Usage::default();
-        let (mut all, mut held) = (BTreeSet::new(), BTreeSet::new());
-        let mut counted = BTreeSet::new();
-        for image in self.images()? {
-            let layers = image.layers()?;
-            let used = containers.iter().any(|container| {
-                container.image_id == image.id || container.base.as_ref() == layers.last()
-            });
-            if counted.insert(image.id.clone()) {
-                images.total += 1;
-                images.active += u64::from(used);
-            }
-            if used {
-                held.extend(layers.iter().cloned());
-            }
-            all.extend(layers);
-        }
-        for layer in &all {
-            let cost = self.blob_cost(layer)?;
-            images.size += cost;
-            images.reclaimable += if held.contains(layer) { 0 } else { cost };
-        }
-        let disks = |kind| -> Result<Usage> {
-            let mut usage = Usage::default();
-            for name in self.disk_names(kind)? {
-                let disk = DiskName { kind, name };
-                let Some(record) = self.record(&disk)? else { continue };
-                let cost = self.disk_cost(&disk, &record)?;
-                let idle = self.is_idle(&**self.folder(kind), &disk.file())?;
-                usage.total += 1;
-                usage.active += u64::from(!idle);
+    /// What images, containers and volumes take, in that order; what can't be read is not counted.
+    pub fn usage(&self) -> Result<Survey<[Usage; 3]>> {
+        self.settled(|| self.look_at_usage())
+    }
+
+    fn look_at_usage(&self) -> Result<Survey<[Usage; 3]>> {
+        let mut survey = Survey::<[Usage; 3]>::default();
+        let bad = &mut survey.bad;
+        survey.good = [
+            self.usage_of_images(bad)?,
+            self.usage_of_disks(DiskKind::Container, bad)?,
+            self.usage_of_disks(DiskKind::Volume, bad)?,
+        ];
+        Ok(survey)
+    }
+
+    fn usage_of_images(&self, bad: &mut Vec<Finding>) -> Result<Usage> {
+        let ground = Ground::new(&self.standing()?);
+        let mut costs = Costs::new(self);
+        let images = self.look_at_images(&Index::read(self)?, &mut costs);
+        bad.extend(images.bad);
+        let mut usage = Usage::default();
+        let (mut counted, mut layers) = (HashSet::new(), HashSet::new());
+        let mut images: Vec<_> =
+            images.good.iter().filter(|image| counted.insert(&image.id)).collect();
+        // Those in use first: a layer that they share with others counts as theirs.
+        images.sort_by_key(|image| !ground.has(image));
+        for image in images {
+            let used = ground.has(image);
+            usage.total += 1;
+            usage.active += u64::from(used);
+            for layer in
+                image.manifest.layers().iter().filter(|layer| layers.insert(layer.digest()))
+            {
+                let cost = costs.layer(layer)?;
                 usage.size += cost;
-                usage.reclaimable += if idle { cost } else { 0 };
+                usage.reclaimable += if used { 0 } else { cost };
             }
-            Ok(usage)
-        };
-        Ok([images, disks(DiskKind::Container)?, disks(DiskKind::Volume)?])
+        }
+        Ok(usage)
+    }
+
+    fn usage_of_disks(&self, kind: DiskKind, bad: &mut Vec<Finding>) -> Result<Usage> {
+        let mut usage = Usage::default();
+        for name in self.disk_names(kind)? {
+            let disk = DiskName { kind, name };
+            let cost = || -> Result<Option<(u64, bool)>> {
+                let Some(record) = self.record(&disk)? else { return Ok(None) };
+                let cost = self.disk_cost(&disk, &record)?;
+                Ok(Some((cost, self.is_idle(&**self.folder(kind), &disk.file())?)))
+            };
+            match cost() {
+                Ok(Some((cost, idle))) => {
+                    usage.total += 1;
+                    usage.active += u64::from(!idle);
+                    usage.size += cost;
+                    usage.reclaimable += if idle { cost } else { 0 };
+                }
+                Ok(None) => {}
+                Err(error) => bad.push(Finding::new(&disk, error)),
+            }
+        }
+        Ok(usage)
+    }
+}
+
+/// What containers stand on.
+struct Ground {
+    images: HashSet<String>,
+    blobs: HashSet<String>,
+}
+
+impl Ground {
+    fn new(stands: &[Standing]) -> Self {
+        Self {
+            images: stands.iter().map(|on| on.image_id.clone()).collect(),
+            blobs: stands.iter().filter_map(|on| on.base.clone()).collect(),
+        }
+    }
+
+    fn has(&self, image: &Image) -> bool {
+        self.images.contains(&image.id) || image.top().is_ok_and(|top| self.blobs.contains(&top))
     }
 }
 

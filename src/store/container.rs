@@ -5,7 +5,10 @@ use std::collections::BTreeSet;
 use super::blob::NewBlob;
 use super::digest::is_hex_digest;
 use super::disk::{DiskKind, DiskName, FrozenLayer, LAYER, Record, rights_over};
-use super::{Image, NewImage, OpenDisk, Reference, Store, check_name, files, now};
+use super::index::Index;
+use super::{
+    Costs, Finding, Image, NewImage, OpenDisk, Reference, Store, Survey, check_name, files, now,
+};
 use crate::chain::{Chain, Parent, create, seal};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
@@ -39,16 +42,55 @@ pub struct Snapshot {
     pub created: String,
 }
 
+/// What a container stands on.
+pub(super) struct Standing {
+    pub container: String,
+    /// By its record; empty where that can't be read.
+    pub image_id: String,
+    /// The newest blob below its layers; none where they can't be read.
+    pub base: Option<String>,
+}
+
 fn container(name: &str) -> Result<DiskName> {
     DiskName::new(DiskKind::Container, name)
 }
 
 impl Store {
-    /// All containers, by name.
-    pub fn containers(&self) -> Result<Vec<Container>> {
-        let names = self.disk_names(DiskKind::Container)?;
-        // One that goes meanwhile is left out.
-        names.iter().filter_map(|name| self.find_container(name).transpose()).collect()
+    /// All containers, by name. One whose layer can't be read is there, and told of.
+    pub fn containers(&self) -> Result<Survey<Vec<Container>>> {
+        self.settled(|| {
+            let mut survey = Survey::<Vec<Container>>::default();
+            for name in self.disk_names(DiskKind::Container)? {
+                let disk = container(&name)?;
+                match self.find_container(&name) {
+                    Ok(Some(found)) => {
+                        if found.base.is_none()
+                            && let Err(error) = self.base_of(&disk.file())
+                        {
+                            survey.bad.push(Finding::new(&disk, error));
+                        }
+                        survey.good.push(found);
+                    }
+                    // It went meanwhile.
+                    Ok(None) => {}
+                    Err(error) => survey.bad.push(Finding::new(&disk, error)),
+                }
+            }
+            Ok(survey)
+        })
+    }
+
+    /// What each container stands on, as far as its record and its layer can be read: both may be
+    /// behind the other, and either damaged.
+    pub(super) fn standing(&self) -> Result<Vec<Standing>> {
+        let names = self.disk_names(DiskKind::Container)?.into_iter();
+        let standing = names.map(|name| {
+            let disk = DiskName { kind: DiskKind::Container, name };
+            let record = self.record(&disk).ok().flatten().unwrap_or_default();
+            let base = self.base_of(&disk.file()).ok();
+            Standing { container: disk.name, image_id: record.manifest, base }
+        });
+        Ok(standing.collect())
     }
 
     /// One container.
@@ -212,12 +254,13 @@ impl Store {
 
     /// The image that a container stands on: its record may be behind its layer.
     fn image_over(&self, record: &Record, base: &str) -> Result<Image> {
-        if let Some(image) = self.load_image(&record.manifest, None)?
+        if let Ok(Some(image)) = self.load_image(&record.manifest, None)
             && image.top()? == base
         {
             return Ok(image);
         }
-        let found = self.images()?.into_iter().find(|image| image.top().is_ok_and(|t| t == base));
+        let images = self.look_at_images(&Index::read(self)?, &mut Costs::new(self)).good;
+        let found = images.into_iter().find(|image| image.top().is_ok_and(|top| top == base));
         found.ok_or_else(|| {
             let detail = format!("no image has the layer {base} that the container stands on");
             Error::new(ErrorKind::NotFound, detail)

@@ -1,6 +1,7 @@
 //! Writable disks of the store: a live layer and a record beside it. Containers and volumes are
 //! both that.
 
+use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
 
@@ -79,6 +80,12 @@ pub(super) const RECORD: &str = ".json";
 /// The record's name while the disk is being removed.
 pub(super) const GONE: &str = ".gone";
 pub(super) const LAYER: &str = ".tply";
+
+impl fmt::Display for DiskName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.kind.noun(), self.name)
+    }
+}
 
 impl DiskName {
     /// A disk's name, checked.
@@ -289,11 +296,11 @@ impl Store {
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] with who has it; [`ErrorKind::Unsupported`] for
     /// writing in a store that only a later version may change; those of [`Chain::open`].
     pub fn open_disk(&self, disk: &DiskName, access: Access) -> Result<OpenDisk> {
-        let _hold = self.hold()?;
-        let need = match access {
-            Access::Read => Need::Read,
-            Access::Write => Need::Write,
+        let (lock, need) = match access {
+            Access::Read => (Lock::Shared, Need::Read),
+            Access::Write => (Lock::Exclusive, Need::Write),
         };
+        let _hold = self.hold(lock)?;
         features::check(self.root(), need)?;
         if self.record(disk)?.is_none() {
             return Err(disk.missing());
@@ -349,7 +356,11 @@ impl Store {
         let guard = self.lock()?;
         let folder = &**self.folder(disk.kind);
         // A record that can't be read is no reason to keep the disk.
-        if find_in(folder, &disk.record_file(), Access::Read)?.is_none() {
+        let record = disk.record_file();
+        let there = folder.same_file(&record, &record).map_err(|error| {
+            Error::io(error, "looking for the record").in_file(folder.path().join(&record))
+        })?;
+        if !there {
             return match self.finish_removal(disk)? {
                 CutOffRemoval::Finished => Ok(()),
                 CutOffRemoval::Nothing => Err(disk.missing()),
@@ -368,12 +379,11 @@ impl Store {
     /// Removes the layers of a disk whose record is marked as gone, and then the mark.
     pub(super) fn finish_removal(&self, disk: &DiskName) -> Result<CutOffRemoval> {
         let folder = &**self.folder(disk.kind);
-        // Where it is no record, or too long, `gc` finds the layers that no record has.
+        // Where it can't be read, `gc` finds the layers that no record has.
         let record: Record = match files::read_small(folder, &disk.gone_file()) {
             Ok(None) => return Ok(CutOffRemoval::Nothing),
             Ok(Some(bytes)) => json::parse(&bytes).unwrap_or_default(),
-            Err(error) if error.kind() == ErrorKind::Limit => Record::default(),
-            Err(error) => return Err(error),
+            Err(_) => Record::default(),
         };
         files::remove(folder, &disk.file())?;
         disk.clear_snapshot(folder)?;

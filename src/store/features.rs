@@ -169,7 +169,7 @@ mod tests {
         store.create_volume("data", 4096).unwrap();
         store.require("tidy", Need::Write).unwrap();
         let store = Store::over(folders.clone()).unwrap();
-        assert_eq!(store.volumes().unwrap().len(), 1);
+        assert_eq!(store.volumes().unwrap().good.len(), 1);
         let error = store.create_volume("more", 4096).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert!(error.to_string().contains("\"tidy\""), "{error}");

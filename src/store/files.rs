@@ -102,10 +102,14 @@ pub(super) fn remove(folder: &dyn Folder, name: &str) -> Result<()> {
     }
 }
 
-/// The names in a folder, sorted.
+/// The names in a folder, sorted. A folder that is missing is empty.
 pub(super) fn listing(folder: &dyn Folder) -> Result<Vec<String>> {
-    let fail = |error| Error::io(error, "listing the folder").in_file(folder.path());
-    let mut names = folder.list().map_err(fail)?;
+    let mut names = match folder.list() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        listed => {
+            listed.map_err(|error| Error::io(error, "listing the folder").in_file(folder.path()))?
+        }
+    };
     names.sort();
     Ok(names)
 }

@@ -27,14 +27,38 @@ impl Default for Index {
 pub(super) struct IndexEntry {
     /// Hexadecimal SHA-256.
     pub digest: String,
-    /// None for an image whose name went to another one.
+    /// None for an image whose name went to another one, and for a name that none of ours can be.
     pub reference: Option<Reference>,
-    /// Whether it is an image's manifest rather than an index of others or something unknown.
+    /// Whether it has a name, whatever it is.
+    pub is_named: bool,
+    /// Whether it may be an image: not an index of others, an artifact or something unknown.
     pub is_manifest: bool,
 }
 
-fn name_of(entry: &Value) -> Option<Reference> {
-    entry.get("annotations")?.get(NAME)?.as_str()?.parse().ok()
+impl IndexEntry {
+    /// None for one without a digest that a blob can have: it is no image here.
+    fn of(raw: &Value) -> Option<Self> {
+        let name = raw.get("annotations").and_then(|annotations| annotations.get(NAME));
+        let is_image = raw.get("mediaType").and_then(Value::as_str) == Some(MANIFEST_TYPE);
+        Some(Self {
+            digest: hex_digest(raw.get("digest")?.as_str()?)?.to_owned(),
+            reference: name.and_then(Value::as_str).and_then(|name| name.parse().ok()),
+            is_named: name.is_some(),
+            is_manifest: is_image && raw.get("artifactType").is_none(),
+        })
+    }
+
+    /// What it is called where it is told of.
+    pub fn label(&self) -> String {
+        match &self.reference {
+            Some(reference) => format!("image {reference}"),
+            None => format!("image {}", self.digest),
+        }
+    }
+}
+
+fn name_of(raw: &Value) -> Option<Reference> {
+    raw.get("annotations")?.get(NAME)?.as_str()?.parse().ok()
 }
 
 impl Index {
@@ -77,12 +101,41 @@ impl Index {
 
     /// All entries whose digest is one; others can't be images here.
     pub fn entries(&self) -> impl Iterator<Item = IndexEntry> {
-        self.raw().iter().filter_map(|entry| {
-            let digest = hex_digest(entry.get("digest")?.as_str()?)?.to_owned();
-            let kind = entry.get("mediaType").and_then(Value::as_str);
-            let is_manifest = kind == Some(MANIFEST_TYPE);
-            Some(IndexEntry { digest, reference: name_of(entry), is_manifest })
-        })
+        self.raw().iter().filter_map(IndexEntry::of)
+    }
+
+    /// The entries that may be images.
+    pub fn manifests(&self) -> impl Iterator<Item = IndexEntry> {
+        self.entries().filter(|entry| entry.is_manifest)
+    }
+
+    /// What a name or the beginning of an id (at least 4 digits) stands for.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::InvalidInput`] for what is neither, or begins several.
+    pub fn find(&self, name: &str) -> Result<Named> {
+        let missing = || Error::new(ErrorKind::NotFound, format!("there is no image {name:?}"));
+        let reference = name.parse::<Reference>();
+        if let Ok(reference) = &reference {
+            let mut entries = self.manifests();
+            let named = entries.find(|entry| entry.reference.as_ref() == Some(reference));
+            if let Some(entry) = named {
+                return Ok(Named::ByName(entry));
+            }
+        }
+        let id = name.strip_prefix("sha256:").unwrap_or(name);
+        if id.len() < 4 || !id.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(reference.err().unwrap_or_else(missing));
+        }
+        let begun = self.manifests().filter(|entry| entry.digest.starts_with(id));
+        let mut begun: Vec<_> = begun.collect();
+        let first = begun.pop().ok_or_else(missing)?;
+        begun.retain(|entry| entry.digest != first.digest);
+        if begun.is_empty() {
+            return Ok(Named::ById(first));
+        }
+        let detail = format!("{name} begins the ids of several images");
+        Err(Error::new(ErrorKind::InvalidInput, detail))
     }
 
     /// The whole JSON, to follow what it refers to.
@@ -102,15 +155,17 @@ impl Index {
 
     /// Gives a manifest a name. One that had it stays, without a name.
     pub fn set(&mut self, reference: &Reference, mut descriptor: Value) {
-        if self.entries().any(|entry| {
-            entry.reference.as_ref() == Some(reference)
-                && Some(entry.digest.as_str())
-                    == descriptor.get("digest").and_then(Value::as_str).and_then(hex_digest)
-        }) {
+        let digest_of = |entry: &Value| entry.get("digest").cloned();
+        let digest = digest_of(&descriptor);
+        let has_name = |entry: &Value| name_of(entry).as_ref() == Some(reference);
+        if self.raw().iter().any(|entry| digest_of(entry) == digest && has_name(entry)) {
             return;
         }
         let Some(entries) = self.raw_mut() else { return };
-        for entry in entries.iter_mut().filter(|entry| name_of(entry).as_ref() == Some(reference)) {
+        // Of these an entry without a name says nothing that one with a name doesn't.
+        let mut touched = vec![digest];
+        for entry in entries.iter_mut().filter(|entry| has_name(entry)) {
+            touched.push(digest_of(entry));
             if let Some(annotations) = entry.get_mut("annotations").and_then(Value::as_object_mut) {
                 annotations.remove(NAME);
             }
@@ -122,13 +177,10 @@ impl Index {
             }
         }
         entries.push(descriptor);
-        // A manifest that has a name needs no entry without one.
-        let named = |entry: &&Value| name_of(entry).is_some();
-        let digests: Vec<_> =
-            entries.iter().filter(named).filter_map(|entry| entry.get("digest").cloned()).collect();
-        entries.retain(|entry| {
-            name_of(entry).is_some() || !entry.get("digest").is_some_and(|d| digests.contains(d))
-        });
+        let is_named = |entry: &Value| IndexEntry::of(entry).is_some_and(|entry| entry.is_named);
+        let named: Vec<_> = entries.iter().filter(|entry| is_named(entry)).map(digest_of).collect();
+        touched.retain(|digest| named.contains(digest));
+        entries.retain(|entry| is_named(entry) || !touched.contains(&digest_of(entry)));
     }
 
     /// The raw entry of a manifest.
@@ -142,9 +194,22 @@ impl Index {
     /// Takes out the entries that `drop` says.
     pub fn remove(&mut self, drop: impl Fn(&IndexEntry) -> bool) {
         let Some(entries) = self.raw_mut() else { return };
-        entries.retain(|raw| {
-            let one = Self(json!({"manifests": [raw]}));
-            !one.entries().any(|entry| drop(&entry))
-        });
+        entries.retain(|raw| !IndexEntry::of(raw).is_some_and(|entry| drop(&entry)));
+    }
+}
+
+/// What somebody's word for an image stands for.
+pub(super) enum Named {
+    /// The image of that name.
+    ByName(IndexEntry),
+    /// The image whose id begins so, under one of its names.
+    ById(IndexEntry),
+}
+
+impl Named {
+    pub fn entry(self) -> IndexEntry {
+        match self {
+            Self::ByName(entry) | Self::ById(entry) => entry,
+        }
     }
 }

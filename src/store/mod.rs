@@ -21,6 +21,7 @@ mod index;
 mod json;
 mod name;
 mod publish;
+mod survey;
 mod transfer;
 mod verify;
 mod volume;
@@ -38,10 +39,10 @@ pub use collect::{Collected, Usage};
 pub use container::{Container, Snapshot};
 pub use disk::{DiskKind, DiskName, OpenDisk};
 pub use features::Need;
-pub use image::{HistoryEntry, Image};
+pub use image::{Costs, HistoryEntry, Image, RemovedImage};
 pub use name::{MAX_NAME, Reference, check_name};
 pub use publish::NewImage;
-pub use verify::Finding;
+pub use survey::{Finding, Survey};
 pub use volume::Volume;
 
 const LAYOUT_FILE: &str = "oci-layout";
@@ -85,9 +86,14 @@ impl Store {
     /// Opens the store in a folder of the host, which is made where it is missing.
     pub fn open(path: &std::path::Path) -> Result<Self> {
         let fail = |error| Error::io(error, "making the store's folders").in_file(path);
+        // In a store that is there a folder may be missing that nobody here may make: it is empty.
+        let is_there = path.join(LAYOUT_FILE).exists();
         let folder = |name: &str| {
             let path = path.join(name);
-            std::fs::create_dir_all(&path).map_err(fail)?;
+            match std::fs::create_dir_all(&path) {
+                Err(error) if !is_there => return Err(fail(error)),
+                _ => {}
+            }
             Ok::<_, Error>(Arc::new(FileFolder::new(path)) as Arc<dyn Folder>)
         };
         // The root comes last, so that its path carries no trailing slash.
@@ -193,25 +199,35 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::Unsupported`] for a store that only a later version may change.
     fn lock(&self) -> Result<Guard> {
-        let hold = self.hold()?;
+        self.guard(Lock::Exclusive)
+    }
+
+    /// [`Store::lock`]; shared for telling what would be done, which others may do at the same time.
+    fn guard(&self, lock: Lock) -> Result<Guard> {
+        let hold = self.hold(lock)?;
         features::check(self.root(), Need::Write)?;
         Ok(Guard(hold))
     }
 
-    /// Waits for those who change names, and keeps them out.
-    fn hold(&self) -> Result<Hold> {
-        let file = open_in(self.root(), LOCK_FILE, Access::Write)?;
+    /// Waits for those who change names, and keeps them out; with a shared lock others who look are
+    /// let in, and the store need not be one that this process may write.
+    fn hold(&self, lock: Lock) -> Result<Hold> {
+        let access = match lock {
+            Lock::Shared => Access::Read,
+            Lock::Exclusive => Access::Write,
+        };
+        let file = open_in(self.root(), LOCK_FILE, access)?;
         let start = Instant::now();
         let mut pause = Duration::from_micros(100);
         loop {
-            match file.lock(Lock::Exclusive) {
+            match file.lock(lock) {
                 Ok(()) => return Ok(Hold(file)),
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(failed(&*file, "locking the store", 0)(error)),
             }
             if start.elapsed() > PATIENCE {
                 // Fails with the holder's name, or succeeds after all.
-                return take_lock(&*file, Lock::Exclusive).map(|()| Hold(file));
+                return take_lock(&*file, lock).map(|()| Hold(file));
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(10));

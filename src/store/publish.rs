@@ -52,8 +52,8 @@ impl Store {
     /// Makes an image of a finished layer over `base`, and gives it its name.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::NotFound`] if the base was removed meanwhile; host errors. Without an answer
-    /// nothing but unreferenced blobs may stay, which [`Store::collect`] clears.
+    /// [`crate::error::ErrorKind::NotFound`] if the base was removed meanwhile; host errors. Nothing stays then,
+    /// and after a kill nothing but unreferenced blobs, which [`Store::collect`] clears.
     pub fn publish(&self, draft: Draft, base: Option<&Image>, new: &NewImage) -> Result<Image> {
         self.publish_blob(draft.finish()?, base, new)
     }
@@ -68,20 +68,24 @@ impl Store {
         let parent = base.map(|base| self.parent(&base.top()?)).transpose()?;
         let created = now();
         let (manifest, config) = describe(&blob, base, parent.as_ref(), new, &created)?;
-        let _guard = self.lock()?;
+        let guard = self.lock()?;
         if let Some(base) = base {
             for layer in base.layers()? {
                 self.parent(&layer)?;
             }
         }
-        blob.publish()?;
-        sync_folder(self.blobs())?;
-        self.put(&config)?;
-        self.put(&manifest)?;
         let id = digest::sha256(&manifest);
-        let mut index = Index::read(self)?;
-        index.set(&new.reference, manifest_descriptor(&id, manifest.len()));
-        index.write(self)?;
+        let blobs = vec![blob.digest.clone(), digest::sha256(&config), id.clone()];
+        let publish = || {
+            blob.publish()?;
+            sync_folder(self.blobs())?;
+            self.put(&config)?;
+            self.put(&manifest)?;
+            let mut index = Index::read(self)?;
+            index.set(&new.reference, manifest_descriptor(&id, manifest.len()));
+            index.write(self)
+        };
+        publish().inspect_err(|_| self.withdraw(blobs, &guard))?;
         self.keep_reserve();
         let image = self.load_image(&id, Some(new.reference.clone()))?;
         image.ok_or_else(|| bad("the new image is not there"))

@@ -61,19 +61,6 @@ impl Store {
         })
     }
 
-    /// Takes those of the blobs away that nothing refers to; none where something can't be read that
-    /// may.
-    ///
-    /// # Errors
-    /// Host errors.
-    pub fn discard(&self, blobs: &[String]) -> Result<()> {
-        let _guard = self.lock()?;
-        for blob in self.unmarked(&Index::read(self)?, blobs)? {
-            files::remove(self.blobs(), &blob)?;
-        }
-        Ok(())
-    }
-
     /// Takes manifests in whose blobs were added, under their names where they have any, after checking that all is there. What others
     /// keep beside them is left out.
     pub fn add_images(&self, index: &[u8]) -> Result<Vec<Image>> {
@@ -87,11 +74,11 @@ impl Store {
             let digest = digest.ok_or_else(|| bad("an entry without a SHA-256 digest"))?;
             let name = entry.pointer("/annotations/org.opencontainers.image.ref.name");
             let reference = name.and_then(Value::as_str).map(str::parse).transpose()?;
-            let image = match self.look_up(digest, reference.clone())? {
-                Manifest::Image(image) => *image,
+            let image = match self.read_manifest(digest)? {
+                Manifest::Image(image) => Image { reference: reference.clone(), ..image },
                 Manifest::Missing => return Err(bad(format!("manifest {digest} is missing"))),
                 Manifest::Foreign(why) => {
-                    foreign.get_or_insert(format!("{digest}: {why}"));
+                    foreign.get_or_insert(why);
                     continue;
                 }
             };
@@ -103,8 +90,7 @@ impl Store {
             images.push(image);
         }
         if let Some(why) = foreign.filter(|_| images.is_empty()) {
-            let detail = format!("no image of thinply is in it: {why}");
-            return Err(Error::new(ErrorKind::Unsupported, detail));
+            return Err(why);
         }
         own.write(self)?;
         Ok(images)

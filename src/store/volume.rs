@@ -1,7 +1,7 @@
 //! Volumes: live layers without a parent.
 
 use super::disk::{DiskKind, DiskName, Record};
-use super::{Store, now};
+use super::{Finding, Store, Survey, now};
 use crate::error::Result;
 
 /// A volume as its record and its layer tell.
@@ -31,10 +31,22 @@ impl Store {
     }
 
     /// All volumes, by name.
-    pub fn volumes(&self) -> Result<Vec<Volume>> {
-        let names = self.disk_names(DiskKind::Volume)?;
-        // One that goes meanwhile is left out.
-        names.iter().filter_map(|name| self.find_volume(name).transpose()).collect()
+    pub fn volumes(&self) -> Result<Survey<Vec<Volume>>> {
+        self.settled(|| {
+            let mut survey = Survey::<Vec<Volume>>::default();
+            for name in self.disk_names(DiskKind::Volume)? {
+                match self.find_volume(&name) {
+                    // One that goes meanwhile is left out.
+                    Ok(found) => survey.good.extend(found),
+                    Err(error) => {
+                        survey
+                            .bad
+                            .push(Finding::new(DiskName::new(DiskKind::Volume, &name)?, error));
+                    }
+                }
+            }
+            Ok(survey)
+        })
     }
 
     /// One volume.

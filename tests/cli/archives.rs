@@ -33,6 +33,11 @@ fn change_index(folder: &Folder, layout: &str, change: impl FnOnce(&mut Value)) 
     fs::write(path, index.to_string()).unwrap();
 }
 
+fn sha256(bytes: &[u8]) -> String {
+    let digest = <sha2::Sha256 as sha2::Digest>::digest(bytes);
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// The store as a layout of somebody else's.
 fn layout(folder: &Folder, name: &str) {
     let copied =
@@ -134,8 +139,7 @@ fn a_load_that_is_refused_leaves_nothing() {
          "platform": {"os": "linux", "architecture": "\u{1b}[31mred"}},
     ]});
     let bytes = inner.to_string();
-    let digest =
-        crate::store_damage::hex(&<sha2::Sha256 as sha2::Digest>::digest(bytes.as_bytes()));
+    let digest = sha256(bytes.as_bytes());
     folder.write(&format!("platforms/blobs/sha256/{digest}"), bytes.as_bytes());
     change_index(&folder, "platforms", |index| {
         index["manifests"] = json!([{"mediaType": "application/vnd.oci.image.index.v1+json",

@@ -131,11 +131,11 @@ pub fn view(folder: &Folder) -> View {
     alone(|| {
         let store = Store::open(&folder.join("store")).unwrap();
         let mut seen = View::new();
-        for image in store.images().unwrap().iter().filter(|image| image.reference.is_some()) {
+        for image in store.images().unwrap().good.iter().filter(|image| image.reference.is_some()) {
             let chain = store.open_image(image).unwrap();
             seen.insert(format!("image {}", image.name()), digest(&chain));
         }
-        for found in store.containers().unwrap() {
+        for found in store.containers().unwrap().good {
             let disk = DiskName::new(DiskKind::Container, &found.name).unwrap();
             let chain = store.open_disk(&disk, Access::Read).unwrap();
             seen.insert(format!("container {}", found.name), digest(&chain));
@@ -144,7 +144,7 @@ pub fn view(folder: &Folder) -> View {
                 seen.insert(format!("container {}@{}", found.name, saved.name), digest(&chain));
             }
         }
-        for found in store.volumes().unwrap() {
+        for found in store.volumes().unwrap().good {
             let disk = DiskName::new(DiskKind::Volume, &found.name).unwrap();
             let chain = store.open_disk(&disk, Access::Read).unwrap();
             seen.insert(format!("volume {}", found.name), digest(&chain));

@@ -201,7 +201,12 @@ fn a_blob_that_is_missing_short_or_altered_is_found_and_refused() {
     let text = fs::read_to_string(&path).unwrap().replace("layers", "Gate");
     fs::write(&path, text).unwrap();
     let before = blobs(&folder).len();
-    assert!(folder.run(&["gc"]).refused().contains("altered"));
+    let run = folder.run(&["gc"]);
+    assert_eq!(run.code, 1, "{run:?}");
+    assert!(
+        run.stderr.contains("image base:latest: ") && run.stderr.contains("altered"),
+        "{run:?}"
+    );
     assert_eq!(blobs(&folder).len(), before);
 }
 
@@ -340,8 +345,61 @@ fn images_go_through_an_archive_and_come_back_the_same() {
     fs::remove_dir_all(folder.join("store")).unwrap();
     folder.run(&["image", "load", "bad.tar"]).refused();
     assert_eq!(folder.ok(&["image", "ls"]).lines().count(), 1);
-    folder.ok(&["gc"]);
+    assert_eq!(blobs(&folder), [""; 0], "what came before the bad blob");
+    // What others refer to stays, whoever brought it.
+    folder.ok(&["image", "import", "base.raw", "base"]);
+    let kept = blobs(&folder).len();
+    folder.run(&["image", "load", "bad.tar"]).refused();
+    assert_eq!(blobs(&folder).len(), kept);
+    tidy(&folder);
+}
+
+/// Docker refuses it too: the first name would go, and not be told of.
+#[test]
+fn by_its_id_an_image_of_several_names_goes_only_if_that_is_insisted_on() {
+    let folder = stocked();
+    let id = folder.json(&["image", "inspect", "base"])[0]["id"].as_str().unwrap().to_owned();
+    let (short, full) = (&id[..12], format!("sha256:{id}"));
+    folder.ok(&["image", "tag", "base", "other:1"]);
+    folder.write("between.raw", &noise(2, MIB as usize));
+    folder.ok(&["image", "import", "between.raw", "between"]);
+    folder.ok(&["image", "tag", "base", "third"]);
+    for word in [short, &full] {
+        let run = folder.run(&["image", "rm", word]);
+        assert!(run.refused().contains("has 3 names"), "{run:?}");
+        assert!(run.stderr.contains("base:latest, other:1, third:latest"), "{run:?}");
+    }
+    assert_eq!(folder.ok(&["image", "rm", "third"]), "Untagged: third:latest\n");
+    // With the others it goes, but for what a container stands on.
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    folder.ok(&["image", "rm", "between"]);
+    let run = folder.run(&["image", "rm", "-f", short]);
+    assert!(run.refused().contains("used by container c"), "{run:?}");
+    folder.ok(&["container", "rm", "c"]);
+    let removed = folder.ok(&["image", "rm", "-f", short]);
+    let lines: Vec<_> = removed.lines().collect();
+    assert_eq!(lines[..2], ["Untagged: base:latest", "Untagged: other:1"]);
+    assert!(lines[2..].iter().all(|line| line.starts_with("Deleted: sha256:")), "{removed}");
+    assert_eq!(lines.len(), 5, "{removed}");
     assert_eq!(blobs(&folder), [""; 0]);
+    // One name is no question.
+    folder.ok(&["image", "import", "base.raw", "base"]);
+    let id = folder.json(&["image", "inspect", "base"])[0]["id"].as_str().unwrap().to_owned();
+    assert!(folder.ok(&["image", "rm", &id]).starts_with("Untagged: base:latest\nDeleted: "));
+    tidy(&folder);
+}
+
+#[test]
+fn a_removal_that_fails_keeps_no_other_from_being_done() {
+    let folder = stocked();
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    folder.ok(&["image", "tag", "base", "more"]);
+    let run = folder.run(&["container", "rm", "a", "c", "b"]);
+    assert_eq!((run.code, run.stdout.as_str()), (2, "c\n"));
+    assert!(run.stderr.contains("\"a\"") && run.stderr.contains("\"b\""), "{run:?}");
+    let run = folder.run(&["image", "rm", "none", "more", "gone"]);
+    assert_eq!((run.code, run.stdout.as_str()), (2, "Untagged: more:latest\n"));
+    assert!(run.stderr.contains("\"none\"") && run.stderr.contains("\"gone\""), "{run:?}");
 }
 
 #[test]

@@ -130,11 +130,11 @@ fn content(chain: &Chain) -> Vec<u8> {
 
 fn view(store: &Store) -> View {
     let mut seen = BTreeMap::new();
-    for image in store.images().unwrap().iter().filter(|image| image.reference.is_some()) {
+    for image in store.images().unwrap().good.iter().filter(|image| image.reference.is_some()) {
         let chain = store.open_image(image).unwrap();
         seen.insert(format!("image {}", image.name()), content(&chain));
     }
-    for found in store.containers().unwrap() {
+    for found in store.containers().unwrap().good {
         let chain = store.open_disk(&container(&found.name), Access::Read).unwrap();
         seen.insert(format!("container {}", found.name), content(&chain));
         for saved in found.snapshots {
@@ -142,7 +142,7 @@ fn view(store: &Store) -> View {
             seen.insert(format!("container {}@{}", found.name, saved.name), content(&chain));
         }
     }
-    for found in store.volumes().unwrap() {
+    for found in store.volumes().unwrap().good {
         let chain = store.open_disk(&volume(&found.name), Access::Read).unwrap();
         seen.insert(format!("volume {}", found.name), content(&chain));
     }
@@ -154,7 +154,7 @@ fn needed(store: &Store) -> BTreeSet<String> {
     let mut files = BTreeSet::from(
         ["oci-layout", "index.json", "lock", "reserve"].map(|name| format!("root/{name}")),
     );
-    for image in store.images().unwrap() {
+    for image in store.images().unwrap().good {
         files.extend(store.blobs_of(&image).unwrap().iter().map(|blob| format!("blobs/{blob}")));
     }
     let mut add = |chain: OpenDisk| {
@@ -165,13 +165,13 @@ fn needed(store: &Store) -> BTreeSet<String> {
                 .map(|path| path.strip_prefix("crash").unwrap().to_str().unwrap().to_owned()),
         );
     };
-    for found in store.containers().unwrap() {
+    for found in store.containers().unwrap().good {
         add(store.open_disk(&container(&found.name), Access::Read).unwrap());
         for saved in &found.snapshots {
             add(store.open_snapshot(&found.name, &saved.name).unwrap());
         }
     }
-    for found in store.volumes().unwrap() {
+    for found in store.volumes().unwrap().good {
         add(store.open_disk(&volume(&found.name), Access::Read).unwrap());
     }
     for (kind, folder) in [(DiskKind::Container, "containers"), (DiskKind::Volume, "volumes")] {
@@ -188,9 +188,9 @@ const VERBS: &[(&str, Verb)] = &[
     ("image import over another", |store| import(store, "new", Some("app"), 9)),
     ("image import over a name that is taken", |store| import(store, "lone", None, 9)),
     ("image tag", |store| store.tag(&store.image("app")?, &reference("second"))),
-    ("image rm", |store| store.remove_image("lone").map(drop)),
-    ("image rm of one name of several", |store| store.remove_image("moved").map(drop)),
-    ("image rm of layers that others have", |store| store.remove_image("base").map(drop)),
+    ("image rm", |store| store.remove_image("lone", false).map(drop)),
+    ("image rm of one name of several", |store| store.remove_image("moved", false).map(drop)),
+    ("image rm of layers that others have", |store| store.remove_image("base", false).map(drop)),
     ("image load", load),
     ("container create", |store| store.create_container("new", &store.image("app")?, None)),
     ("container commit", |store| commit(store, "idle")),
@@ -215,7 +215,7 @@ fn load(store: &Store) -> Result<()> {
     let other = World::start(Media::default()).store;
     import(&other, "loaded", None, 10)?;
     import(&other, "loaded-too", Some("loaded"), 11)?;
-    let images = other.images()?;
+    let images = other.images()?.good;
     for digest in images.iter().flat_map(|image| other.blobs_of(image).unwrap()) {
         let file = other.blob(&digest)?;
         let mut bytes = vec![0; file.length().unwrap() as usize];
@@ -375,7 +375,7 @@ fn no_verb_touches_a_store_that_only_a_later_version_may_change() {
         assert!(is_unsupported(store.open_disk(&disk, Access::Write)));
     }
     assert_eq!(view(&store), seen);
-    assert_eq!(store.usage().unwrap()[1].total, 3);
+    assert_eq!(store.usage().unwrap().good[1].total, 3);
     assert_clean(&store, &"read");
 }
 

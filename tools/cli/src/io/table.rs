@@ -7,7 +7,8 @@ use crate::io::output::Output;
 use crate::io::size::human;
 use thinply::error::Result;
 
-/// Appends rows under a heading, each column as wide as its widest cell.
+/// Appends rows under a heading, each column as wide as its widest cell. A cell may hold what a
+/// terminal takes for a command: texts of images come from anywhere.
 pub fn print(output: &mut Output, heading: &[&str], rows: &[Vec<String>]) -> Result<()> {
     let clean = |row: &Vec<String>| row.iter().map(|cell| visible(cell, &[])).collect();
     let rows: Vec<Vec<String>> = rows.iter().map(clean).collect();
@@ -19,7 +20,8 @@ pub fn print(output: &mut Output, heading: &[&str], rows: &[Vec<String>]) -> Res
     }
     let line = |cells: &[String]| {
         let cells = cells.iter().zip(&widths).map(|(cell, &width)| format!("{cell:<width$}"));
-        cells.collect::<Vec<_>>().join("   ").trim_end().to_owned()
+        let line = cells.collect::<Vec<_>>().join("   ");
+        line.trim_end().replace(char::is_control, "?")
     };
     output.line(line(&heading.iter().map(|&cell| cell.to_owned()).collect::<Vec<_>>()))?;
     rows.iter().try_for_each(|row| output.line(line(row)))

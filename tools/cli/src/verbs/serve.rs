@@ -28,7 +28,9 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 ///
 /// With --all every container, volume and image of the store is an export by name, also those that
 /// come while it runs: container/NAME, container/NAME@SNAP, volume/NAME for one writer,
-/// volume/NAME:ro for many readers, image/NAME:TAG. A disk is open only while a client has it.
+/// volume/NAME:ro for many readers, image/NAME:TAG. A disk is open only while a client has it. Of a
+/// store that may only be read, what is for reading is served. What is damaged is logged when somebody
+/// lists the exports or asks for it, and all else is served.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Prints the NBD URI once clients can connect, then serves until SIGTERM or SIGINT: requests under
@@ -101,16 +103,14 @@ impl Serve {
 
     fn run_store(&self) -> Outcome {
         let listeners = self.listeners()?;
-        let control = Control::serving(self.store.open()?, say())?;
-        let asked = match line::Server::start(control.clone()) {
-            // Disks can be used all the same.
-            Err(error) if error.kind() == ErrorKind::Unsupported => {
-                output::say(format!(
-                    "{error}: commits, snapshots and diffs of disks in use will be refused"
-                ));
-                None
+        let store = self.store.open()?;
+        let (control, asked) = match Control::serving(store.clone(), say()) {
+            Ok(control) => (control.clone(), listen(control)?),
+            Err(error) if is_read_only(&error) => {
+                output::say(format!("what can only be read is served for reading: {error}"));
+                (Control::private(store, say()), None)
             }
-            started => Some(started?),
+            Err(error) => return Err(error),
         };
         self.serve(listeners, Arc::new(control.desk().clone()))?;
         drop(asked);
@@ -170,6 +170,11 @@ impl Serve {
     }
 }
 
+/// Whether a refusal says that this process may only read.
+fn is_read_only(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::ReadOnly | ErrorKind::PermissionDenied)
+}
+
 /// Says on standard error what goes wrong where nobody waits for an answer.
 pub fn say() -> Log {
     // Its thread is there before all memory may be taken.
@@ -191,4 +196,18 @@ fn stop_on_signals(server: Handle) -> Result<()> {
         Some(_) => {}
     };
     signals::on_end(stop).map_err(|error| Error::io(error, "setting up signal handlers"))
+}
+
+/// Answers those who ask for changes of disks in use, where there can be sockets.
+fn listen(control: Control) -> Result<Option<line::Server>> {
+    match line::Server::start(control) {
+        // Disks can be used all the same.
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
+            output::say(format!(
+                "{error}: commits, snapshots and diffs of disks in use will be refused"
+            ));
+            Ok(None)
+        }
+        started => started.map(Some),
+    }
 }

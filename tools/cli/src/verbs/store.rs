@@ -6,13 +6,14 @@ use serde::Serialize;
 use crate::io::output::Output;
 use crate::io::table::{self, short, short_id};
 use crate::options::StoreArg;
-use crate::verbs::{Answer, Outcome};
+use crate::verbs::{Answer, Outcome, tell};
 
 /// Show what images, containers and volumes take on disk.
 ///
 /// Active are images that containers stand on, and disks that somebody has open. Reclaimable is
 /// what would come back if all that is not active were removed; layers that several images share
-/// count once.
+/// count once. What is damaged is not counted but told of on standard error, and the exit code is 1
+/// then.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  thinply df --json")]
 pub struct Df {
@@ -38,7 +39,7 @@ impl Df {
         let usage = self.store.open()?.usage()?;
         let rows: Vec<_> = ["Images", "Containers", "Volumes"]
             .into_iter()
-            .zip(usage)
+            .zip(usage.good)
             .map(|(kind, usage)| UsageRow {
                 r#type: kind,
                 total: usage.total,
@@ -66,7 +67,7 @@ impl Df {
             table::print(&mut output, &heading, &rows)?;
         }
         output.print()?;
-        Ok(Answer::Yes)
+        Ok(tell(&usage.bad))
     }
 }
 
@@ -74,6 +75,8 @@ impl Df {
 ///
 /// That are images whose name went to another one and on which no container stands, layers of no
 /// image, and what commands left that were killed. Whatever a command is making just now stays.
+/// Where something that may refer to images or layers can't be read, those stay too; it is told of
+/// on standard error, and the exit code is 1 then. A dry run needs no more than to read the store.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  thinply gc --dry-run")]
 pub struct Gc {
@@ -114,7 +117,7 @@ impl Gc {
             output.line(format_args!("{would}: {}", short(found.bytes())))?;
         }
         output.print()?;
-        Ok(Answer::Yes)
+        Ok(tell(&found.bad))
     }
 }
 

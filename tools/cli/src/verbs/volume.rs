@@ -2,14 +2,14 @@
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
-use thinply::store::{DiskKind, Volume};
+use thinply::store::{DiskKind, Survey, Volume};
 
 use crate::io::output::Output;
 use crate::io::size;
 use crate::io::table::{self, ago, short};
 use crate::options::StoreArg;
 use crate::verbs::disks::remove_disks;
-use crate::verbs::{Answer, Outcome};
+use crate::verbs::{Answer, Outcome, tell};
 
 /// Make and remove volumes: disks that no image lies under.
 ///
@@ -91,6 +91,8 @@ impl<'a> From<&'a Volume> for Facts<'a> {
 }
 
 /// List the volumes.
+///
+/// Those that are damaged are told of on standard error, and the exit code is 1 then.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  thinply volume ls")]
 struct ListVolumes {
@@ -103,7 +105,7 @@ struct ListVolumes {
 
 impl ListVolumes {
     fn run(&self) -> Outcome {
-        let volumes = self.store.open()?.volumes()?;
+        let Survey { good: volumes, bad } = self.store.open()?.volumes()?;
         let mut output = Output::new();
         if self.json {
             output.json(&volumes.iter().map(Facts::from).collect::<Vec<_>>())?;
@@ -118,7 +120,7 @@ impl ListVolumes {
             table::print(&mut output, &heading, &rows)?;
         }
         output.print()?;
-        Ok(Answer::Yes)
+        Ok(tell(&bad))
     }
 }
 

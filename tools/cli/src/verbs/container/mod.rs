@@ -3,17 +3,19 @@
 mod change;
 mod diff;
 
+use std::collections::HashMap;
+
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use thinply::error::Result;
-use thinply::store::{Container, DiskKind, Store};
+use thinply::store::{Container, Costs, DiskKind, Finding, Store, Survey};
 
 use crate::io::output::Output;
 use crate::io::size;
 use crate::io::table::{self, ago, short, short_id};
 use crate::options::StoreArg;
 use crate::verbs::disks::remove_disks;
-use crate::verbs::{Answer, Outcome};
+use crate::verbs::{Answer, Outcome, tell};
 
 /// Make and change containers: writable disks over images.
 #[derive(Args, Debug)]
@@ -107,7 +109,7 @@ struct Facts {
 }
 
 impl Facts {
-    fn of(store: &Store, container: Container, sizes: Option<&mut ImageCosts>) -> Result<Self> {
+    fn of(store: &Store, container: Container, sizes: Option<&mut ImageCosts<'_>>) -> Result<Self> {
         let mut facts = Self {
             export: format!("container/{}", container.name),
             snapshots: container.snapshots.iter().map(|saved| saved.name.clone()).collect(),
@@ -122,7 +124,7 @@ impl Facts {
         if let Some(images) = sizes {
             let size = store.container_cost(&facts.name)?;
             facts.size = Some(size);
-            facts.virtual_size = Some(size + images.of(store, &facts.image_id)?);
+            facts.virtual_size = Some(size + images.of(&facts.image_id)?);
             facts.device_size = Some(store.container_size(&facts.name)?);
         }
         Ok(facts)
@@ -130,23 +132,31 @@ impl Facts {
 }
 
 /// What images take on disk: many containers ask for the same few.
-#[derive(Default)]
-struct ImageCosts(std::collections::HashMap<String, u64>);
+struct ImageCosts<'a> {
+    store: &'a Store,
+    layers: Costs<'a>,
+    images: HashMap<String, u64>,
+}
 
-impl ImageCosts {
-    fn of(&mut self, store: &Store, id: &str) -> Result<u64> {
-        if let Some(&cost) = self.0.get(id) {
+impl<'a> ImageCosts<'a> {
+    fn new(store: &'a Store) -> Self {
+        Self { store, layers: Costs::new(store), images: HashMap::new() }
+    }
+
+    fn of(&mut self, id: &str) -> Result<u64> {
+        if let Some(&cost) = self.images.get(id) {
             return Ok(cost);
         }
-        let cost = store.image_cost(&store.image(id)?)?;
-        self.0.insert(id.to_owned(), cost);
+        let cost = self.layers.image(&self.store.image(id)?)?;
+        self.images.insert(id.to_owned(), cost);
         Ok(cost)
     }
 }
 
 /// List the containers.
 ///
-/// With -s: what each takes on disk itself, and together with its image.
+/// With -s: what each takes on disk itself, and together with its image. Those that are damaged are
+/// told of on standard error, and the exit code is 1 then.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  thinply container ls -s")]
 struct ListContainers {
@@ -163,12 +173,18 @@ struct ListContainers {
 impl ListContainers {
     fn run(&self) -> Outcome {
         let store = self.store.open()?;
-        let mut costs = ImageCosts::default();
-        let facts = store
-            .containers()?
-            .into_iter()
-            .map(|container| Facts::of(&store, container, self.size.then_some(&mut costs)));
-        let facts = facts.collect::<Result<Vec<_>>>()?;
+        let mut costs = ImageCosts::new(&store);
+        let Survey { good: containers, mut bad } = store.containers()?;
+        let mut facts = Vec::new();
+        for container in containers {
+            let subject = format!("container {}", container.name);
+            // What has no size is told of already, or now.
+            let sizes = (self.size && container.base.is_some()).then_some(&mut costs);
+            match Facts::of(&store, container, sizes) {
+                Ok(found) => facts.push(found),
+                Err(error) => bad.push(Finding { subject, detail: error.to_string() }),
+            }
+        }
         let mut output = Output::new();
         if self.json {
             output.json(&facts)?;
@@ -181,7 +197,7 @@ impl ListContainers {
             table::print(&mut output, &heading, &rows)?;
         }
         output.print()?;
-        Ok(Answer::Yes)
+        Ok(tell(&bad))
     }
 }
 
@@ -208,7 +224,7 @@ struct InspectContainers {
 impl InspectContainers {
     fn run(&self) -> Outcome {
         let store = self.store.open()?;
-        let mut costs = ImageCosts::default();
+        let mut costs = ImageCosts::new(&store);
         let facts = self
             .names
             .iter()

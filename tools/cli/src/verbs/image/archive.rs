@@ -182,9 +182,8 @@ impl Load {
         let mut incoming = Incoming { store: &store, new: Vec::new() };
         let loaded = self.read(&mut incoming).and_then(|index| store.add_images(&index));
         // What no image here has, all of it where that failed, is not to stay.
-        let left = store.discard(&incoming.new);
+        store.withdraw_blobs(incoming.new);
         let images = loaded.map_err(|error| error.in_file(self.label()))?;
-        left?;
         let mut output = Output::new();
         for image in images {
             match &image.reference {

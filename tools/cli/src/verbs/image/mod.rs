@@ -10,7 +10,7 @@ use thinply::store::Reference;
 use crate::io::output::Output;
 use crate::io::table::short_id;
 use crate::options::StoreArg;
-use crate::verbs::{Answer, Outcome};
+use crate::verbs::{Answer, Outcome, each, tell};
 
 /// Make, list, move and remove images: sealed disks under a name.
 #[derive(Args, Debug)]
@@ -80,12 +80,15 @@ impl TagImage {
 /// Remove names of images, and with its last name an image.
 ///
 /// Layers that no other image has go with it. The last name of an image that containers stand on
-/// is refused, and they are named.
+/// is refused, and they are named. An image that is damaged goes too.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  thinply image rm debian:12")]
 struct RemoveImages {
     #[command(flatten)]
     store: StoreArg,
+    /// With an id, remove all of an image's names
+    #[arg(long, short)]
+    force: bool,
     /// Names or ids
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<String>,
@@ -95,14 +98,20 @@ impl RemoveImages {
     fn run(&self) -> Outcome {
         let store = self.store.open()?;
         let mut output = Output::new();
-        let removed = self.images.iter().try_for_each(|name| {
-            let blobs = store.remove_image(name)?;
-            output.line(format_args!("Untagged: {name}"))?;
-            blobs.iter().try_for_each(|blob| {
-                output.line(format_args!("Deleted: sha256:{}", short_id(blob)))
-            })
+        let removed = each(&self.images, |name| {
+            let removed = store.remove_image(name, self.force)?;
+            if removed.names.is_empty() {
+                output.line(format_args!("Untagged: sha256:{}", short_id(&removed.id)))?;
+            }
+            for name in &removed.names {
+                output.line(format_args!("Untagged: {name}"))?;
+            }
+            for blob in &removed.blobs {
+                output.line(format_args!("Deleted: sha256:{}", short_id(blob)))?;
+            }
+            Ok(tell(&removed.bad))
         });
         output.print()?;
-        removed.map(|()| Answer::Yes)
+        removed
     }
 }

@@ -4,16 +4,17 @@ use clap::Args;
 use serde::Serialize;
 use thinply::device::Device;
 use thinply::error::Result;
-use thinply::store::{Image, Store};
+use thinply::store::{Costs, Image, Store};
 
 use crate::io::output::Output;
 use crate::io::table::{self, ago, short, short_id};
 use crate::options::StoreArg;
-use crate::verbs::{Answer, Outcome};
+use crate::verbs::{Answer, Outcome, tell};
 
 /// List the images.
 ///
-/// SIZE is what an image's layers take on disk, those that it shares with others included.
+/// SIZE is what an image's layers take on disk, those that it shares with others included. Images
+/// that are damaged are told of on standard error, and the exit code is 1 then.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  thinply image ls")]
 pub struct ListImages {
@@ -37,12 +38,14 @@ impl ListImages {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
         let store = self.store.open()?;
-        let rows = store.images()?.into_iter().rev().map(|image| {
+        let images = store.images()?;
+        let mut costs = Costs::new(&store);
+        let rows = images.good.into_iter().rev().map(|image| {
             Ok(Row {
                 repository: image.reference.as_ref().map(|name| name.repository.clone()),
                 tag: image.reference.as_ref().map(|name| name.tag.clone()),
                 created: image.created().to_owned(),
-                size: store.image_cost(&image)?,
+                size: costs.image(&image)?,
                 id: image.id,
             })
         });
@@ -65,7 +68,7 @@ impl ListImages {
             table::print(&mut output, &heading, &rows)?;
         }
         output.print()?;
-        Ok(Answer::Yes)
+        Ok(tell(&images.bad))
     }
 }
 
@@ -167,7 +170,7 @@ impl InspectImages {
 
 fn facts(store: &Store, image: &Image) -> Result<Facts> {
     let name = image.reference.as_ref().map(|name| name.to_string());
-    let containers = store.containers()?.into_iter().filter(|c| c.image_id == image.id);
+    let containers = store.containers()?.good.into_iter().filter(|c| c.image_id == image.id);
     let json = |value: serde_json::Result<serde_json::Value>| value.unwrap_or_default();
     Ok(Facts {
         id: image.id.clone(),
@@ -177,7 +180,7 @@ fn facts(store: &Store, image: &Image) -> Result<Facts> {
         containers: containers.map(|container| container.name).collect(),
         export: name.as_ref().map(|name| format!("image/{name}")),
         name,
-        manifest: json(serde_json::to_value(&image.manifest)),
-        config: json(serde_json::to_value(&image.config)),
+        manifest: json(serde_json::to_value(&*image.manifest)),
+        config: json(serde_json::to_value(&*image.config)),
     })
 }
