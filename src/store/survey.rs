@@ -49,3 +49,37 @@ impl Store {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::storage::{Access, Folder, MemoryFolder};
+    use crate::store::{Folders, LOCK_FILE};
+
+    #[test]
+    fn what_looks_damaged_is_looked_at_again_with_changes_kept_out() {
+        let folder = || Arc::new(MemoryFolder::new("m")) as Arc<dyn Folder>;
+        let (root, blobs, containers, volumes) = (folder(), folder(), folder(), folder());
+        let store = Store::over(Folders { root, blobs, containers, volumes }).unwrap();
+        let may = |lock| store.root().open(LOCK_FILE, Access::Write).unwrap().lock(lock).is_ok();
+        let looks = Cell::new(0);
+        let look = |damaged: fn(u32) -> bool| {
+            looks.set(0);
+            let settled = store.settled(|| {
+                looks.set(looks.get() + 1);
+                // Others who look may do so at the same time, from the second look on nobody else.
+                assert_eq!((may(Lock::Shared), may(Lock::Exclusive)), (true, looks.get() == 1));
+                let bad = damaged(looks.get()).then(|| Finding::new("image a", "damaged"));
+                Ok(Survey { good: (), bad: bad.into_iter().collect() })
+            });
+            (settled.unwrap().bad.len(), looks.get())
+        };
+        assert_eq!(look(|_| false), (0, 1));
+        assert_eq!(look(|look| look == 1), (0, 2));
+        assert_eq!(look(|_| true), (1, 2));
+        assert!(may(Lock::Exclusive));
+    }
+}

@@ -402,6 +402,18 @@ fn a_removal_that_fails_keeps_no_other_from_being_done() {
     assert!(run.stderr.contains("\"none\"") && run.stderr.contains("\"gone\""), "{run:?}");
 }
 
+/// Texts of images come from anywhere, and a terminal takes some of them for commands.
+#[test]
+fn control_characters_of_an_image_reach_no_terminal() {
+    let folder = stocked();
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    folder.ok(&["container", "commit", "-m", "red \u{1b}[31m\u{9b}0m", "c", "red"]);
+    let shown = folder.ok(&["image", "history", "red"]);
+    assert!(shown.contains("red ?[31m?0m") && !shown.contains('\u{1b}'), "{shown:?}");
+    let shown = folder.json(&["image", "history", "--json", "red"]);
+    assert_eq!(shown[0]["comment"], "red \u{1b}[31m\u{9b}0m");
+}
+
 #[test]
 fn commits_and_snapshots_of_a_served_container_at_once_lose_nothing() {
     let folder = stocked();

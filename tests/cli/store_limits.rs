@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -198,8 +198,83 @@ fn an_index_of_many_names_is_read_and_one_of_too_many_can_be_made_shorter() {
     let run = folder.run(&["image", "tag", "base", "one:more"]);
     assert!(run.refused().contains("expected at most"), "{run:?}");
     assert!(folder.read("store/index.json") == before);
+    // A layer that can't get its name doesn't stay.
+    folder.write("more.raw", &noise(2, MIB as usize));
+    let run = folder.run(&["image", "import", "more.raw", "more"]);
+    assert!(run.refused().contains("expected at most"), "{run:?}");
+    assert_eq!(blobs(&folder).len(), 3);
     folder.ok(&["image", "rm", "n7"]);
     assert!(folder.read("store/index.json").len() < before.len());
+}
+
+/// So many in the long form, of which nobody waits for a verb.
+fn many(most: usize, few: usize) -> usize {
+    if std::env::var("THINPLY_STORE").as_deref() == Ok("full") { most } else { few }
+}
+
+/// Runs a verb, and says what it took.
+fn timed(folder: &Folder, verb: &[&str]) -> String {
+    let begun = Instant::now();
+    let out = folder.ok(verb);
+    println!("{:>8.2} s  {}", begun.elapsed().as_secs_f64(), verb.join(" "));
+    out
+}
+
+#[test]
+fn every_verb_works_with_very_many_names() {
+    let count = many(100_000, 3_000);
+    let folder = Folder::in_memory();
+    folder.write("base.raw", &noise(1, MIB as usize));
+    folder.write("other.raw", &noise(2, MIB as usize));
+    folder.ok(&["image", "import", "base.raw", "base"]);
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    add_names(&folder, count);
+    let lines = timed(&folder, &["image", "ls"]).lines().count();
+    assert_eq!(lines, count + 2);
+    timed(&folder, &["image", "tag", "n7", "one:more"]);
+    assert_eq!(timed(&folder, &["image", "rm", "one:more"]), "Untagged: one:more\n");
+    timed(&folder, &["image", "import", "--parent", "n9", "other.raw", "app"]);
+    timed(&folder, &["container", "commit", "c", "base:2"]);
+    timed(&folder, &["container", "ls", "-s"]);
+    assert_eq!(timed(&folder, &["gc"]), "Reclaimed: 0 bytes\n");
+    assert!(timed(&folder, &["df"]).contains("Images       3 "));
+    assert_eq!(timed(&folder, &["store", "check"]), "clean\n");
+    timed(&folder, &["container", "rm", "c"]);
+    timed(&folder, &["image", "rm", "app", "base:2"]);
+    let id = folder.json(&["image", "inspect", "base"])[0]["id"].as_str().unwrap().to_owned();
+    let refused = folder.run(&["image", "rm", &id]);
+    assert!(refused.refused().contains(&format!("has {} names", count + 1)), "{refused:?}");
+    let removed = timed(&folder, &["image", "rm", "--force", &id]);
+    assert_eq!(removed.lines().count(), count + 1 + 3);
+    assert_eq!(blobs(&folder), [""; 0]);
+    tidy(&folder);
+}
+
+#[test]
+fn every_verb_works_on_a_long_history_of_long_remarks() {
+    // The last configuration has nearly all that one may have.
+    let count = many(300, 30);
+    let remark = "x".repeat(13_000);
+    let folder = Folder::in_memory();
+    folder.write("base.raw", &noise(1, MIB as usize));
+    folder.ok(&["image", "import", "base.raw", "base"]);
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    for number in 0..count {
+        folder.ok(&["container", "commit", "-m", &remark, "c", &format!("i{number}")]);
+    }
+    assert_eq!(timed(&folder, &["image", "ls"]).lines().count(), count + 2);
+    let last = format!("i{}", count - 1);
+    assert_eq!(timed(&folder, &["image", "history", &last]).matches(&remark).count(), count);
+    timed(&folder, &["image", "tag", &last, "last"]);
+    timed(&folder, &["container", "ls", "-s"]);
+    timed(&folder, &["df"]);
+    assert_eq!(timed(&folder, &["gc"]), "Reclaimed: 0 bytes\n");
+    assert_eq!(timed(&folder, &["store", "check"]), "clean\n");
+    timed(&folder, &["image", "save", "-o", "saved.tar", "last"]);
+    timed(&folder, &["container", "rm", "c"]);
+    timed(&folder, &["image", "rm", &last, "i7"]);
+    timed(&folder, &["image", "load", "saved.tar"]);
+    tidy(&folder);
 }
 
 #[test]

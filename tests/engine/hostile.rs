@@ -188,7 +188,10 @@ const STORE: &[(&str, &[&str])] = &[
     ),
     (
         "a blob that is missing, short or altered",
-        &["cli/store.rs a_blob_that_is_missing_short_or_altered_is_found_and_refused"],
+        &[
+            "cli/store.rs a_blob_that_is_missing_short_or_altered_is_found_and_refused",
+            "cli/store_damage.rs a_damaged_blob_hides_nothing_else_and_can_be_removed",
+        ],
     ),
     (
         "a full disk, on which removal must still work",

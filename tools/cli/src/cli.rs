@@ -10,7 +10,7 @@ const AFTER_HELP: &str = "\
 Exit codes:
   0    done; for check: nothing was found
   1    the answer is no: check or verify found something, repair lost something,
-       compare saw a difference
+       compare saw a difference, a part of the store is damaged
   2    an error, said on standard error; nothing half-made stays
   130  interrupted
 
