@@ -17,6 +17,8 @@ mod pages;
 mod pending;
 mod recover;
 mod sealed;
+#[cfg(not(simulation))]
+mod shared;
 mod slots;
 mod turn;
 mod writable;
@@ -31,6 +33,8 @@ pub use journal::{RingSlot, read_ring};
 pub use keeper::{FreshMap, Keeper, Kept, survivors};
 pub use pages::next_group;
 pub use sealed::Sealed;
+#[cfg(not(simulation))]
+pub use shared::SharedMap;
 pub use slots::{durable_header, newest_header, read_slots};
 pub use writable::Writable;
 pub use write::{ZeroKind, words};
