@@ -1,6 +1,7 @@
 //! The one error type: a stable [`ErrorKind`] that callers match on, and the file, offset and
-//! expectation that people read.
+//! expectation that people read. And how text of others is shown in it and elsewhere.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -164,18 +165,60 @@ fn kind_of(error: &io::Error) -> ErrorKind {
     }
 }
 
+/// What file names, files, servers and clients say goes into errors as it is; here it is made fit to be
+/// shown.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let inner = &self.0;
         if let Some(path) = &inner.path {
-            write!(f, "{}: ", path.display())?;
+            write!(f, "{}: ", shown(&path.display().to_string()))?;
         }
-        f.write_str(&inner.detail)?;
+        write!(f, "{}", shown(&shortened(&inner.detail)))?;
         if let Some(offset) = inner.offset {
             write!(f, " (at byte {offset})")?;
         }
         if let Some(source) = &inner.source {
-            write!(f, ": {source}")?;
+            write!(f, ": {}", shown(&shortened(&source.to_string())))?;
+        }
+        Ok(())
+    }
+}
+
+/// Most characters that are shown of a detail: it may quote a word of megabytes.
+const LONGEST: usize = 2000;
+
+/// A text without its middle, if it is a long one.
+fn shortened(text: &str) -> Cow<'_, str> {
+    let half = LONGEST / 2;
+    let beginning = text.char_indices().nth(half).map(|(at, _)| at);
+    let end = text.char_indices().rev().nth(half - 1).map(|(at, _)| at);
+    match beginning.zip(end).filter(|(beginning, end)| beginning < end) {
+        Some((beginning, end)) => format!("{}…{}", &text[..beginning], &text[end..]).into(),
+        None => text.into(),
+    }
+}
+
+/// Text of others, as it may be shown to people in a line: what a terminal takes for a command, ends the
+/// line or turns the direction of writing is escaped.
+pub fn shown(text: &str) -> impl fmt::Display + '_ {
+    Shown(text)
+}
+
+/// Whether a character is none that a person sees, and does something to those that are.
+pub fn is_unfit(c: char) -> bool {
+    let turns = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}');
+    let isolates = matches!(c, '\u{2066}'..='\u{2069}');
+    c.is_control() || turns || isolates || matches!(c, '\u{2028}' | '\u{2029}' | '\u{feff}')
+}
+
+struct Shown<'a>(&'a str);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for part in self.0.split_inclusive(is_unfit) {
+            let last = part.chars().next_back().filter(|last| is_unfit(*last));
+            f.write_str(part.trim_end_matches(is_unfit))?;
+            last.map_or(Ok(()), |last| write!(f, "{}", last.escape_debug()))?;
         }
         Ok(())
     }
@@ -217,5 +260,33 @@ mod tests {
         assert_eq!(error.offset(), Some(4096));
         let text = error.to_string();
         assert!(text.starts_with("a.tply: writing a block (at byte 4096): "), "{text}");
+    }
+
+    #[test]
+    fn text_of_others_is_shown_without_what_a_terminal_obeys() {
+        let hostile = "a\x1b[31mb\n\u{9b}2J\u{202e}\u{2066}\u{feff}\u{7f}";
+        let seen = r"a\u{1b}[31mb\n\u{9b}2J\u{202e}\u{2066}\u{feff}\u{7f}";
+        assert_eq!(shown(hostile).to_string(), seen);
+        // Once more is once.
+        assert_eq!(shown(seen).to_string(), seen);
+        for plain in ["", "\"it's\" C:\\x, 100%", "naïve e\u{301} 日本 \u{1f469}\u{200d}\u{1f52c}"]
+        {
+            assert_eq!(shown(plain).to_string(), plain);
+        }
+        let error = Error::io(io::Error::other(hostile), hostile).in_file(hostile);
+        assert_eq!(error.to_string(), format!("{seen}: {seen}: {seen}"));
+        assert_eq!(format!("{error:?}"), format!("Io: {error}"));
+    }
+
+    #[test]
+    fn a_long_detail_loses_its_middle() {
+        let whole = "ä".repeat(LONGEST);
+        assert_eq!(Error::new(ErrorKind::Io, &*whole).to_string(), whole);
+        let long = format!("word {} expected a name", "ä".repeat(4 << 20));
+        for error in [Error::new(ErrorKind::Io, &*long), Error::io(io::Error::other(long), "x")] {
+            let text = error.to_string();
+            assert!(text.contains("word ä") && text.ends_with("ä expected a name"), "{text}");
+            assert!(text.chars().count() < LONGEST + 10 && text.contains('…'), "{text}");
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{DiskKind, DiskName, Finding, OpenDisk, Store, Survey, files};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, shown};
 use crate::serve::{Broker, Log, Opened};
 use crate::storage::{Access, Storage};
 use crate::sync::{Mutex, guard};
@@ -130,7 +130,7 @@ impl Broker for StoreBroker {
         let containers = Self::listed("containers", self.store.containers(), &mut bad);
         // One whose layer can't be read is no disk.
         for container in containers.iter().filter(|container| container.base.is_some()) {
-            let over = format!("container over {}", container.image);
+            let over = format!("container over {}", shown(&container.image));
             list.push((format!("container/{}", container.name), over));
             for saved in &container.snapshots {
                 let text = format!("snapshot of container {}", container.name);

@@ -513,7 +513,7 @@ fn diff_names_the_files_that_changed() {
     let shown = folder.ok(&["container", "diff", "c"]);
     assert_eq!(shown, while_served);
     let files: Vec<_> = shown.lines().filter(|line| !line.starts_with(' ')).collect();
-    let expected = ["C /etc/changed", "D /etc/old", "A /new", "A /new/?file"];
+    let expected = ["C /etc/changed", "D /etc/old", "A /new", r"A /new/\u{1b}file"];
     assert_eq!(files, expected, "{shown}");
     let files = &folder.json(&["container", "diff", "--json", "c"])["files"];
     assert_eq!(files[3], serde_json::json!({"change": "added", "path": "/new/\u{1b}file"}));

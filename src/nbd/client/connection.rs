@@ -233,7 +233,7 @@ impl Connection {
             match kind {
                 REP_ACK => return Ok(Ok(())),
                 _ if kind & REP_FLAG_ERROR != 0 => {
-                    let message = plain(&answer);
+                    let message = String::from_utf8_lossy(&answer);
                     return Ok(Err(format!("error {} {message}", kind & !REP_FLAG_ERROR)));
                 }
                 _ => visit(kind, &answer),
@@ -408,7 +408,7 @@ impl Connection {
         let said = body.get(4..).and_then(|rest| rest.split_first_chunk());
         let message =
             said.and_then(|(length, rest)| rest.get(..usize::from(u16::from_be_bytes(*length))));
-        Ok(reported(number, &plain(message.unwrap_or_default())))
+        Ok(reported(number, &String::from_utf8_lossy(message.unwrap_or_default())))
     }
 
     fn take<const N: usize>(&mut self) -> io::Result<[u8; N]> {
@@ -440,11 +440,6 @@ impl Drop for Connection {
             let _ = self.disconnect();
         }
     }
-}
-
-/// A server's message for people, without what a terminal takes for a command.
-fn plain(message: &[u8]) -> String {
-    String::from_utf8_lossy(message).replace(char::is_control, "?")
 }
 
 /// The part of `buf` that a chunk fills, which is not nothing.

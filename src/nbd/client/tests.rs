@@ -149,7 +149,7 @@ fn after_a_reported_error_the_conversation_goes_on_and_after_others_not() {
     assert_eq!(error.kind(), ErrorKind::NoSpace);
     let text = error.to_string();
     assert!(
-        text.ends_with("writing 1 bytes at 4096: the server reports error 28: full?!"),
+        text.ends_with("writing 1 bytes at 4096: the server reports error 28: full\\u{1b}!"),
         "{text}"
     );
     ours.flush().unwrap();

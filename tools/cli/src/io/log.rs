@@ -10,28 +10,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use thinply::error::shown;
+
 /// Lines that wait at most, and the bytes of one: what a sink that is stuck costs.
 const LINES: usize = 512;
 const LINE: usize = 4 << 10;
 /// How soon a sink that refuses to make its writer wait is asked again.
 const AGAIN: Duration = Duration::from_millis(50);
-
-/// A text without the control characters that a file or a stranger may have put there, but for some:
-/// they are shown, and don't act on a terminal.
-pub fn visible(text: &str, but: &[char]) -> String {
-    let acts = |c: &char| c.is_control() && !but.contains(c);
-    if !text.chars().any(|c| acts(&c)) {
-        return text.to_owned();
-    }
-    let mut shown = String::with_capacity(text.len());
-    for c in text.chars() {
-        match acts(&c) {
-            true => shown.extend(c.escape_default()),
-            false => shown.push(c),
-        }
-    }
-    shown
-}
 
 /// Lines on their way to a sink.
 #[derive(Clone, Default)]
@@ -71,7 +56,9 @@ impl Log {
 
     /// Says a line. Takes no time.
     pub fn line(&self, text: impl Display) {
-        let mut text = visible(&text.to_string(), &['\n', '\t']);
+        let lines = text.to_string();
+        let lines: Vec<_> = lines.split('\n').map(|line| shown(line).to_string()).collect();
+        let mut text = lines.join("\n");
         let most = (0..=LINE.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
         text.truncate(most.unwrap_or(0));
         let mut state = self.0.state();

@@ -6,7 +6,7 @@ use std::io::{self, Seek, Write};
 use serde::Serialize;
 use serde_json::Value;
 use tempfile::SpooledTempFile;
-use thinply::error::{Error, Result};
+use thinply::error::{Error, Result, is_unfit, shown};
 
 use crate::io::size::human;
 
@@ -28,9 +28,9 @@ impl Output {
         Self { spool: io::BufWriter::new(SpooledTempFile::new(IN_MEMORY)) }
     }
 
-    /// Appends a line.
+    /// Appends a line. What others said in it is made fit to be shown.
     pub fn line(&mut self, line: impl Display) -> Result<()> {
-        writeln!(self.spool, "{line}").map_err(failed)
+        writeln!(self.spool, "{}", shown(&line.to_string())).map_err(failed)
     }
 
     /// Appends bytes.
@@ -40,8 +40,8 @@ impl Output {
 
     /// Appends a JSON value on lines of its own.
     pub fn json(&mut self, value: &impl Serialize) -> Result<()> {
-        serde_json::to_writer_pretty(&mut self.spool, value).map_err(|e| failed(e.into()))?;
-        self.line("")
+        let text = serde_json::to_string_pretty(value).map_err(|error| failed(error.into()))?;
+        writeln!(self.spool, "{}", escaped(&text)).map_err(failed)
     }
 
     /// Appends the facts of an object as lines for people: the same ones as in JSON, by their
@@ -64,7 +64,7 @@ impl Output {
     pub fn begin_list(&mut self, head: &impl Serialize, name: &str) -> Result<List<'_>> {
         let mut text = serde_json::to_string(head).map_err(|error| failed(error.into()))?;
         text.pop();
-        write!(self.spool, "{text},\"{name}\":[").map_err(failed)?;
+        write!(self.spool, "{},\"{name}\":[", escaped(&text)).map_err(failed)?;
         Ok(List { output: self, empty: true })
     }
 
@@ -88,13 +88,27 @@ impl List<'_> {
     pub fn item(&mut self, item: &impl Serialize) -> Result<()> {
         let text = serde_json::to_string(item).map_err(|error| failed(error.into()))?;
         let comma = if std::mem::take(&mut self.empty) { "" } else { "," };
-        write!(self.output.spool, "{comma}\n{text}").map_err(failed)
+        write!(self.output.spool, "{comma}\n{}", escaped(&text)).map_err(failed)
     }
 
     /// Ends the list and its object.
     pub fn end(self) -> Result<()> {
-        self.output.line("\n]}")
+        writeln!(self.output.spool, "\n]}}").map_err(failed)
     }
+}
+
+/// JSON without what a terminal obeys. Below the space JSON has escaped it already, and of what is
+/// left nothing stands outside of a string.
+fn escaped(json: &str) -> String {
+    let mut text = String::with_capacity(json.len());
+    for c in json.chars() {
+        match c {
+            '\n' => text.push(c),
+            _ if is_unfit(c) => text += &format!("\\u{:04x}", u32::from(c)),
+            _ => text.push(c),
+        }
+    }
+    text
 }
 
 fn plain(key: &str, value: &Value) -> String {
@@ -111,5 +125,5 @@ fn plain(key: &str, value: &Value) -> String {
 
 /// Says something that is no fact and no error: to standard error, where no script reads it.
 pub fn say(text: impl Display) {
-    super::log::stderr().line(format_args!("thinply: {text}"));
+    super::log::stderr().line(format_args!("thinply: {}", shown(&text.to_string())));
 }

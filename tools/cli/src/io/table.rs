@@ -2,26 +2,24 @@
 
 use std::time::SystemTime;
 
-use crate::io::log::visible;
 use crate::io::output::Output;
 use crate::io::size::human;
-use thinply::error::Result;
+use thinply::error::{Result, shown};
 
 /// Appends rows under a heading, each column as wide as its widest cell. A cell may hold what a
 /// terminal takes for a command: texts of images come from anywhere.
 pub fn print(output: &mut Output, heading: &[&str], rows: &[Vec<String>]) -> Result<()> {
-    let clean = |row: &Vec<String>| row.iter().map(|cell| visible(cell, &[])).collect();
-    let rows: Vec<Vec<String>> = rows.iter().map(clean).collect();
+    let fit = |row: &Vec<String>| row.iter().map(|cell| shown(cell).to_string()).collect();
+    let rows: &Vec<Vec<_>> = &rows.iter().map(fit).collect();
     let mut widths: Vec<_> = heading.iter().map(|cell| cell.len()).collect();
-    for row in &rows {
+    for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }
     }
     let line = |cells: &[String]| {
         let cells = cells.iter().zip(&widths).map(|(cell, &width)| format!("{cell:<width$}"));
-        let line = cells.collect::<Vec<_>>().join("   ");
-        line.trim_end().replace(char::is_control, "?")
+        cells.collect::<Vec<_>>().join("   ").trim_end().to_owned()
     };
     output.line(line(&heading.iter().map(|&cell| cell.to_owned()).collect::<Vec<_>>()))?;
     rows.iter().try_for_each(|row| output.line(line(row)))

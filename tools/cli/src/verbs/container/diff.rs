@@ -44,9 +44,7 @@ impl Diff {
                     .line(format_args!("{:>16} {:>16}  {change}", extent.offset, extent.length))?;
             }
             for file in changes.files.iter().flatten() {
-                // A name may hold what a terminal takes for a command.
-                let path = file.path.replace(char::is_control, "?");
-                output.line(format_args!("{} {path}", letter(file.change)))?;
+                output.line(format_args!("{} {}", letter(file.change), file.path))?;
             }
         }
         output.print()?;
