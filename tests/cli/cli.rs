@@ -1,6 +1,7 @@
 //! The command line, tested from outside: the contract that every subcommand keeps, and what each
 //! of them does.
 
+mod build;
 mod contract;
 mod derive;
 mod disks;
