@@ -1,6 +1,7 @@
 //! Containers: live layers over images, and what becomes of them.
 
 use std::collections::BTreeSet;
+use std::time::SystemTime;
 
 use super::blob::NewBlob;
 use super::digest::is_hex_digest;
@@ -422,6 +423,7 @@ impl OpenDisk {
             reference: reference.clone(),
             created_by: format!("commit {}", disk.name),
             comment: comment.to_owned(),
+            created: SystemTime::now(),
         };
         let made = store.publish_blob(blob, Some(&image), &new)?;
         self.relink(from, &store.parent(&made.top()?)?.link)?;

@@ -1,6 +1,7 @@
 //! New images: the manifest and the configuration that describe a new layer.
 
 use std::collections::HashMap;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use oci_spec::image::{
     DescriptorBuilder, HistoryBuilder, ImageConfigurationBuilder, ImageManifestBuilder, MediaType,
@@ -11,9 +12,9 @@ use serde_json::Value;
 use super::blob::{Draft, NewBlob};
 use super::image::{LAYER_TYPE, bad};
 use super::index::{Index, MANIFEST_TYPE};
-use super::{Image, Reference, Store, digest, files, json, now};
+use super::{Image, Reference, Store, digest, files, json};
 use crate::chain::Parent;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Rights, sync_folder};
 use crate::types::Identity;
 
@@ -24,6 +25,9 @@ const PARENT: &str = "io.thinply.layer.parent";
 /// Annotation of a layer: the size of its device in bytes.
 const VIRTUAL_SIZE: &str = "io.thinply.layer.virtual-size";
 
+/// The end of the year 9999, in seconds since 1970.
+const LATEST: u64 = 253_402_300_799;
+
 /// What a new image is, beside its layer.
 #[derive(Clone, Debug)]
 pub struct NewImage {
@@ -33,6 +37,8 @@ pub struct NewImage {
     pub created_by: String,
     /// A remark for its history, possibly empty.
     pub comment: String,
+    /// When it was made: from 1970 to 9999, kept in whole seconds.
+    pub created: SystemTime,
 }
 
 fn invalid(error: impl std::fmt::Display) -> Error {
@@ -43,7 +49,7 @@ impl Store {
     /// A new layer to be filled, over an image or none; the image's layer will have its rights.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::InvalidInput`] without a size or an image, or for a size that can't be.
+    /// [`ErrorKind::InvalidInput`] without a size or an image, or for a size that can't be.
     pub fn draft(&self, size: Option<u64>, base: Option<&Image>, rights: Rights) -> Result<Draft> {
         let parent = base.map(|image| self.parent(&image.top()?)).transpose()?;
         Draft::new(self, size, parent.as_ref(), rights)
@@ -52,8 +58,9 @@ impl Store {
     /// Makes an image of a finished layer over `base`, and gives it its name.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::NotFound`] if the base was removed meanwhile; host errors. Nothing stays then,
-    /// and after a kill nothing but unreferenced blobs, which [`Store::collect`] clears.
+    /// [`ErrorKind::NotFound`] if the base was removed meanwhile; [`ErrorKind::InvalidInput`] for a time
+    /// of creation that can't be; host errors. Nothing stays then, and after a kill nothing but
+    /// unreferenced blobs, which [`Store::collect`] clears.
     pub fn publish(&self, draft: Draft, base: Option<&Image>, new: &NewImage) -> Result<Image> {
         self.publish_blob(draft.finish()?, base, new)
     }
@@ -66,8 +73,7 @@ impl Store {
         new: &NewImage,
     ) -> Result<Image> {
         let parent = base.map(|base| self.parent(&base.top()?)).transpose()?;
-        let created = now();
-        let (manifest, config) = describe(&blob, base, parent.as_ref(), new, &created)?;
+        let (manifest, config) = describe(&blob, base, parent.as_ref(), new)?;
         let guard = self.lock()?;
         if let Some(base) = base {
             for layer in base.layers()? {
@@ -111,14 +117,24 @@ fn identity_text(identity: &Identity) -> String {
     }
 }
 
+/// A time as the OCI specification writes it.
+fn written(time: SystemTime) -> Result<String> {
+    let since = time.duration_since(UNIX_EPOCH).ok();
+    since.filter(|since| since.as_secs() <= LATEST).ok_or_else(|| {
+        let detail = "an image is created between 1970 and 9999";
+        Error::new(ErrorKind::InvalidInput, detail)
+    })?;
+    Ok(humantime::format_rfc3339_seconds(time).to_string())
+}
+
 /// The bytes of the manifest and of the configuration of an image with one more layer.
 fn describe(
     blob: &NewBlob,
     base: Option<&Image>,
     parent: Option<&Parent>,
     new: &NewImage,
-    created: &str,
 ) -> Result<(Vec<u8>, Vec<u8>)> {
+    let created = written(new.created)?;
     let mut annotations = HashMap::from([
         (IDENTITY.to_owned(), identity_text(&blob.identity)),
         (VIRTUAL_SIZE.to_owned(), blob.virtual_size.to_string()),
@@ -137,7 +153,7 @@ fn describe(
     layers.push(layer);
 
     let step = HistoryBuilder::default()
-        .created(created)
+        .created(created.clone())
         .created_by(new.created_by.clone())
         .comment(new.comment.clone())
         .build()

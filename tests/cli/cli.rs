@@ -2,6 +2,7 @@
 //! of them does.
 
 mod archives;
+mod build;
 mod contract;
 mod derive;
 mod disks;

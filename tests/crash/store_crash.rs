@@ -69,6 +69,7 @@ fn import(store: &Store, name: &str, base: Option<&str>, fill: u8) -> Result<()>
         reference: reference(name),
         created_by: format!("import {fill}"),
         comment: String::new(),
+        created: std::time::SystemTime::now(),
     };
     store.publish(draft, base.as_ref(), &new).map(drop)
 }

@@ -106,15 +106,16 @@ impl Stage {
         }
         let raw = self.path.join("base.raw");
         let tree = tree.or_else(|| TREES.iter().map(Path::new).find(|tree| tree.is_dir()));
-        let built = match tree {
-            Some(tree) => make_ext4(&raw, tree)?.then_some(tree),
-            None => None,
-        };
-        let from = match built {
-            Some(tree) => format!("the file tree {} as ext4", tree.display()),
-            None => {
+        let no_tree = || Error::new(ErrorKind::NotFound, "there is no file tree to take");
+        let built = tree.ok_or_else(no_tree).and_then(|tree| {
+            make_ext4(&raw, tree, None)?;
+            Ok(tree)
+        });
+        let from = match &built {
+            Ok(tree) => format!("the file tree {} as ext4", tree.display()),
+            Err(error) => {
                 generate(&raw).map_err(host("generating a disk"))?;
-                "a generated disk (mke2fs is not here, or can't read the tree)".into()
+                format!("a generated disk ({error})")
             }
         };
         self.import(&raw)?;
@@ -126,7 +127,7 @@ impl Stage {
             human(self.cost("base.tply")?),
             human(parent.virtual_size)
         );
-        Ok((parent, built.is_some()))
+        Ok((parent, built.is_ok()))
     }
 
     fn import(&self, raw: &Path) -> Result<()> {

@@ -1,6 +1,7 @@
 //! `thinply image import` and `thinply image build-from`
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use thinply::device::Device;
@@ -10,7 +11,7 @@ use thinply::store::{Image, NewImage, Reference, Store};
 
 use crate::import::{Source, SourceArgs, open_raw};
 use crate::io::ext4::make_ext4;
-use crate::io::output::Output;
+use crate::io::output::{Output, say};
 use crate::io::size;
 use crate::options::StoreArg;
 use crate::verbs::{Answer, Outcome};
@@ -26,6 +27,24 @@ struct New {
     /// A remark for the image's history
     #[arg(long, short, default_value = "", value_name = "TEXT", hide_default_value = true)]
     message: String,
+}
+
+/// The variable of <https://reproducible-builds.org/specs/source-date-epoch/>.
+const EPOCH: &str = "SOURCE_DATE_EPOCH";
+/// The end of the year 9999.
+const LATEST: u64 = 253_402_300_799;
+
+/// What stands for the present time, in seconds since 1970, where somebody wants the same image again.
+fn source_date() -> Result<Option<u64>> {
+    let Some(text) = std::env::var_os(EPOCH) else { return Ok(None) };
+    let seconds = text.to_str().and_then(|text| text.parse().ok());
+    match seconds.filter(|&seconds| seconds <= LATEST) {
+        Some(seconds) => Ok(Some(seconds)),
+        None => {
+            let detail = format!("{EPOCH} is {text:?}, not seconds since 1970 (0 to {LATEST})");
+            Err(Error::new(ErrorKind::InvalidInput, detail))
+        }
+    }
 }
 
 impl New {
@@ -44,6 +63,10 @@ impl New {
         name: &Reference,
         created_by: String,
     ) -> Outcome {
+        let created = match source_date()? {
+            Some(seconds) => UNIX_EPOCH + Duration::from_secs(seconds),
+            None => SystemTime::now(),
+        };
         source.check_fits(size)?;
         let visible = match &base {
             Some(base) => store.open_image(base)?.size(),
@@ -52,7 +75,8 @@ impl New {
         let first = Some(source.first_size(size, visible));
         let draft = store.draft(first, base.as_ref(), rights)?;
         source.copy_to(draft.chain(), size, visible)?;
-        let new = NewImage { reference: name.clone(), created_by, comment: self.message.clone() };
+        let (reference, comment) = (name.clone(), self.message.clone());
+        let new = NewImage { reference, created_by, comment, created };
         let image = store.publish(draft, base.as_ref(), &new)?;
         print_id(&image)?;
         Ok(Answer::Yes)
@@ -102,7 +126,8 @@ impl ImportImage {
 
 /// Make an image of a file tree, as an ext4 file system (needs mke2fs).
 ///
-/// Prints the image's id.
+/// The same tree makes the same layer. With SOURCE_DATE_EPOCH in the environment (seconds since
+/// 1970), which no time in the image is later than, it makes the same image. Prints the image's id.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  thinply image build-from rootfs debian:12")]
 pub struct BuildImage {
@@ -121,24 +146,18 @@ impl BuildImage {
         if !self.dir.is_dir() {
             return Err(Error::new(ErrorKind::NotFound, "not a folder").in_file(&self.dir));
         }
+        let latest = source_date()?.and_then(|seconds| i64::try_from(seconds).ok());
         let opened = self.new.open()?;
         // In the store, where there is room for what is to be stored anyway.
         let raw = tempfile::Builder::new()
             .prefix(".draft-")
             .tempfile_in(opened.0.path())
             .map_err(|error| Error::io(error, "making a temporary file"))?;
-        build(raw.path(), &self.dir)?;
+        make_ext4(raw.path(), &self.dir, latest)?.iter().for_each(say);
         let source = open_raw(raw.path())?;
-        let created_by = format!("build-from {}", self.dir.display());
-        // The temporary file is nobody's; who may read the tree can't be said in one mode.
+        // Where the tree lies is no part of it. The temporary file is nobody's; who may read the tree
+        // can't be said in one mode.
+        let created_by = "build-from".to_owned();
         self.new.import(opened, &source, None, Rights::Usual, &self.name, created_by)
     }
-}
-
-fn build(raw: &Path, tree: &Path) -> Result<()> {
-    if make_ext4(raw, tree)? {
-        return Ok(());
-    }
-    let detail = "mke2fs is missing (Debian: e2fsprogs), or can't read all of the tree";
-    Err(Error::new(ErrorKind::Unsupported, detail).in_file(tree))
 }
