@@ -154,12 +154,3 @@ fn a_load_that_is_refused_leaves_nothing() {
     assert_eq!(blobs(&folder).len(), before);
     tidy(&folder);
 }
-
-#[test]
-fn a_comment_does_not_act_on_the_terminal() {
-    let folder = stocked();
-    folder.ok(&["container", "create", "base", "--name", "c"]);
-    folder.ok(&["container", "commit", "c", "base:2", "--message", "\u{1b}[31mred\u{7}\nline"]);
-    let text = folder.ok(&["image", "history", "base:2"]);
-    assert!(text.contains("red") && !text.contains('\u{1b}') && !text.contains('\u{7}'), "{text}");
-}
