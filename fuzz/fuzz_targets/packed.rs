@@ -3,12 +3,12 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use thinply::wait::{Wait, waited};
-use thinply::storage::{Folder, MemoryFolder, write_all_at};
 use thinply::error::{ErrorKind, Result};
 use thinply::format::packed::FRAME_BLOCKS;
 use thinply::packed::{Compression, Packed, Writer};
+use thinply::storage::{Folder, MemoryFolder, write_all_at};
 use thinply::types::{BLOCK_SIZE, Block, Group, Word, runs};
+use thinply::wait::{Wait, waited};
 use thinply_fuzz::limits::within_limits;
 use thinply_fuzz::packed::Layer;
 
@@ -21,9 +21,12 @@ fn present(layer: &Packed) -> Result<Vec<Block>> {
     let (mut blocks, mut from) = (Vec::new(), Group(0));
     while let Some(group) = layer.next_group(from) {
         from = Group(group.0 + 1);
-        let bits = layer.bits(group)?.expect("a group of the directory");
+        let bits = waited(layer.bits(group, Wait::Allowed))?.expect("a group of the directory");
         for (word, &bits) in (group.first_word().0..).map(Word).zip(bits.iter()) {
-            assert!(waited(layer.data(word, Wait::Allowed))? & !bits == 0, "data in an absent block");
+            assert!(
+                waited(layer.data(word, Wait::Allowed))? & !bits == 0,
+                "data in an absent block"
+            );
             let found = runs(bits).flat_map(|(first, end)| first..end);
             blocks.extend(found.map(|bit| word.block(bit)));
         }
@@ -81,7 +84,8 @@ fn run(input: &[u8]) {
 /// What is verified and then packed again has the same root.
 fn root_follows_content(layer: &Packed, all: &[(Block, Bytes)]) {
     let header = layer.header();
-    let is_data = |block: Block| layer.data(block.word(), Wait::Allowed).unwrap() & block.mask() != 0;
+    let is_data =
+        |block: Block| layer.data(block.word(), Wait::Allowed).unwrap() & block.mask() != 0;
     // What no writer makes: other frames, data that is zero, bytes beyond the end.
     let unlike = header.frame_blocks != FRAME_BLOCKS
         || all.iter().any(|(block, bytes)| {
