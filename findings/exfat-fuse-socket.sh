@@ -19,15 +19,9 @@ unmount_later "$temp/mount"
 mount.exfat-fuse "$device" "$temp/mount" > /dev/null
 
 cat > "$temp/sockets.py" << 'EOF'
-import errno, os, socket, stat, sys
+import os, socket, stat, sys
+from answers import answer
 os.chdir(sys.argv[1])
-
-def answer(act, *words):
-    try:
-        act(*words)
-        return "done"
-    except OSError as error:
-        return errno.errorcode[error.errno]
 
 def left(name):
     if not os.path.lexists(name):

@@ -3,6 +3,7 @@
 # need PACKAGE=VERSION...   unpacks Debian packages, of Debian 12 if nothing else is said, in $temp
 # unmount_later FOLDER      and the folder is unmounted at the end, come what may
 # expect NAME SEEN WANTED   fails, and says so, where the behaviour has changed
+# from answers import answer, in Python below $temp: what a call does, "done" or the name of its error
 #
 # Everything is below $temp, which goes at the end.
 
@@ -24,6 +25,17 @@ cleanup() {
 }
 trap cleanup EXIT
 trap 'exit 1' INT TERM
+
+cat > "$temp/answers.py" << 'EOF'
+import errno
+
+def answer(act, *words):
+    try:
+        act(*words)
+        return "done"
+    except OSError as error:
+        return errno.errorcode[error.errno]
+EOF
 
 need() {
     mkdir -p "$temp/packages" "$temp/root"

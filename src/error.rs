@@ -75,6 +75,11 @@ impl ErrorKind {
     pub fn named(name: &str) -> Option<Self> {
         NAMES.iter().find(|(_, known)| *known == name).map(|(kind, _)| *kind)
     }
+
+    /// Whether it tells of something that this process may read, but not write.
+    pub fn forbids_writing(self) -> bool {
+        matches!(self, Self::ReadOnly | Self::PermissionDenied)
+    }
 }
 
 /// Result of everything in this crate that can fail.

@@ -79,12 +79,11 @@ impl Writable {
         let groups = group_count(slots.header.virtual_size);
         let recovered = recover(&*file, &slots.header)?;
         let kept = keeper.map(|keeper| keeper.keep(&file, groups)).transpose()?;
-        let release = kept.clone();
-        Self::begin(file, slots, recovered, kept).inspect_err(|_| {
-            if let Some(kept) = release {
-                kept.release();
-            }
-        })
+        let opened = Self::begin(file, slots, recovered, kept.clone());
+        if let (Err(_), Some(kept)) = (&opened, kept) {
+            kept.release();
+        }
+        opened
     }
 
     /// Goes on with one of the [`survivors`](super::survivors), where the process that wrote it died:

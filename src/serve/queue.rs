@@ -21,6 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::planted::{Bug, planted};
 use crate::storage::Buffer;
 use crate::sync::{Condvar, Mutex, guard, spawn};
+use crate::wait::waited;
 
 /// How long a thread without work stays.
 const LINGER: Duration = Duration::from_secs(10);
@@ -232,8 +233,10 @@ impl<C: Completion> Request<C> {
                 let lease = self.lease.clone();
                 lease.run(move |thread| self.carry_out(thread));
             }
-            Err(NotDone::Failed(error)) => answer(self.lease, Err(error), self.durable, self.done),
-            Ok(()) => answer(self.lease, Ok(Vec::new()), self.durable, self.done),
+            done => {
+                let result = waited(done).map(|()| Vec::new());
+                answer(self.lease, result, self.durable, self.done);
+            }
         }
     }
 }

@@ -451,9 +451,7 @@ impl Store {
             Ok(Some(file)) => file,
             Ok(None) => return Ok(false),
             // A lock can't be taken then, but asked for.
-            Err(error)
-                if matches!(error.kind(), ErrorKind::ReadOnly | ErrorKind::PermissionDenied) =>
-            {
+            Err(error) if error.kind().forbids_writing() => {
                 let file = find_in(folder, name, Access::Read)?;
                 let file = file.as_deref().and_then(Storage::descriptor);
                 return Ok(file.is_some_and(|file| !is_used(file)));

@@ -1,14 +1,14 @@
 //! Containers: live layers over images, and what becomes of them.
 
 use std::collections::BTreeSet;
-use std::time::SystemTime;
 
 use super::blob::NewBlob;
 use super::digest::is_hex_digest;
 use super::disk::{DiskKind, DiskName, FrozenLayer, LAYER, Record, rights_over};
 use super::index::Index;
 use super::{
-    Costs, Finding, Image, NewImage, OpenDisk, Reference, Store, Survey, check_name, files, now,
+    Costs, Finding, Image, NewImage, OpenDisk, Reference, Store, Survey, check_name, clock, files,
+    now,
 };
 use crate::chain::{Chain, Parent, create, seal};
 use crate::device::Device;
@@ -423,7 +423,7 @@ impl OpenDisk {
             reference: reference.clone(),
             created_by: format!("commit {}", disk.name),
             comment: comment.to_owned(),
-            created: SystemTime::now(),
+            created: clock(),
         };
         let made = store.publish_blob(blob, Some(&image), &new)?;
         self.relink(from, &store.parent(&made.top()?)?.link)?;

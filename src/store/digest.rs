@@ -51,7 +51,8 @@ pub(super) fn hex_digest(digest: &str) -> Option<&str> {
     is_hex_digest(hex).then_some(hex)
 }
 
-pub(super) fn is_hex_digest(name: &str) -> bool {
+/// Whether a name is that of a blob: a SHA-256 in hexadecimal.
+pub fn is_hex_digest(name: &str) -> bool {
     name.len() == 64 && name.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 

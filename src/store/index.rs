@@ -38,12 +38,12 @@ pub(super) struct IndexEntry {
 impl IndexEntry {
     /// None for one without a digest that a blob can have: it is no image here.
     fn of(raw: &Value) -> Option<Self> {
-        let name = raw.get("annotations").and_then(|annotations| annotations.get(NAME));
+        let is_named = raw.get("annotations").is_some_and(|all| all.get(NAME).is_some());
         let is_image = raw.get("mediaType").and_then(Value::as_str) == Some(MANIFEST_TYPE);
         Some(Self {
             digest: hex_digest(raw.get("digest")?.as_str()?)?.to_owned(),
-            reference: name.and_then(Value::as_str).and_then(|name| name.parse().ok()),
-            is_named: name.is_some(),
+            reference: name_of(raw),
+            is_named,
             is_manifest: is_image && raw.get("artifactType").is_none(),
         })
     }

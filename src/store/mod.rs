@@ -27,7 +27,7 @@ mod verify;
 mod volume;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::chain::Gate;
 use crate::error::{Error, ErrorKind, Result};
@@ -37,6 +37,7 @@ pub use blob::Draft;
 pub use broker::StoreBroker;
 pub use collect::{Collected, Usage};
 pub use container::{Container, Snapshot};
+pub use digest::is_hex_digest;
 pub use disk::{DiskKind, DiskName, OpenDisk};
 pub use features::Need;
 pub use image::{Costs, HistoryEntry, Image, RemovedImage};
@@ -235,7 +236,12 @@ impl Store {
     }
 }
 
+/// The present time: noted where something is made, and never decided by.
+fn clock() -> SystemTime {
+    SystemTime::now()
+}
+
 /// The present time as the OCI specification writes it.
 pub(crate) fn now() -> String {
-    humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string()
+    humantime::format_rfc3339_seconds(clock()).to_string()
 }

@@ -61,8 +61,8 @@ impl Store {
         })
     }
 
-    /// Takes manifests in whose blobs were added, under their names where they have any, after checking that all is there. What others
-    /// keep beside them is left out.
+    /// Takes manifests in whose blobs were added, under their names where they have any, after checking
+    /// that all is there. What others keep beside them is left out.
     pub fn add_images(&self, index: &[u8]) -> Result<Vec<Image>> {
         let value: Value = json::parse(index)?;
         let _guard = self.lock()?;

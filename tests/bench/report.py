@@ -86,6 +86,9 @@ def show(row):
     servers = row["servers"]
     if OURS in servers and BEFORE in servers:
         pairs = [now / before for now, before in zip(servers[OURS], servers[BEFORE])]
+        if row["part"] != "io":
+            # Less is better.
+            pairs = [1 / pair for pair in pairs]
         figures += f"; median of the paired ratios {median(pairs):.3f}"
         spent = row.get("processor", {OURS: [], BEFORE: []})
         if pairs := [before / now for now, before in zip(spent[OURS], spent[BEFORE])]:

@@ -3,7 +3,8 @@
 
 Writes Markdown tables of medians and ratios. Needs qemu-utils, and for the parts that want them
 xfsprogs, debootstrap, e2fsprogs, dpkg and root; builds nothing: `cargo build --release --workspace`
-and `cargo build --release --example bench-load -p thinply` come first.
+and `cargo build --release --example bench-load -p thinply` come first. THINPLY_BEFORE names another
+build of the command, which then does all that this one does, in turn.
 
 Each contender starts with its input in the page cache and an empty output. Where the result has to
 be durable, all are followed by a sync of what they wrote.
@@ -26,6 +27,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 THINPLY = ROOT / "target/release/thinply"
+# Another build of the command, to be measured beside this one.
+BEFORE = os.environ.get("THINPLY_BEFORE")
 LOAD = ROOT / "target/release/examples/bench-load"
 MIB = 1 << 20
 GIB = 1 << 30
@@ -53,6 +56,13 @@ def timed(*commands):
     return clock, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def before(contender):
+    """The same by the build of before, where there is one and it is about thinply."""
+    name, output, commands = contender
+    old = [[BEFORE if word == THINPLY else word for word in command] for command in commands]
+    return [(f"{name}, before", output, old)] if BEFORE and old != commands else []
+
+
 def read_all(path):
     with open(path, "rb") as file:
         while file.read(MIB):
@@ -72,6 +82,7 @@ def contest(title, rounds, inputs, contenders, base=0):
 
     The first round does not count: it differs from the others by far more than they do.
     """
+    contenders = [each for contender in contenders for each in (contender, *before(contender))]
     clocks = [[] for _ in contenders]
     processors = [[] for _ in contenders]
     for number in range(rounds + 1):

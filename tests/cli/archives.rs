@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use serde_json::{Value, json};
 
 use crate::store::{blobs, stocked, tidy};
-use crate::support::{Folder, Run, noise, output, start};
+use crate::support::{Folder, Run, noise, output, sha256, start};
 
 /// A folder with a store that has the image `base`, and an archive of it.
 fn saved() -> Folder {
@@ -31,11 +31,6 @@ fn change_index(folder: &Folder, layout: &str, change: impl FnOnce(&mut Value)) 
     let mut index: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     change(&mut index);
     fs::write(path, index.to_string()).unwrap();
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    let digest = <sha2::Sha256 as sha2::Digest>::digest(bytes);
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The store as a layout of somebody else's.

@@ -3,16 +3,15 @@
 use std::fs;
 
 use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
 
 use crate::store::{blobs, stocked};
-use crate::support::{Folder, MIB, noise};
+use crate::support::{Folder, MIB, noise, sha256};
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const NAME: &str = "org.opencontainers.image.ref.name";
 
 fn put(folder: &Folder, bytes: &[u8]) -> Value {
-    let hex: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    let hex = sha256(bytes);
     folder.write(&format!("store/blobs/sha256/{hex}"), bytes);
     json!({"digest": format!("sha256:{hex}"), "size": bytes.len()})
 }

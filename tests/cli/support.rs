@@ -8,6 +8,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 use thinply::chain::{Chain, Gate};
 use thinply::device::Device;
@@ -112,6 +113,11 @@ impl Drop for Open {
     fn drop(&mut self) {
         self.release(drop);
     }
+}
+
+/// The name of a blob with these bytes.
+pub fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 pub struct Folder {

@@ -18,6 +18,6 @@ mod vhd;
 mod vmdk;
 
 pub use foreign::Opener;
-pub use format::Format;
+pub use format::{Format, TELLING, compressed};
 pub use open::{SourceArgs, open_raw};
 pub use source::Source;

@@ -161,6 +161,14 @@ pub fn check_end(bytes: &[u8], stream: bool) -> Result<()> {
     found.map_or(Ok(()), |(what, .., way)| refuse("ends", what, *way, stream))
 }
 
+/// What a file with this beginning is compressed with, if it is.
+pub fn compressed(beginning: &[u8]) -> Option<&'static str> {
+    match found(&BEGINNINGS, beginning, Some) {
+        Some((what, .., Way::Unpack(_))) => Some(what),
+        _ => None,
+    }
+}
+
 /// The sign that bytes have, where its offset is in them.
 fn found<'a>(
     signs: &'a [Sign],

@@ -17,6 +17,7 @@ use thinply::types::BLOCK_SIZE;
 use super::format::{Format, TELLING, check_beginning, check_end};
 use super::source::Disk;
 use crate::io::pump::{BUFFER, Feeder, Piece};
+use crate::io::stream;
 use crate::options::share::ShareArg;
 
 /// A raw disk.
@@ -36,7 +37,7 @@ impl RawDisk {
     pub fn open(path: &Path, said: Option<Format>, share: ShareArg) -> Result<Self> {
         let failed = |error: io::Error| Error::io(error, "opening the source").in_file(path);
         let file = if path.as_os_str() == "-" {
-            File::from(io::stdin().as_fd().try_clone_to_owned().map_err(failed)?)
+            stream::input().map_err(failed)?
         } else {
             File::open(path).map_err(failed)?
         };

@@ -158,7 +158,7 @@ impl Sparse {
         }
         let mut sparse = Self { bytes, size: 0, compressed: bytes[77] != 0 };
         let sectors = sparse.u64_at(12);
-        // Of none, QEMU would take the descriptor inside, with all that it names.
+        // Then nothing says that this is the extent, and all of the image.
         if sectors == 0 || sectors > u64::MAX / 2 / SECTOR_SIZE {
             return corrupt(format!("a sparse extent of {sectors} sectors"));
         }

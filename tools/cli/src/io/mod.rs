@@ -11,4 +11,5 @@ pub mod pump;
 pub mod signals;
 pub mod size;
 pub mod still;
+pub mod stream;
 pub mod table;

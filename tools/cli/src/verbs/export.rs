@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -20,6 +20,7 @@ use crate::io::draft::{Draft, Replace};
 use crate::io::paths::{Place, same_file, vacant};
 use crate::io::progress;
 use crate::io::pump::{BUFFER, block_runs, is_zero};
+use crate::io::stream;
 use crate::options::LayersArg;
 use crate::options::share::ShareArg;
 use crate::verbs::{Answer, Outcome};
@@ -58,13 +59,7 @@ impl Export {
         let chain = place.chain(Access::Read, self.layers.layers()?)?;
         let kind = std::fs::metadata(&self.dst).map(|meta| meta.file_type());
         if self.dst.as_os_str() == "-" {
-            let stdout = io::stdout();
-            if stdout.is_terminal() {
-                let detail = "a terminal shows no disk; send standard output elsewhere";
-                return Err(Error::new(ErrorKind::InvalidInput, detail));
-            }
-            let file = stdout.as_fd().try_clone_to_owned().map(File::from);
-            self.copy(&chain, self.target(file, Form::Stream)?)?;
+            self.copy(&chain, self.target(Ok(stream::output("disk")?), Form::Stream)?)?;
         } else if kind.as_ref().is_ok_and(FileTypeExt::is_block_device) {
             let device = self.target(Ok(self.open_device()?), Form::Device)?;
             device.check_size(chain.size())?;

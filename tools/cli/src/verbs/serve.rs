@@ -106,7 +106,7 @@ impl Serve {
         let store = self.store.open()?;
         let (control, asked) = match Control::serving(store.clone(), say()) {
             Ok(control) => (control.clone(), listen(control)?),
-            Err(error) if is_read_only(&error) => {
+            Err(error) if error.kind().forbids_writing() => {
                 output::say(format!("what can only be read is served for reading: {error}"));
                 (Control::private(store, say()), None)
             }
@@ -168,11 +168,6 @@ impl Serve {
         }
         Ok(listeners)
     }
-}
-
-/// Whether a refusal says that this process may only read.
-fn is_read_only(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::ReadOnly | ErrorKind::PermissionDenied)
 }
 
 /// Says on standard error what goes wrong where nobody waits for an answer.

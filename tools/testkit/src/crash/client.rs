@@ -137,16 +137,7 @@ impl Client {
     }
 
     /// Writes these bytes.
-    pub(super) fn write_data(
-        &self,
-        offset: u64,
-        data: Data,
-        act: impl FnOnce(&[u8]) -> Result<()>,
-    ) -> Result<()> {
-        self.write_as(self.number(), offset, data, act)
-    }
-
-    fn write_as(
+    pub(super) fn write_as(
         &self,
         number: usize,
         offset: u64,

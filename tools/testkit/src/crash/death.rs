@@ -11,45 +11,30 @@ use thinply::storage::Access;
 
 use super::Random;
 use super::client::{Client, resume};
-use super::disk::{Change, Disk};
+use super::disk::Change;
 use super::folder::{CrashFolder, Event};
-use super::judge::{Run, TOP};
-use super::keeper::Estate;
-use super::oracle::{Ask, Oracle};
+use super::judge::{Left, Run, TOP};
+use super::oracle::Ask;
 use super::script::{BLOCKS, Op};
-
-/// What a process leaves when it dies, and what was answered by it.
-#[derive(Clone)]
-struct Death {
-    disk: Disk,
-    estate: Estate,
-    oracle: Oracle,
-    /// Something it had begun, which comes to pass a little later.
-    late: Option<Change>,
-}
 
 impl Run {
     /// Lets the process die after steps of the run, one of `every` on average. Answers how many
     /// deaths and crashes were judged.
     pub fn sample_deaths(&self, every: u64, random: &mut Random) -> Result<u64, String> {
-        let (disk, oracle) = (self.disk.clone(), self.oracle.clone());
-        let mut death = Death { disk, estate: Estate::default(), oracle, late: None };
+        let mut left = self.beginning();
         let mut states = 0;
         for (step, event) in self.events.iter().enumerate() {
-            let before = death.disk.clone();
-            match event {
-                Event::Disk(change) => death.disk.apply(change),
-                Event::Client(note) => death.oracle.note(note),
-                Event::Keeper(told) => death.estate.apply(told),
-            }
+            let before = left.disk.clone();
+            left.take(event);
             if !random.one_in(every) {
                 continue;
             }
-            let mut this = death.clone();
+            // Something that it had begun may come to pass a little later.
+            let (mut this, mut late) = (left.clone(), None);
             if let Event::Disk(change @ Change::Write { .. }) = event {
-                (this.disk, this.late) = (before, Some(change.clone()));
+                (this.disk, late) = (before, Some(change.clone()));
             }
-            states += judge(this, random)
+            states += judge(this, late, random)
                 .map_err(|what| format!("death at step {step}, {event:?}: {what}"))?;
         }
         Ok(states)
@@ -57,8 +42,8 @@ impl Run {
 }
 
 /// Others go on where a process died, perhaps through deaths of their own.
-fn judge(death: Death, random: &mut Random) -> Result<u64, String> {
-    let Death { mut disk, mut estate, oracle, mut late } = death;
+fn judge(left: Left, mut late: Option<Change>, random: &mut Random) -> Result<u64, String> {
+    let Left { mut disk, mut estate, oracle } = left;
     if !planted(Bug::ResentOverANewerOne)
         && let Some(change) = late.take()
     {
@@ -91,7 +76,7 @@ fn judge(death: Death, random: &mut Random) -> Result<u64, String> {
     // What was not answered is asked for again.
     for (offset, data) in oracle.unanswered() {
         client
-            .write_data(offset, data, |data| chain.write(offset, data))
+            .write_as(client.number(), offset, data, |data| chain.write(offset, data))
             .map_err(|error| format!("again: {error:?}"))?;
         if let Some(change) = late.take() {
             let Change::Write { .. } = change else { continue };

@@ -222,9 +222,7 @@ impl CrashFolder {
             .iter()
             .find(|(_, number)| **number == file)
             .map(|(name, _)| name.clone());
-        let path = Path::new("crash").join(name.unwrap_or_else(|| format!("file {file}")));
-        let (held, seen) = (Mutex::new(held), Mutex::new(seen));
-        Arc::new(CrashFile { path, file, held, seen, folder: self.clone() })
+        self.handle(&name.unwrap_or_else(|| format!("file {file}")), file, held, seen)
     }
 
     /// A kept file as its writer had it open.
@@ -304,9 +302,15 @@ impl CrashFolder {
         Ok(())
     }
 
-    fn handle(&self, name: &str, file: usize) -> Arc<dyn Storage> {
-        let (path, held) = (Path::new("crash").join(name), Mutex::default());
-        let seen = Mutex::new(self.state().disk.failures(file));
+    /// A file that was opened just now.
+    fn opened(&self, name: &str, file: usize) -> Arc<dyn Storage> {
+        let seen = self.state().disk.failures(file);
+        self.handle(name, file, None, seen)
+    }
+
+    fn handle(&self, name: &str, file: usize, held: Option<Lock>, seen: u64) -> Arc<dyn Storage> {
+        let path = Path::new("crash").join(name);
+        let (held, seen) = (Mutex::new(held), Mutex::new(seen));
         Arc::new(CrashFile { path, file, held, seen, folder: self.clone() })
     }
 }
@@ -321,7 +325,7 @@ impl Folder for CrashFolder {
         state.enter(Kind::Other)?;
         let file = *state.disk.names().get(name).ok_or(io::ErrorKind::NotFound)?;
         drop(state);
-        Ok(self.handle(name, file))
+        Ok(self.opened(name, file))
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn Storage>> {
@@ -336,7 +340,7 @@ impl Folder for CrashFolder {
         state.apply(Change::NewFile);
         state.apply(Change::Names(names));
         drop(state);
-        Ok(self.handle(name, file))
+        Ok(self.opened(name, file))
     }
 
     fn creating(&self, _: Rights) -> Arc<dyn Folder> {

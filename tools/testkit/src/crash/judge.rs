@@ -10,6 +10,7 @@ use thinply::storage::{Access, Folder};
 use super::Random;
 use super::disk::{Bytes, Change, Disk, PAGE};
 use super::folder::{CrashFolder, Event};
+use super::keeper::Estate;
 use super::oracle::Oracle;
 
 /// The layer that is written and judged.
@@ -51,23 +52,46 @@ impl Survivor {
     }
 }
 
+/// What there is after some of a run's steps.
+#[derive(Clone, Debug)]
+pub(super) struct Left {
+    pub(super) disk: Disk,
+    /// What a keeper has.
+    pub(super) estate: Estate,
+    pub(super) oracle: Oracle,
+}
+
+impl Left {
+    pub(super) fn take(&mut self, event: &Event) {
+        match event {
+            Event::Disk(change) => self.disk.apply(change),
+            Event::Client(note) => self.oracle.note(note),
+            Event::Keeper(told) => self.estate.apply(told),
+        }
+    }
+}
+
 impl Run {
+    /// What there was before its first step.
+    pub(super) fn beginning(&self) -> Left {
+        let (disk, oracle) = (self.disk.clone(), self.oracle.clone());
+        Left { disk, estate: Estate::default(), oracle }
+    }
+
     /// Lets the power go, or the process die, `times` times after each step from the one numbered
     /// `from` on. Answers how many crashes were recovered and judged.
     pub fn sample(&self, from: usize, times: u64, random: &mut Random) -> Result<u64, String> {
-        let (mut disk, mut oracle) = (self.disk.clone(), self.oracle.clone());
+        let mut left = self.beginning();
         let mut states = 0;
         for (step, event) in self.events.iter().enumerate() {
-            match event {
-                Event::Disk(change) => disk.apply(change),
-                Event::Client(note) => oracle.note(note),
-                Event::Keeper(_) => continue,
-            }
-            if step < from || matches!(event, Event::Disk(Change::DropCache { .. })) {
+            left.take(event);
+            let nothing_new =
+                matches!(event, Event::Keeper(_) | Event::Disk(Change::DropCache { .. }));
+            if step < from || nothing_new {
                 continue;
             }
-            for _ in 0..if disk.is_settled() { 1 } else { times } {
-                judge(crash(&disk, random), &oracle, random)
+            for _ in 0..if left.disk.is_settled() { 1 } else { times } {
+                judge(crash(&left.disk, random), &left.oracle, random)
                     .map_err(|what| format!("crash after step {step}, {event:?}: {what}"))?;
                 states += 1;
             }
@@ -77,16 +101,10 @@ impl Run {
 
     /// One crash somewhere, and what the device may hold then.
     pub fn end(&self, random: &mut Random) -> (Disk, Oracle) {
-        let (mut disk, mut oracle) = (self.disk.clone(), self.oracle.clone());
+        let mut left = self.beginning();
         let steps = random.below(self.events.len() as u64 + 1) as usize;
-        for event in &self.events[..steps] {
-            match event {
-                Event::Disk(change) => disk.apply(change),
-                Event::Client(note) => oracle.note(note),
-                Event::Keeper(_) => {}
-            }
-        }
-        (crash(&disk, random), oracle)
+        self.events[..steps].iter().for_each(|event| left.take(event));
+        (crash(&left.disk, random), left.oracle)
     }
 }
 

@@ -1,8 +1,7 @@
 //! `thinply image save` and `thinply image load`: OCI image layouts as folders and archives.
 
 use std::fs::{self, File};
-use std::io::{self, IsTerminal, Read};
-use std::os::fd::AsFd;
+use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,11 +9,13 @@ use std::sync::Arc;
 use clap::Args;
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::storage::{Rights, Storage};
-use thinply::store::Store;
+use thinply::store::{Store, is_hex_digest};
 
+use crate::import::{TELLING, compressed};
 use crate::io::draft::{Draft, Replace};
 use crate::io::output::Output;
 use crate::io::paths::vacant;
+use crate::io::stream;
 use crate::options::StoreArg;
 use crate::verbs::{Answer, Outcome};
 
@@ -56,12 +57,7 @@ impl Save {
     pub fn run(&self) -> Outcome {
         let fail = |error| self.failed(error);
         if self.output == Path::new("-") {
-            let stdout = io::stdout();
-            if stdout.is_terminal() {
-                let detail = "a terminal shows no archive; send standard output elsewhere";
-                return Err(Error::new(ErrorKind::InvalidInput, detail));
-            }
-            let stdout = File::from(stdout.as_fd().try_clone_to_owned().map_err(fail)?);
+            let stdout = stream::output("archive")?;
             self.write(&self.contents()?, stdout)?;
             return Ok(Answer::Yes);
         }
@@ -164,15 +160,11 @@ struct Incoming<'a> {
 impl Incoming<'_> {
     fn take(&mut self, name: &str, bytes: &mut dyn Read, rights: &Rights) -> Result<()> {
         // Whatever else lies among the blobs is nobody's.
-        if is_digest(name) && self.store.add_blob(name, bytes, rights)? {
+        if is_hex_digest(name) && self.store.add_blob(name, bytes, rights)? {
             self.new.push(name.to_owned());
         }
         Ok(())
     }
-}
-
-fn is_digest(name: &str) -> bool {
-    name.len() == 64 && name.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 impl Load {
@@ -214,8 +206,7 @@ impl Load {
     fn read(&self, incoming: &mut Incoming<'_>) -> Result<Vec<u8>> {
         let fail = |error| self.failed(error);
         if self.is_stdin() {
-            let stdin = File::from(io::stdin().as_fd().try_clone_to_owned().map_err(fail)?);
-            return self.read_archive(stdin, incoming);
+            return self.read_archive(stream::input().map_err(fail)?, incoming);
         }
         if self.file.is_dir() {
             return self.read_folder(incoming);
@@ -230,7 +221,7 @@ impl Load {
         for entry in fs::read_dir(self.file.join(BLOBS)).map_err(fail)? {
             let entry = entry.map_err(fail)?;
             let name = entry.file_name();
-            let Some(name) = name.to_str().filter(|name| is_digest(name)) else { continue };
+            let Some(name) = name.to_str().filter(|name| is_hex_digest(name)) else { continue };
             let mut file = File::open(entry.path()).map_err(fail)?;
             let rights = rights_of(&file).map_err(fail)?;
             incoming.take(name, &mut file, &rights)?;
@@ -243,7 +234,7 @@ impl Load {
         let is_file = file.metadata().map_err(fail)?.is_file();
         let rights = if is_file { rights_of(&file).map_err(fail)? } else { Rights::Usual };
         let mut head = Vec::new();
-        file.by_ref().take(6).read_to_end(&mut head).map_err(fail)?;
+        file.by_ref().take(TELLING as u64).read_to_end(&mut head).map_err(fail)?;
         if let Some(kind) = compressed(&head) {
             let detail = format!("compressed with {kind}: decompress it into `image load -`");
             return Err(self.refused(&detail));
@@ -273,17 +264,6 @@ impl Load {
         }
         Ok(bytes)
     }
-}
-
-/// How a file with this beginning is compressed.
-fn compressed(head: &[u8]) -> Option<&'static str> {
-    let kinds: [(&[u8], _); 4] = [
-        (b"\x1f\x8b", "gzip"),
-        (b"\x28\xb5\x2f\xfd", "zstd"),
-        (b"\xfd7zXZ\0", "xz"),
-        (b"BZh", "bzip2"),
-    ];
-    kinds.into_iter().find(|(magic, _)| head.starts_with(magic)).map(|(_, kind)| kind)
 }
 
 /// Bytes of which so many are announced: fewer are an error.
