@@ -10,7 +10,7 @@ use super::layer::Layer;
 use super::stack::Stack;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::ParentLink;
-use crate::live::newest_header;
+use crate::live::{Sealed, newest_header};
 use crate::packed::Packed;
 use crate::storage::{Access, Folder};
 use crate::sync::{Mutex, guard};
@@ -153,12 +153,14 @@ fn open_parent(link: &ParentLink, folder: &dyn Folder) -> Result<Layer> {
         io::ErrorKind::NotFound => Error::io(error, "opening the parent").in_file(&path),
         _ => Error::io(error, "opening the parent (a regular file, not a link)").in_file(&path),
     })?;
-    if !Packed::is_packed(&*file)? {
+    let layer = if Packed::is_packed(&*file)? {
+        Layer::Packed(Packed::open(file)?)
+    } else {
         // Looked at without a lock first: somebody else's layer may be in use, which is no news.
         let identity = newest_header(&*file)?.identity();
         check_identity(link, identity).map_err(|error| error.in_file(&path))?;
-    }
-    let layer = Layer::open(file)?;
+        Layer::Live(Sealed::open(file)?)
+    };
     // The file could have been replaced between the two looks; the lock holds from here on.
     check_identity(link, layer.identity()).map_err(|error| error.in_file(&path))?;
     Ok(layer)

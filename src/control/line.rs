@@ -26,6 +26,8 @@ const MAX_REQUEST: u64 = 4 << 20;
 const MAX_ANSWER: u64 = 1 << 30;
 /// How long a client may take to say what it wants, and to hear what came of it.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Bytes that the kernel is handed at a time.
+const WRITTEN_AT_A_TIME: usize = 4 << 10;
 /// Requests that are carried out at a time; further clients are hung up on.
 const MOST: usize = 64;
 /// How long a server without descriptors waits before it accepts again.
@@ -146,11 +148,11 @@ fn accept(listener: &UnixListener, control: &Control) {
 }
 
 /// Reads the request of one client, has it carried out, and answers.
-fn answer(mut stream: &UnixStream, control: &Control) {
+fn answer(stream: &UnixStream, control: &Control) {
     let mut reply = reply_to_json(hear(stream).and_then(|request| control.carry_out(&request)));
     reply.push(b'\n');
     // Whoever asked may be gone; what was done stays done.
-    let _ = stream.set_write_timeout(Some(PATIENCE)).and_then(|()| stream.write_all(&reply));
+    let _ = Until { stream, end: Instant::now() + PATIENCE }.write_all(&reply);
 }
 
 fn hear(stream: &UnixStream) -> Result<Request> {
@@ -159,20 +161,35 @@ fn hear(stream: &UnixStream) -> Result<Request> {
     Request::from_json(&read_line(&mut stream, MAX_REQUEST).map_err(failed)?)
 }
 
-/// A stream that is read until some time, however its bytes trickle in.
+/// A stream that is read and written until some time, however its bytes trickle.
 struct Until<'a> {
     stream: &'a UnixStream,
     end: Instant,
 }
 
+impl Until<'_> {
+    fn left(&self) -> io::Result<Duration> {
+        let left = self.end.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+    }
+}
+
 impl Read for Until<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let left = self.end.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        self.stream.set_read_timeout(Some(left))?;
+        self.stream.set_read_timeout(Some(self.left()?))?;
         self.stream.read(buf)
+    }
+}
+
+impl Write for Until<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(Some(self.left()?))?;
+        // Of more, the kernel begins the time anew with each part that it takes.
+        self.stream.write(&buf[..buf.len().min(WRITTEN_AT_A_TIME)])
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
     }
 }
 
@@ -191,6 +208,22 @@ mod tests {
         let mut stream =
             Until { stream: &server, end: Instant::now() + Duration::from_millis(100) };
         let error = read_line(&mut stream, MAX_REQUEST).unwrap_err();
+        let kinds = [io::ErrorKind::TimedOut, io::ErrorKind::WouldBlock];
+        assert!(kinds.contains(&error.kind()), "{error:?}");
+        drop(server);
+        dripping.join().unwrap();
+    }
+
+    #[test]
+    fn who_hears_an_answer_byte_by_byte_has_no_more_time_than_others() {
+        let (client, server) = UnixStream::pair().unwrap();
+        let dripping = thread::spawn(move || {
+            while (&client).read(&mut [0; 4096]).is_ok_and(|count| count > 0) {
+                thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let end = Instant::now() + Duration::from_millis(100);
+        let error = Until { stream: &server, end }.write_all(&vec![0; 8 << 20]).unwrap_err();
         let kinds = [io::ErrorKind::TimedOut, io::ErrorKind::WouldBlock];
         assert!(kinds.contains(&error.kind()), "{error:?}");
         drop(server);

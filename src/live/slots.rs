@@ -1,5 +1,7 @@
 //! The two header slots of a file: which one counts, and replacing the older one.
 
+use std::io;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::{JOURNAL_OFFSET, SLOT_OFFSETS, file_length};
 use crate::format::header::{Header, SlotBytes, has_magic};
@@ -22,17 +24,12 @@ pub(super) struct Slots {
 pub fn read_slots(file: &dyn Storage) -> Result<[Option<Header>; 2]> {
     let mut headers = [None, None];
     let mut magic = false;
-    let length = file.length().map_err(failed(file, "reading the length", 0))?;
     for (slot, offset) in SLOT_OFFSETS.into_iter().enumerate() {
-        if offset.0 + BLOCK_SIZE > length {
-            continue;
-        }
         let mut bytes: Box<SlotBytes> = Box::new([0; BLOCK_SIZE as usize]);
-        read_exact_at(file, &mut *bytes, offset.0).map_err(failed(
-            file,
-            "reading a header slot",
-            offset.0,
-        ))?;
+        match read_exact_at(file, &mut *bytes, offset.0) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => continue,
+            read => read.map_err(failed(file, "reading a header slot", offset.0))?,
+        }
         magic |= has_magic(&bytes);
         headers[slot] = Header::decode(slot, &bytes)
             .map_err(|error| error.at(offset.0).in_file(file.path()))?;

@@ -1,5 +1,6 @@
 //! Reading a packed layer.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -62,12 +63,13 @@ impl Packed {
     /// Host errors.
     pub fn is_packed(file: &dyn Storage) -> Result<bool> {
         let mut magic = [0; 8];
-        let length = file.length().map_err(failed(file, "reading the length", 0))?;
-        if length < magic.len() as u64 {
-            return Ok(false);
+        match read_exact_at(file, &mut magic, 0) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            read => {
+                read.map_err(failed(file, "reading the magic", 0))?;
+                Ok(has_magic(&magic))
+            }
         }
-        read_exact_at(file, &mut magic, 0).map_err(failed(file, "reading the magic", 0))?;
-        Ok(has_magic(&magic))
     }
 
     /// Opens the layer in a file.

@@ -55,7 +55,11 @@ fn archives_go_through_pipes() {
     let mut command = folder.command(&["image", "load", "-"]);
     command.env("THINPLY_ROOT", folder.join("second")).stdin(Stdio::piped());
     let mut child = start(&mut command);
-    child.stdin.take().unwrap().write_all(&stdout).unwrap();
+    let mut pipe = child.stdin.take().unwrap();
+    pipe.write_all(&stdout).unwrap();
+    // Writers fill their last record, of any size, and must not find the pipe closed.
+    pipe.write_all(&vec![0; 1 << 20]).unwrap();
+    drop(pipe);
     let run: Run = child.wait_with_output().unwrap().into();
     assert_eq!((run.code, run.stdout.as_str()), (0, "Loaded image: base:latest\n"), "{run:?}");
 }

@@ -252,6 +252,10 @@ impl Load {
                 incoming.take(digest, &mut whole, &rights)?;
             }
         }
+        if self.is_stdin() {
+            // Whoever writes an archive pads it, and must not find the pipe closed.
+            io::copy(&mut archive.into_inner(), &mut io::sink()).map_err(fail)?;
+        }
         index.ok_or_else(|| self.refused("no OCI archive: there is no index.json in it"))
     }
 
