@@ -1,7 +1,10 @@
 //! The block device seen by its users: what an NBD export, a benchmark or a test needs of a chain.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+
+use rustix::fs::fstat;
+use rustix::process::{getegid, geteuid};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::wait::waited;
@@ -139,8 +142,55 @@ pub trait Device: Send + Sync {
     fn prefetch(&self, offset: u64, length: u64) -> Result<Prefetch>;
 }
 
+/// What a disk shows of itself where it stands as a file among others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// Virtual size in bytes.
+    pub size: u64,
+    /// Bytes of the host's disk that its own layer takes.
+    pub space: u64,
+    /// Who may read and write it: the permission bits of its layer.
+    pub mode: u32,
+    /// User and group of its layer.
+    pub owner: (u32, u32),
+    /// When its layer was written last, in seconds since 1970 and nanoseconds.
+    pub modified: (i64, u32),
+}
+
+impl Facts {
+    /// Of a disk of `size` bytes that no file holds: it is this process's user's, and takes all of its
+    /// size.
+    pub fn without_layer(size: u64) -> Self {
+        let owner = (geteuid().as_raw(), getegid().as_raw());
+        Self { size, space: size, mode: 0o600, owner, modified: (0, 0) }
+    }
+
+    /// Of a disk of `size` bytes whose layer is this file.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn of_layer(size: u64, file: impl AsFd) -> Result<Self> {
+        let found = fstat(file).map_err(|error| Error::io(error.into(), "looking at the layer"))?;
+        Ok(Self {
+            size,
+            space: found.st_blocks as u64 * 512,
+            mode: found.st_mode & 0o666,
+            owner: (found.st_uid, found.st_gid),
+            modified: (found.st_mtime, found.st_mtime_nsec as u32),
+        })
+    }
+}
+
 /// A device that is opened and closed.
 pub trait Disk: Device {
+    /// What it shows of itself as a file.
+    ///
+    /// # Errors
+    /// Host errors.
+    fn facts(&self) -> Result<Facts> {
+        Ok(Facts::without_layer(self.size()))
+    }
+
     /// Makes everything durable and lets go of all that was open, so that the same disk can be
     /// opened again. Called once, when nobody uses the device any more.
     fn close(&self) -> Result<()> {
@@ -199,6 +249,10 @@ impl<D: Device + ?Sized> Device for Arc<D> {
 }
 
 impl<D: Disk + ?Sized> Disk for Arc<D> {
+    fn facts(&self) -> Result<Facts> {
+        (**self).facts()
+    }
+
     fn close(&self) -> Result<()> {
         (**self).close()
     }

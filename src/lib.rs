@@ -169,6 +169,10 @@ pub mod derive;
 pub mod device;
 pub mod error;
 pub mod format;
+#[cfg(not(simulation))]
+pub mod fuse;
+#[cfg(not(simulation))]
+pub mod holder;
 pub mod inspect;
 pub mod live;
 pub mod memory;

@@ -7,7 +7,7 @@ use super::map::Kind;
 use super::walk::{Owner, Walk};
 use super::{Chain, Levels};
 use crate::device::{
-    Detail, Device, Disk, Extent, HostRange, Prefetch, ZeroMode, check_range, push_extent,
+    Detail, Device, Disk, Extent, Facts, HostRange, Prefetch, ZeroMode, check_range, push_extent,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::word_offset;
@@ -195,6 +195,15 @@ impl Device for Chain {
 }
 
 impl Disk for Chain {
+    fn facts(&self) -> Result<Facts> {
+        let levels = self.levels();
+        let newest = levels.files().next().flatten().and_then(Storage::descriptor);
+        match newest {
+            Some(file) => Facts::of_layer(levels.size, file),
+            None => Ok(Facts::without_layer(levels.size)),
+        }
+    }
+
     fn close(&self) -> Result<()> {
         Self::close(self)
     }

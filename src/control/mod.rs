@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use crate::device::Device;
 use crate::error::{ErrorKind, Result};
-use crate::serve::{Broker, Desk, Log};
+use crate::serve::{Broker, Desk, Listed, Log};
 use crate::storage::{Access, Storage};
 use crate::store::{DiskKind, DiskName, OpenDisk, Store, StoreBroker, now};
 
@@ -44,8 +44,13 @@ impl Control {
     /// # Errors
     /// [`ErrorKind::InUse`] where another process is; host errors.
     pub fn serving(store: Store, log: Log) -> Result<Self> {
-        let lock = Some(store.take_desk()?);
-        Ok(Self { lock, ..Self::private(store, log) })
+        let desk = store.take_desk()?;
+        Ok(Self::with_desk(store, desk, log))
+    }
+
+    /// [`Control::serving`] with what [`Store::take_desk`] gave to this process, or to one before it.
+    pub fn with_desk(store: Store, desk: Arc<dyn Storage>, log: Log) -> Self {
+        Self { lock: Some(desk), ..Self::private(store, log) }
     }
 
     /// A desk beside those of other processes, for a single request.
@@ -127,12 +132,13 @@ impl Control {
 
     fn list(&self) -> Result<Vec<DiskUse>> {
         let in_use = self.desk.in_use();
-        let disks = self.desk.broker().list()?.into_iter().map(|(name, description)| {
-            let found = in_use.iter().find(|disk| disk.name == name);
-            let (shared, users) = found.map_or((false, 0), |disk| (disk.shared, disk.users));
-            let (writers, readers) = if shared { (0, users) } else { (users, 0) };
-            DiskUse { name, description, writers, readers }
-        });
+        let disks =
+            self.desk.broker().list()?.into_iter().map(|Listed { name, description, .. }| {
+                let found = in_use.iter().find(|disk| disk.name == name);
+                let (shared, users) = found.map_or((false, 0), |disk| (disk.shared, disk.users));
+                let (writers, readers) = if shared { (0, users) } else { (users, 0) };
+                DiskUse { name, description, writers, readers }
+            });
         Ok(disks.collect())
     }
 }

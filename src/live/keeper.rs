@@ -65,6 +65,12 @@ pub trait Keeper: Send + Sync + Debug {
     fn kept(&self) -> Result<Vec<Kept>>;
 }
 
+/// Keeps what many disks have open for writing.
+pub trait Keepers: Send + Sync + Debug {
+    /// The keeper of the disk of that name.
+    fn of(&self, disk: &str) -> Arc<dyn Keeper>;
+}
+
 /// What is kept, with all that was answered of it on the disk.
 ///
 /// # Errors

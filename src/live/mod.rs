@@ -30,7 +30,7 @@ use crate::wait::{Attempt, Wait};
 
 pub use create::{NewLayer, create, random};
 pub use journal::{RingSlot, read_ring};
-pub use keeper::{FreshMap, Keeper, Kept, survivors};
+pub use keeper::{FreshMap, Keeper, Keepers, Kept, survivors};
 pub use pages::next_group;
 pub use sealed::Sealed;
 #[cfg(not(simulation))]

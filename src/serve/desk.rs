@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 use super::served::{Entry, Register, check_text};
-use super::{AnyServed, Disk, Opened, Served};
+use super::{AnyServed, Disk, Facts, Opened, Served};
 use crate::error::{Error, ErrorKind, Result};
 use crate::planted::{Bug, planted};
 use crate::storage::Storage;
@@ -14,6 +14,17 @@ use crate::sync::{Condvar, Mutex, MutexGuard, guard};
 
 /// How long a user waits for the one before to be gone, where nothing else is said.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A disk that may be told of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// The name to ask for it by.
+    pub name: String,
+    /// A line for people, possibly empty.
+    pub description: String,
+    /// Whether it is another name of a disk that is listed too, for another way to use it.
+    pub alias: bool,
+}
 
 /// Who does for a desk, by name, what whoever faces strangers may not do itself. In this process for
 /// now.
@@ -28,8 +39,14 @@ pub trait Broker: Send + Sync + 'static {
     /// else has.
     fn open(&self, name: &str) -> Result<Opened<Self::Disk>>;
 
-    /// Name and description of all disks that may be told of.
-    fn list(&self) -> Result<Vec<(String, String)>>;
+    /// What a disk shows of itself as a file, opened or not.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] for an unknown name, and for another name of a disk.
+    fn facts(&self, name: &str) -> Result<Facts>;
+
+    /// All disks that may be told of.
+    fn list(&self) -> Result<Vec<Listed>>;
 
     /// An empty file for what need not stay: it is gone once it is dropped.
     fn scratch(&self) -> Result<Arc<dyn Storage>>;
@@ -47,8 +64,20 @@ pub trait Leases: Send + Sync {
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] where the one before stays.
     fn lease(&self, name: &str) -> Result<Lease>;
 
-    /// Name and description of all disks that may be told of.
-    fn list(&self) -> Vec<(String, String)>;
+    /// The disk called `name` to be read beside its users, none of whom it keeps out.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] where another process has it.
+    fn look(&self, name: &str) -> Result<Lease>;
+
+    /// What a disk shows of itself as a file, opened or not.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] for an unknown name, and for another name of a disk.
+    fn facts(&self, name: &str) -> Result<Facts>;
+
+    /// All disks that may be told of.
+    fn list(&self) -> Vec<Listed>;
 }
 
 /// The right to use a disk, until the last clone of it is dropped. Leads to the disk.
@@ -209,7 +238,15 @@ impl<B: Broker> Leases for Desk<B> {
         Ok(Lease { _turn: Some(Arc::new(turn)), served })
     }
 
-    fn list(&self) -> Vec<(String, String)> {
+    fn look(&self, name: &str) -> Result<Lease> {
+        Ok(Lease { _turn: None, served: self.visit(name)? })
+    }
+
+    fn facts(&self, name: &str) -> Result<Facts> {
+        self.0.broker.facts(name)
+    }
+
+    fn list(&self) -> Vec<Listed> {
         self.0.broker.list().unwrap_or_else(|error| {
             self.0.broker.log(&format!("listing the disks: {error}"));
             Vec::new()
@@ -328,8 +365,21 @@ impl Leases for Table {
         Ok(Lease { _turn: None, served })
     }
 
-    fn list(&self) -> Vec<(String, String)> {
+    fn look(&self, name: &str) -> Result<Lease> {
+        self.lease(name)
+    }
+
+    fn facts(&self, name: &str) -> Result<Facts> {
+        self.lease(name)?.facts()
+    }
+
+    fn list(&self) -> Vec<Listed> {
         let table = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        table.values().map(|s| (s.name().to_owned(), s.description().to_owned())).collect()
+        let listed = |served: &Arc<AnyServed>| Listed {
+            name: served.name().to_owned(),
+            description: served.description().to_owned(),
+            alias: false,
+        };
+        table.values().map(listed).collect()
     }
 }

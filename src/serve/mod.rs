@@ -131,7 +131,10 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+
+use crate::error::Result;
 
 mod desk;
 mod moment;
@@ -140,16 +143,30 @@ mod served;
 #[cfg(all(test, not(simulation)))]
 mod tests;
 
-pub use crate::device::Disk;
+pub use crate::device::{Disk, Facts};
 pub use crate::storage::Buffer;
 // What a front end of this crate needs for its own threads and sockets.
 pub(crate) use crate::socket;
 #[cfg(not(simulation))]
 pub(crate) use crate::sync::{guard, spawn};
-pub use desk::{Broker, Desk, InUse, Lease, Leases, Table};
+pub use desk::{Broker, Desk, InUse, Lease, Leases, Listed, Table};
 pub use moment::Moment;
+#[cfg(not(simulation))]
+pub(crate) use queue::Crew;
 pub use queue::{Completion, Op, Payload};
 pub use served::{AnyServed, Change, Opened, Served};
+
+/// Keeps descriptors beyond the end of this process, for one that goes on where it ended.
+pub trait Keep: Send + Sync {
+    /// Keeps these under a key, in place of those that it had.
+    ///
+    /// # Errors
+    /// Host errors; then they are not kept.
+    fn keep(&self, key: &str, descriptors: &[BorrowedFd<'_>]) -> Result<()>;
+
+    /// Nobody needs what the key has any more.
+    fn release(&self, key: &str);
+}
 
 /// Hears of what went wrong where nobody waits for an answer, a line each.
 pub type Log = Arc<dyn Fn(&str) + Send + Sync>;

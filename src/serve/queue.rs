@@ -110,7 +110,7 @@ impl<F: FnOnce(Result<Vec<u8>>) + Send + 'static> Completion for F {
 }
 
 /// Something to do on a thread, which is told if there is none for it.
-type Task = Box<dyn FnOnce(Result<()>) + Send>;
+pub type Task = Box<dyn FnOnce(Result<()>) + Send>;
 
 /// The threads of one disk.
 pub(super) struct Queue {
@@ -259,7 +259,7 @@ fn caught<T>(act: impl FnOnce() -> T) -> Option<T> {
 }
 
 /// Threads for tasks: started when there is work for them, and gone when there was none for a while.
-struct Crew {
+pub struct Crew {
     name: &'static str,
     most: usize,
     state: Mutex<State>,
@@ -275,13 +275,15 @@ struct State {
 }
 
 impl Crew {
-    fn new(name: &'static str, most: usize) -> Arc<Self> {
+    /// At most so many threads of this name.
+    pub fn new(name: &'static str, most: usize) -> Arc<Self> {
         let (state, added) = (Mutex::default(), Condvar::new());
         Arc::new(Self { name, most: most.max(1), state, added })
     }
 
-    /// Has `task` done soon. Never waits.
-    fn add(self: &Arc<Self>, task: Task) {
+    /// Has `task` done soon. Never waits. It is told with an error, on this thread, if there is no
+    /// thread to be had.
+    pub fn add(self: &Arc<Self>, task: Task) {
         let mut state = guard(&self.state);
         state.tasks.push_back(task);
         if state.idle >= state.tasks.len() || state.threads == self.most {
@@ -303,7 +305,8 @@ impl Crew {
         }
     }
 
-    fn close(&self) {
+    /// Lets the threads go once all is done.
+    pub fn close(&self) {
         guard(&self.state).closed = true;
         self.added.notify_all();
     }

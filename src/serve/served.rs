@@ -6,7 +6,7 @@ use super::moment::Moments;
 use super::queue::Queue;
 use super::{Disk, MAX_NAME};
 use crate::device::{
-    Attempt, Detail, Device, Extent, Gather, HostRange, Prefetch, Scatter, Wait, ZeroMode,
+    Attempt, Detail, Device, Extent, Facts, Gather, HostRange, Prefetch, Scatter, Wait, ZeroMode,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::planted::{Bug, planted};
@@ -138,6 +138,14 @@ impl<D: Disk + ?Sized> Served<D> {
     /// Whether it may have several users at a time.
     pub fn shared(&self) -> bool {
         self.shared
+    }
+
+    /// What it shows of itself as a file.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn facts(&self) -> Result<Facts> {
+        self.disk.facts()
     }
 
     /// Waits for the turn to change the disk as a whole: to take a snapshot of it, to resize it, to

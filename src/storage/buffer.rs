@@ -26,6 +26,15 @@ impl Buffer {
         self.length = length;
     }
 
+    /// Keeps its memory from being paged out, where the limits of this process allow it, and touches
+    /// all of it.
+    pub fn lock(&mut self) {
+        let Some(map) = &mut self.map else { return };
+        if map.lock().is_err() {
+            map.fill(0);
+        }
+    }
+
     /// Bytes it can have before other memory has to be found.
     pub fn capacity(&self) -> usize {
         self.map.as_ref().map_or(0, |map| map.len())

@@ -10,7 +10,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
-use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom, fadvise, fallocate, fstatfs, seek};
+use rustix::fs::{
+    Advice, AtFlags, CWD, FallocateFlags, OFlags, SeekFrom, StatxFlags, fadvise, fallocate,
+    fstatfs, seek, statx,
+};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use rustix::process::geteuid;
 
@@ -417,11 +420,13 @@ pub fn holders(path: &Path) -> Vec<String> {
 
 /// How many descriptors of a process, given by its folder, are of this file.
 fn opens(process: &Path, file: &Path) -> usize {
-    let Ok(wanted) = fs::metadata(file) else { return 0 };
-    let same = |entry: &fs::DirEntry| {
-        fs::metadata(entry.path())
-            .is_ok_and(|meta| meta.ino() == wanted.ino() && meta.dev() == wanted.dev())
+    // Not asking its file system: one that hangs, and that this is not about, would hang us too.
+    let identity = |path: &Path| {
+        let found = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::INO)?;
+        Ok::<_, Errno>((found.stx_dev_major, found.stx_dev_minor, found.stx_ino))
     };
+    let Ok(wanted) = identity(file) else { return 0 };
+    let same = |entry: &fs::DirEntry| identity(&entry.path()) == Ok(wanted);
     let descriptors = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
     descriptors.filter(same).count()
 }

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{DiskKind, DiskName, Finding, OpenDisk, Store, Survey, files};
+use super::{DiskKind, DiskName, Finding, OpenDisk, Reference, Store, Survey, files};
+use crate::device::Disk;
 use crate::error::{Error, ErrorKind, Result, shown};
-use crate::serve::{Broker, Log, Opened};
+use crate::serve::{Broker, Facts, Listed, Log, Opened};
 use crate::storage::{Access, Storage};
 use crate::sync::{Mutex, guard};
 
@@ -40,6 +41,11 @@ enum Named {
 
 fn unknown(name: &str) -> Error {
     Error::new(ErrorKind::NotFound, format!("there is no disk called {name:?}"))
+}
+
+/// Whether a name of an image says all that it is listed under.
+fn is_whole(name: &str) -> bool {
+    name.parse::<Reference>().is_ok_and(|reference| reference.to_string() == name)
 }
 
 impl Named {
@@ -120,27 +126,38 @@ impl Broker for StoreBroker {
         }
     }
 
-    fn list(&self) -> Result<Vec<(String, String)>> {
+    fn facts(&self, name: &str) -> Result<Facts> {
+        match Named::parse(name)? {
+            Named::Writable(disk) => self.store.disk_facts(&disk),
+            // Whoever opens a disk for reading sees what its writer does.
+            Named::ReadOnlyVolume(_) => Err(unknown(name)),
+            Named::Image(image) if !is_whole(&image) => Err(unknown(name)),
+            named => named.open(&self.store)?.facts(),
+        }
+    }
+
+    fn list(&self) -> Result<Vec<Listed>> {
         let (mut list, mut bad) = (Vec::new(), Vec::new());
+        let mut add = |name, description, alias| list.push(Listed { name, description, alias });
         for image in Self::listed("images", self.store.images(), &mut bad) {
             if let Some(name) = &image.reference {
-                list.push((format!("image/{name}"), format!("image {:.12}", image.id)));
+                add(format!("image/{name}"), format!("image {:.12}", image.id), false);
             }
         }
         let containers = Self::listed("containers", self.store.containers(), &mut bad);
         // One whose layer can't be read is no disk.
         for container in containers.iter().filter(|container| container.base.is_some()) {
             let over = format!("container over {}", shown(&container.image));
-            list.push((format!("container/{}", container.name), over));
+            add(format!("container/{}", container.name), over, false);
             for saved in &container.snapshots {
                 let text = format!("snapshot of container {}", container.name);
-                list.push((format!("container/{}@{}", container.name, saved.name), text));
+                add(format!("container/{}@{}", container.name, saved.name), text, false);
             }
         }
         for volume in Self::listed("volumes", self.store.volumes(), &mut bad) {
             let name = volume.name;
-            list.push((format!("volume/{name}"), "volume, for one writer".into()));
-            list.push((format!("volume/{name}:ro"), "volume, for many readers".into()));
+            add(format!("volume/{name}"), "volume, for one writer".into(), false);
+            add(format!("volume/{name}:ro"), "volume, for many readers".into(), true);
         }
         self.tell(bad);
         Ok(list)

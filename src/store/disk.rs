@@ -11,7 +11,7 @@ use super::features::{self, Need};
 use super::files::listing;
 use super::{Guard, Store, check_name, files, json};
 use crate::chain::{Chain, Parent, create};
-use crate::device::{Detail, Device, Disk, Extent, HostRange, Prefetch, ZeroMode};
+use crate::device::{Detail, Device, Disk, Extent, Facts, HostRange, Prefetch, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::newest_header;
 use crate::memory::{Gather, Scatter};
@@ -168,6 +168,10 @@ impl Deref for OpenDisk {
 }
 
 impl Disk for OpenDisk {
+    fn facts(&self) -> Result<Facts> {
+        self.chain.facts()
+    }
+
     fn close(&self) -> Result<()> {
         self.chain.close()
     }
@@ -305,7 +309,14 @@ impl Store {
         if self.record(disk)?.is_none() {
             return Err(disk.missing());
         }
-        let chain = self.open_chain(self.folder(disk.kind), &disk.file(), access)?;
+        let (folder, name) = (self.folder(disk.kind), disk.file());
+        let chain = match (&self.keepers, access) {
+            (Some(keepers), Access::Write) => {
+                let keeper = keepers.of(&format!("{}/{}", disk.kind.noun(), disk.name));
+                Chain::open_kept(folder.clone(), &name, self.layers.clone(), keeper)?
+            }
+            _ => self.open_chain(folder, &name, access)?,
+        };
         Ok(OpenDisk::new(self, Some(disk.clone()), chain))
     }
 
@@ -335,6 +346,22 @@ impl Store {
     pub(super) fn disk_size(&self, disk: &DiskName) -> Result<u64> {
         let file = open_in(&**self.folder(disk.kind), &disk.file(), Access::Read)?;
         Ok(newest_header(&*file)?.virtual_size)
+    }
+
+    /// What a disk shows of itself as a file, whoever has it open.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; those of its header.
+    pub fn disk_facts(&self, disk: &DiskName) -> Result<Facts> {
+        if self.record(disk)?.is_none() {
+            return Err(disk.missing());
+        }
+        let file = open_in(&**self.folder(disk.kind), &disk.file(), Access::Read)?;
+        let size = newest_header(&*file)?.virtual_size;
+        match file.descriptor() {
+            Some(descriptor) => Facts::of_layer(size, descriptor),
+            None => Ok(Facts::without_layer(size)),
+        }
     }
 
     /// Locks a disk's layer against everybody, under the store's lock.

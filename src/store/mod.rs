@@ -31,6 +31,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::chain::Gate;
 use crate::error::{Error, ErrorKind, Result};
+use crate::live::Keepers;
 use crate::storage::{Access, FileFolder, Folder, Lock, Storage, failed, open_in, take_lock};
 
 pub use blob::Draft;
@@ -75,6 +76,8 @@ pub struct Folders {
 pub struct Store {
     folders: Folders,
     layers: Arc<Gate>,
+    /// Keep the disks that are written beyond the end of this process.
+    keepers: Option<Arc<dyn Keepers>>,
 }
 
 /// Keeps all others from changing names in the store, until it is dropped.
@@ -111,13 +114,20 @@ impl Store {
     /// version that this one can't read; [`ErrorKind::Corrupt`]; host errors.
     pub fn over(folders: Folders) -> Result<Self> {
         let layers = Arc::new(Gate::new(vec![folders.blobs.clone()]));
-        let store = Self { folders, layers };
+        let store = Self { folders, layers, keepers: None };
         features::check(store.root(), Need::Read)?;
         match files::read_small(store.root(), LAYOUT_FILE)? {
             Some(found) => store.check_layout(&found)?,
             None => store.initialise()?,
         }
         Ok(store)
+    }
+
+    /// The same, with keepers of the disks that it opens for writing: where they have something of a
+    /// process that died, this one goes on with it. A disk's name is what front ends call it by.
+    #[must_use]
+    pub fn with_keepers(self, keepers: Arc<dyn Keepers>) -> Self {
+        Self { keepers: Some(keepers), ..self }
     }
 
     fn check_layout(&self, found: &[u8]) -> Result<()> {
@@ -174,8 +184,8 @@ impl Store {
     /// The right to serve the store, for as long as the file is open.
     ///
     /// # Errors
-    /// [`ErrorKind::InUse`] where another process has it.
-    pub(crate) fn take_desk(&self) -> Result<Arc<dyn Storage>> {
+    /// [`ErrorKind::InUse`] with who has it; host errors.
+    pub fn take_desk(&self) -> Result<Arc<dyn Storage>> {
         let file = match self.root().create(DESK_FILE) {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
                 open_in(self.root(), DESK_FILE, Access::Write)?

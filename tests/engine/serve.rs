@@ -7,9 +7,11 @@ use std::thread;
 use std::time::Duration;
 
 use testkit::device::{Op as Call, TestDevice};
-use thinply::device::{Device, ZeroMode};
+use thinply::device::{Device, Disk, ZeroMode};
 use thinply::error::{Error, ErrorKind, Result};
-use thinply::serve::{Broker, Completion, Desk, InUse, Lease, Leases, Op, Opened, Payload, Served};
+use thinply::serve::{
+    Broker, Completion, Desk, Facts, InUse, Lease, Leases, Listed, Op, Opened, Payload, Served,
+};
 use thinply::storage::{Folder, MemoryFolder, Storage};
 
 const SIZE: u64 = 1 << 20;
@@ -42,7 +44,11 @@ impl Broker for Shelf {
         Ok(Opened { shared, workers, ..Opened::new(self.device.clone()) })
     }
 
-    fn list(&self) -> Result<Vec<(String, String)>> {
+    fn facts(&self, _: &str) -> Result<Facts> {
+        self.device.facts()
+    }
+
+    fn list(&self) -> Result<Vec<Listed>> {
         Err(Error::new(ErrorKind::Io, "planned to fail"))
     }
 

@@ -45,7 +45,8 @@ impl Catalog for View<'_> {
     }
 
     fn list(&self) -> Vec<(String, String)> {
-        self.shared.leases.list()
+        let listed = self.shared.leases.list().into_iter();
+        listed.map(|disk| (disk.name, disk.description)).collect()
     }
 }
 

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::{env, fs, io, process};
+use std::{env, fs, io};
 
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::net::sockopt::{set_tcp_nodelay, socket_acceptconn, socket_domain};
@@ -72,19 +72,19 @@ impl Listener {
         }
     }
 
-    /// The sockets that systemd (or `systemd-socket-activate`) opened for this process, as
-    /// `LISTEN_PID` and `LISTEN_FDS` say; none if it wasn't started that way. They can be taken
-    /// once.
-    pub fn activated() -> Result<Vec<Self>> {
+    /// The sockets that systemd (or `systemd-socket-activate`) opened for the process `pid`, which is this
+    /// one or the one that started it, as `LISTEN_PID` and `LISTEN_FDS` say; none if it wasn't started
+    /// that way. They can be taken once.
+    pub fn activated(pid: u32) -> Result<Vec<Self>> {
         static TAKEN: AtomicBool = AtomicBool::new(false);
         let number = |name| env::var(name).ok().and_then(|value| value.parse::<u32>().ok());
         let count = number("LISTEN_FDS").unwrap_or(0).min(1024) as RawFd;
-        let ours = number("LISTEN_PID") == Some(process::id());
+        let ours = number("LISTEN_PID") == Some(pid);
         if !ours || count == 0 || TAKEN.swap(true, Ordering::Relaxed) {
             return Ok(Vec::new());
         }
         let fds = (FIRST_ACTIVATED..FIRST_ACTIVATED + count).map(|fd| {
-            // SAFETY: whoever set LISTEN_PID to this process opened these descriptors for it to
+            // SAFETY: whoever set LISTEN_PID to this process, or to the one that started it, opened these descriptors for it to
             // own; TAKEN makes sure that nothing else of this process takes them too.
             unsafe { OwnedFd::from_raw_fd(fd) }
         });

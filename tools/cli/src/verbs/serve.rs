@@ -1,15 +1,22 @@
-//! `thinply serve`: a layer as a block device over NBD.
+//! `thinply serve`: disks as block devices over NBD, and as files by FUSE.
+
+mod held;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use thinply::chain::Chain;
 use thinply::control::{Control, line};
 use thinply::error::{Error, ErrorKind, Result};
+use thinply::fuse;
+use thinply::holder::Holder;
+use thinply::live::Keepers;
 use thinply::nbd::server::{Handle, Listener, Server, ServerConfig};
-use thinply::serve::{Leases, Log, Opened, Served, Table};
-use thinply::storage::Access;
+use thinply::serve::{Keep, Leases, Log, Opened, Served, Table};
+use thinply::storage::{self, Access, Storage};
+use thinply::store::Store;
 
 use crate::io::paths::Place;
 use crate::io::{log, output, signals};
@@ -24,7 +31,7 @@ const INSISTENCE: Duration = Duration::from_secs(3);
 /// How long the end waits for whoever reads standard output.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// Serve a layer, or all of the store, as block devices over NBD.
+/// Serve a layer, or all of the store, as block devices over NBD and as files by FUSE.
 ///
 /// With --all every container, volume and image of the store is an export by name, also those that
 /// come while it runs: container/NAME, container/NAME@SNAP, volume/NAME for one writer,
@@ -33,13 +40,14 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// lists the exports or asks for it, and all else is served.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Prints the NBD URI once clients can connect, then serves until SIGTERM or SIGINT: requests under
-way are finished, everything is made durable, the layer is closed.
+Prints the NBD URI once clients can connect, and the folder once files are in it, then serves until
+SIGTERM or SIGINT: requests under way are finished, everything is made durable, the layer is closed.
 
 Example:
   thinply serve vm.tply --socket /run/vm.sock &
   nbdinfo 'nbd+unix:///?socket=/run/vm.sock'
-  thinply serve --all --socket /run/thinply.sock")]
+  thinply serve --all --socket /run/thinply.sock --fuse /run/disks
+  losetup --find --show --direct-io=on -b 4096 /run/disks/container/web")]
 pub struct Serve {
     /// The layer to serve.
     #[arg(required_unless_present = "all")]
@@ -55,6 +63,9 @@ pub struct Serve {
     /// Listen on a TCP address, as in 127.0.0.1:10809.
     #[arg(long, value_name = "ADDR")]
     listen: Vec<String>,
+    /// Show the disks as files in a folder, by FUSE.
+    #[arg(long, value_name = "DIR")]
+    fuse: Option<PathBuf>,
     /// Refuse writes, and change nothing in the file.
     #[arg(long)]
     read_only: bool,
@@ -77,21 +88,36 @@ pub struct Serve {
 impl Serve {
     /// Serves until told to stop.
     pub fn run(&self) -> Outcome {
+        let holder = held::holder()?;
+        if self.fuse.is_some() && holder.is_none() {
+            std::process::exit(held::hold()?);
+        }
         match &self.file {
-            Some(file) => self.run_layer(file),
-            None => self.run_store(),
+            Some(file) => self.run_layer(file, holder),
+            None => self.run_store(holder),
         }
     }
 
-    fn run_layer(&self, file: &Path) -> Outcome {
-        let listeners = self.listeners()?;
+    fn run_layer(&self, file: &Path, holder: Option<Arc<Holder>>) -> Outcome {
+        let listeners = self.listeners(holder.as_deref())?;
         let place = Place::existing(file)?;
-        let access = if self.read_only { Access::Read } else { Access::Write };
-        let chain = place.chain(access, self.layers.layers()?)?;
+        let layers = self.layers.layers()?;
+        let chain = match &holder {
+            Some(holder) if !self.read_only => {
+                Chain::open_kept(place.folder.clone(), &place.name, layers, holder.of(""))?
+            }
+            _ => place.chain(if self.read_only { Access::Read } else { Access::Write }, layers)?,
+        };
         let served = Arc::new(Served::new(&self.name, Opened::new(chain))?);
         let table = Arc::new(Table::new());
         table.insert(served.clone())?;
-        if let Err(error) = self.serve(listeners, table.clone()) {
+        let name = file.file_name().map(|name| name.to_string_lossy().into_owned());
+        let shown = fuse::ServerConfig {
+            default_name: name.unwrap_or_default(),
+            space_of: file.to_owned(),
+            ..fuse::ServerConfig::default()
+        };
+        if let Err(error) = self.serve(listeners, table.clone(), shown, holder) {
             // Something may hang in the device still, and closing would wait for it. What was flushed
             // is safe, and the next open recovers the layer.
             std::mem::forget(served);
@@ -101,34 +127,69 @@ impl Serve {
         served.leave().map(|()| Answer::Yes)
     }
 
-    fn run_store(&self) -> Outcome {
-        let listeners = self.listeners()?;
-        let store = self.store.open()?;
-        let (control, asked) = match Control::serving(store.clone(), say()) {
-            Ok(control) => (control.clone(), listen(control)?),
+    fn run_store(&self, holder: Option<Arc<Holder>>) -> Outcome {
+        let listeners = self.listeners(holder.as_deref())?;
+        let mut store = self.store.open()?;
+        if let Some(holder) = &holder {
+            store = store.with_keepers(Arc::new(holder.clone()));
+        }
+        let shown = fuse::ServerConfig {
+            folders: ["container", "image", "volume"].map(str::to_owned).to_vec(),
+            space_of: store.path().to_owned(),
+            ..fuse::ServerConfig::default()
+        };
+        let (control, asked) = match desk(&store, holder.as_deref()) {
+            Ok(desk) => {
+                let control = Control::with_desk(store, desk, say());
+                (control.clone(), listen(control)?)
+            }
             Err(error) if error.kind().forbids_writing() => {
                 output::say(format!("what can only be read is served for reading: {error}"));
                 (Control::private(store, say()), None)
             }
             Err(error) => return Err(error),
         };
-        self.serve(listeners, Arc::new(control.desk().clone()))?;
+        self.serve(listeners, Arc::new(control.desk().clone()), shown, holder)?;
         drop(asked);
         // Somebody may be committing still.
         control.desk().settle(LAST_WAIT).map(|()| Answer::Yes)
     }
 
-    fn serve(&self, listeners: Vec<Listener>, disks: Arc<dyn Leases>) -> Result<()> {
+    fn serve(
+        &self,
+        listeners: Vec<Listener>,
+        disks: Arc<dyn Leases>,
+        shown: fuse::ServerConfig,
+        holder: Option<Arc<Holder>>,
+    ) -> Result<()> {
         let config = ServerConfig {
             max_connections: self.max_connections,
             stop_with_last_client: self.once,
             log: say(),
             ..ServerConfig::default()
         };
-        let server = Server::new(listeners, disks, config)?;
-        stop_on_signals(server.handle())?;
+        let keep = holder.clone().map(|holder| holder as Arc<dyn Keep>);
+        let shown = fuse::ServerConfig { keep, log: say(), ..shown };
+        let pid = holder.as_ref().map_or_else(std::process::id, |_| held::pid());
+        let kept = holder.as_ref().and_then(|holder| holder.inherit(fuse::KEPT).pop());
+        let goes_on = kept.is_some();
+        let files = match (&self.fuse, kept) {
+            (_, Some((key, kept))) => Some(fuse::Server::resume(&key, kept, disks.clone(), shown)?),
+            (Some(folder), None) => Some(fuse::Server::mount(folder, disks.clone(), shown)?),
+            (None, None) => None,
+        };
+        // What nobody has open any more is opened once and closed, as it would have been.
+        for disk in holder.iter().flat_map(|holder| holder.disks()) {
+            if let Err(error) = disks.look(&disk) {
+                output::say(format!("{disk}, which a server that died had open: {error}"));
+            }
+        }
+        let sockets = !listeners.is_empty();
+        let server = Server::new(listeners, disks.clone(), config)?;
+        let doors = Doors { nbd: server.handle(), fuse: files.as_ref().map(fuse::Server::handle) };
+        stop_on_signals(doors.clone())?;
         if let Some(path) = &self.pid_file {
-            std::fs::write(path, format!("{}\n", std::process::id()))
+            std::fs::write(path, format!("{pid}\n"))
                 .map_err(|error| Error::io(error, "writing the pid file").in_file(path))?;
         }
         for length in server.listeners().iter().filter_map(Listener::overlong_path) {
@@ -138,12 +199,27 @@ impl Serve {
             ));
         }
         let uris = server.listeners().iter().map(|listener| listener.uri(&self.name) + "\n");
-        let ready: String = uris.collect();
+        let folder = files.as_ref().map(|files| format!("{}\n", files.folder().display()));
+        let ready: String = uris.chain(folder).collect();
         // Whoever started the server may not care for the line, and have closed the pipe or not read
         // it.
         let stdout = log::stdout();
-        stdout.line(ready.trim_end());
-        let served = server.run();
+        if !goes_on {
+            stdout.line(ready.trim_end());
+        }
+        if let Some(holder) = &holder {
+            holder.ready()?;
+        }
+        let served = match files {
+            Some(files) if sockets => std::thread::scope(|scope| {
+                let files = scope.spawn(|| files.run());
+                let served = server.run();
+                doors.shut();
+                served.and(files.join().unwrap_or_else(|_| Err(panicked())))
+            }),
+            Some(files) => files.run(),
+            None => server.run(),
+        };
         stdout.settle(LAST_WORDS);
         if let Some(path) = &self.pid_file {
             let _ = std::fs::remove_file(path);
@@ -152,22 +228,38 @@ impl Serve {
     }
 
     /// The sockets asked for, or those that a service manager has opened.
-    fn listeners(&self) -> Result<Vec<Listener>> {
-        let mut listeners = Listener::activated()?;
+    fn listeners(&self, holder: Option<&Holder>) -> Result<Vec<Listener>> {
+        let mut listeners =
+            Listener::activated(holder.map_or_else(std::process::id, |_| held::pid()))?;
         for path in &self.socket {
             listeners.push(Listener::unix(path)?);
         }
         for address in &self.listen {
             listeners.push(Listener::tcp(address)?);
         }
-        if listeners.is_empty() {
+        if listeners.is_empty() && self.fuse.is_none() {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
-                "nowhere to listen: give --socket PATH or --listen ADDR",
+                "nowhere to serve: give --socket PATH, --listen ADDR or --fuse DIR",
             ));
         }
         Ok(listeners)
     }
+}
+
+/// The right to serve the store, which a server that died may have had.
+fn desk(store: &Store, holder: Option<&Holder>) -> Result<Arc<dyn Storage>> {
+    const DESK: &str = "desk";
+    let kept = holder.and_then(|holder| holder.inherit(DESK).pop());
+    let desk = match kept.and_then(|(_, mut kept)| kept.pop()) {
+        Some(desk) => storage::opened(store.path().join(DESK), desk.into())
+            .map_err(|error| Error::io(error, "taking over the desk"))?,
+        None => store.take_desk()?,
+    };
+    if let (Some(holder), Some(descriptor)) = (holder, desk.descriptor()) {
+        holder.keep(DESK, &[descriptor])?;
+    }
+    Ok(desk)
 }
 
 /// Says on standard error what goes wrong where nobody waits for an answer.
@@ -177,15 +269,33 @@ pub fn say() -> Log {
     Arc::new(|line| output::say(line))
 }
 
+/// All ways to the disks.
+#[derive(Clone)]
+struct Doors {
+    nbd: Handle,
+    fuse: Option<fuse::Handle>,
+}
+
+impl Doors {
+    fn shut(&self) {
+        self.nbd.shutdown();
+        self.fuse.iter().for_each(fuse::Handle::shutdown);
+    }
+}
+
+fn panicked() -> Error {
+    Error::new(ErrorKind::Io, "the thread that serves the files has panicked")
+}
+
 /// Has the server come to its end at the first SIGTERM, SIGINT or SIGHUP. At one that comes
 /// [`INSISTENCE`] later the process ends at once: what was not flushed is lost, as the user insists.
 /// One that comes sooner is the same request: `timeout` signals its child and then the child's group.
-fn stop_on_signals(server: Handle) -> Result<()> {
+fn stop_on_signals(doors: Doors) -> Result<()> {
     let mut asked: Option<Instant> = None;
     let stop = move || match asked {
         None => {
             asked = Some(Instant::now());
-            server.shutdown();
+            doors.shut();
         }
         Some(first) if first.elapsed() >= INSISTENCE => std::process::exit(130),
         Some(_) => {}

@@ -9,7 +9,9 @@ use thinply::derive::PackOptions;
 use thinply::device::{Device, Wait, ZeroMode};
 use thinply::error::{Error, ErrorKind};
 use thinply::packed::Compression;
-use thinply::serve::{self, Broker, Completion, Desk, Lease, Leases, Opened, Payload};
+use thinply::serve::{
+    self, Broker, Completion, Desk, Facts, Lease, Leases, Listed, Opened, Payload,
+};
 use thinply::storage::{Access, Folder, MemoryFolder, Storage, write_all_at};
 
 use super::Random;
@@ -88,7 +90,11 @@ impl Broker for TopBroker {
         Ok(Opened { shared: self.shared, workers: 2, ..Opened::new(opened?) })
     }
 
-    fn list(&self) -> Result<Vec<(String, String)>> {
+    fn facts(&self, _: &str) -> Result<Facts> {
+        Ok(Facts::without_layer(0))
+    }
+
+    fn list(&self) -> Result<Vec<Listed>> {
         Ok(Vec::new())
     }
 

@@ -1,0 +1,196 @@
+//! The files that clients have open.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use rustix::fs::{MemfdFlags, memfd_create};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::proto::SENT_AGAIN;
+use crate::serve::{Lease, guard};
+
+/// An open file.
+pub struct Open {
+    /// The disk.
+    pub disk: Lease,
+    /// Whether it may be written through this.
+    pub writes: bool,
+}
+
+/// What is kept of an open file beyond the end of its server.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
+#[repr(C)]
+pub struct Kept {
+    /// The request that opened it, by which one that is sent again is known; 0 where nothing is open.
+    pub unique: u64,
+    /// What is open.
+    pub node: u64,
+    /// 1 where it may be written.
+    pub writes: u64,
+}
+
+const SIZE: u64 = size_of::<Kept>() as u64;
+
+/// Open files by the number that the kernel is told. What another server needs to know of them is
+/// in memory of its own before anybody hears of the number.
+pub struct Handles {
+    open: RwLock<HashMap<u64, Arc<Open>>>,
+    memory: File,
+    /// Numbers that are in use in that memory.
+    taken: Mutex<Vec<Option<u64>>>,
+}
+
+impl Handles {
+    /// None yet.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn new() -> io::Result<Self> {
+        Self::of(File::from(memfd_create("thinply-open", MemfdFlags::CLOEXEC)?))
+    }
+
+    /// Those that another server had; none leads to a disk yet.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn of(memory: File) -> io::Result<Self> {
+        let taken =
+            kept(&memory)?.into_iter().map(|kept| (kept.unique != 0).then_some(kept.unique));
+        let taken = Mutex::new(taken.collect());
+        Ok(Self { open: RwLock::default(), memory, taken })
+    }
+
+    /// What to keep.
+    pub fn memory(&self) -> BorrowedFd<'_> {
+        self.memory.as_fd()
+    }
+
+    /// What is kept: the numbers that are open, and what they stand for.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn kept(&self) -> io::Result<Vec<(u64, Kept)>> {
+        let all = (1..).zip(kept(&self.memory)?);
+        Ok(all.filter(|(_, kept)| kept.unique != 0).collect())
+    }
+
+    /// Has a kept number lead to a disk again.
+    pub fn restore(&self, handle: u64, open: Open) {
+        let mut map = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        map.insert(handle, Arc::new(open));
+    }
+
+    /// A number for an open file. A request that was sent again has the one that it had before.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn add(&self, unique: u64, node: u64, open: Open) -> io::Result<u64> {
+        let unique = unique & !SENT_AGAIN;
+        let writes = open.writes.into();
+        let mut taken = guard(&self.taken);
+        let again = taken.iter().position(|&known| known == Some(unique));
+        let place = again.or_else(|| taken.iter().position(Option::is_none));
+        let place = place.unwrap_or(taken.len());
+        let kept = Kept { unique, node, writes };
+        self.memory.write_all_at(kept.as_bytes(), place as u64 * SIZE)?;
+        match taken.get_mut(place) {
+            Some(free) => *free = Some(unique),
+            None => taken.push(Some(unique)),
+        }
+        drop(taken);
+        let handle = place as u64 + 1;
+        self.restore(handle, open);
+        Ok(handle)
+    }
+
+    /// The open file of a number.
+    pub fn get(&self, handle: u64) -> Option<Arc<Open>> {
+        self.open.read().unwrap_or_else(PoisonError::into_inner).get(&handle).cloned()
+    }
+
+    /// Whether the number stands for an open file, even for one that leads nowhere.
+    pub fn knows(&self, handle: u64) -> bool {
+        let place = handle.checked_sub(1).and_then(|place| usize::try_from(place).ok());
+        let taken = guard(&self.taken);
+        place.and_then(|place| taken.get(place)).is_some_and(Option::is_some)
+    }
+
+    /// Nobody has the file open any more. The disk is let go of with what this answers.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn release(&self, handle: u64) -> io::Result<Option<Arc<Open>>> {
+        // First: once the number is free, the next file that is opened may have it.
+        let open = self.open.write().unwrap_or_else(PoisonError::into_inner).remove(&handle);
+        if self.knows(handle) {
+            let place = handle - 1;
+            self.memory.write_all_at(Kept::default().as_bytes(), place * SIZE)?;
+            if let Some(taken) = guard(&self.taken).get_mut(place as usize) {
+                *taken = None;
+            }
+        }
+        Ok(open)
+    }
+
+    /// Lets go of all disks. The numbers stay known.
+    pub fn clear(&self) {
+        let open = std::mem::take(&mut *self.open.write().unwrap_or_else(PoisonError::into_inner));
+        drop(open);
+    }
+}
+
+fn kept(memory: &File) -> io::Result<Vec<Kept>> {
+    let length = memory.metadata()?.len();
+    let count = usize::try_from(length / SIZE).map_err(io::Error::other)?;
+    let mut all = vec![Kept::default(); count];
+    memory.read_exact_at(all.as_mut_bytes(), 0)?;
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::{Chain, Gate, create};
+    use crate::serve::{Leases, Opened, Served, Table};
+    use crate::storage::{Access, Folder, MemoryFolder};
+
+    fn open() -> Open {
+        let folder: Arc<dyn Folder> = Arc::new(MemoryFolder::new("memory"));
+        let layers = Arc::new(Gate::default());
+        create(&folder, "disk", Some(1 << 20), None, &layers).unwrap();
+        let chain = Chain::open(folder, "disk", Access::Write, layers).unwrap();
+        let table = Table::new();
+        table.insert(Arc::new(Served::new("disk", Opened::new(chain)).unwrap())).unwrap();
+        Open { disk: table.lease("disk").unwrap(), writes: true }
+    }
+
+    #[test]
+    fn numbers_outlive_their_server() {
+        let first = Handles::new().unwrap();
+        assert_eq!(first.add(10, 100, open()).unwrap(), 1);
+        assert_eq!(first.add(12, 200, open()).unwrap(), 2);
+        assert_eq!(first.add(14, 300, open()).unwrap(), 3);
+        assert!(first.release(2).unwrap().is_some());
+        assert!(first.release(2).unwrap().is_none());
+
+        let memory = File::from(first.memory().try_clone_to_owned().unwrap());
+        drop(first);
+        let second = Handles::of(memory).unwrap();
+        let kept = second.kept().unwrap();
+        let expected = [(1, 10, 100), (3, 14, 300)];
+        assert_eq!(kept.iter().map(|(n, k)| (*n, k.unique, k.node)).collect::<Vec<_>>(), expected);
+        assert!(second.knows(3) && second.get(3).is_none());
+        // It was opened, and nobody had heard of it.
+        assert_eq!(second.add(14 | SENT_AGAIN, 300, open()).unwrap(), 3);
+        assert_eq!(second.add(16, 400, open()).unwrap(), 2);
+        assert_eq!(second.add(18, 400, open()).unwrap(), 4);
+        assert!(!second.knows(0) && !second.knows(5));
+        assert!(second.release(u64::MAX).unwrap().is_none());
+    }
+}

@@ -1,0 +1,188 @@
+//! How a file system of ours comes to be mounted, and goes.
+
+use std::ffi::CString;
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, open, statx};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::process::{getegid, geteuid};
+
+use super::proto::MAX_IO;
+use crate::error::{Error, ErrorKind, Result};
+
+const DEVICE: &str = "/dev/fuse";
+const HELPER: &str = "fusermount3";
+/// What the mount is called in lists of mounts.
+const SOURCE: &str = "thinply";
+const KIND: &str = "fuse.thinply";
+
+/// A mounted folder.
+#[derive(Clone, Debug)]
+pub struct Mount {
+    /// Without links.
+    folder: PathBuf,
+    /// What tells it from another one at the same place.
+    id: u64,
+}
+
+impl Mount {
+    /// Mounts on a folder, for its own user alone. Answers the device that its requests come from.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Unsupported`] where the kernel has no FUSE, or there is no
+    /// `fusermount3` for a user who may not mount; host errors.
+    pub fn make(folder: &Path) -> Result<(Self, OwnedFd)> {
+        let fail = |error| Error::io(error, "mounting").in_file(folder);
+        let folder = folder.canonicalize().map_err(fail)?;
+        // What is mounted on is what was looked at, whatever its path leads to by then.
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let place = open(&folder, flags, Mode::empty()).map_err(|error| fail(error.into()))?;
+        let device = match mount_on(&place) {
+            Err(Errno::PERM | Errno::ACCESS) if !geteuid().is_root() => helped(&folder)?,
+            Err(Errno::NOENT | Errno::NODEV | Errno::NXIO) => {
+                let detail = "this kernel has no FUSE: there is no /dev/fuse (modprobe fuse)";
+                return Err(Error::new(ErrorKind::Unsupported, detail));
+            }
+            made => made.map_err(|error| fail(error.into()))?,
+        };
+        let id = mount_id(&folder).map_err(fail)?;
+        Ok((Self { folder, id }, device))
+    }
+
+    /// One that another process made.
+    pub fn known(folder: PathBuf, id: u64) -> Self {
+        Self { folder, id }
+    }
+
+    /// Where it is.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// What tells it from another one at the same place.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Whether it is still there.
+    pub fn is_there(&self) -> bool {
+        mount_id(&self.folder).is_ok_and(|id| id == self.id)
+    }
+
+    /// Takes it away, even from those who have files in it open: they keep those. Nothing happens
+    /// where it is gone.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn remove(&self) -> Result<()> {
+        if !self.is_there() {
+            return Ok(());
+        }
+        let gone = unmount(&self.folder, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        match gone {
+            Err(Errno::PERM) if !geteuid().is_root() => {
+                let mut command = Command::new(HELPER);
+                run(command.args(["-u", "-z", "-q", "--"]).arg(&self.folder), &self.folder)
+            }
+            other => other.map_err(|error| {
+                Error::io(error.into(), "taking the mount away").in_file(&self.folder)
+            }),
+        }
+    }
+}
+
+/// The id of the mount that a path is in.
+fn mount_id(folder: &Path) -> io::Result<u64> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC;
+    Ok(statx(rustix::fs::CWD, folder, flags, StatxFlags::MNT_ID)?.stx_mnt_id)
+}
+
+fn options(device: &str) -> String {
+    let (user, group) = (geteuid().as_raw(), getegid().as_raw());
+    format!(
+        "{device}rootmode=40000,user_id={user},group_id={group},default_permissions,max_read={MAX_IO}"
+    )
+}
+
+fn mount_on(place: &OwnedFd) -> rustix::io::Result<OwnedFd> {
+    let device = open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    let options = options(&format!("fd={},", device.as_raw_fd()));
+    let options = CString::new(options).map_err(|_| Errno::INVAL)?;
+    let target = format!("/proc/self/fd/{}", place.as_raw_fd());
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
+    mount(SOURCE, target, KIND, flags, options.as_c_str())?;
+    Ok(device)
+}
+
+/// Mounts by the helper that whoever may not mount has for it, which hands the device over.
+fn helped(folder: &Path) -> Result<OwnedFd> {
+    let fail = |error: io::Error| Error::io(error, "mounting by fusermount3").in_file(folder);
+    let (ours, theirs) = UnixStream::pair().map_err(fail)?;
+    let mut command = Command::new(HELPER);
+    let options = format!("default_permissions,fsname={SOURCE},subtype={SOURCE}");
+    // Its own end is standard input, which needs no descriptor to stay open that others inherit too.
+    command.env("_FUSE_COMMFD", "0").args(["-o", &options, "--"]).arg(folder);
+    command.stdin(Stdio::from(OwnedFd::from(theirs)));
+    run(&mut command, folder)?;
+    drop(command);
+    received(&ours).map_err(fail)
+}
+
+fn run(command: &mut Command, folder: &Path) -> Result<()> {
+    let done = command.output().map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => {
+            let detail = "only root may mount, and fusermount3 (package fuse3) is not installed";
+            Error::new(ErrorKind::Unsupported, detail)
+        }
+        _ => Error::io(error, "running fusermount3"),
+    })?;
+    if done.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&done.stderr);
+    let detail = format!("fusermount3 failed: {}", crate::error::shown(said.trim()));
+    Err(Error::new(ErrorKind::PermissionDenied, detail).in_file(folder))
+}
+
+/// The descriptor that comes with a byte.
+fn received(stream: &UnixStream) -> io::Result<OwnedFd> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    recvmsg(stream, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    let rights = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
+        _ => None,
+    });
+    rights.ok_or_else(|| io::Error::other("no descriptor came"))
+}
+
+/// Another descriptor of the same device, with requests of its own.
+///
+/// # Errors
+/// Host errors.
+pub fn another(device: &OwnedFd) -> io::Result<OwnedFd> {
+    let clone = open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    clone_of(&clone, device)?;
+    Ok(clone)
+}
+
+fn clone_of(clone: &OwnedFd, device: &OwnedFd) -> io::Result<()> {
+    use rustix::ioctl::{Setter, ioctl, opcode};
+    /// `FUSE_DEV_IOC_CLONE`.
+    const CLONE: rustix::ioctl::Opcode = opcode::read::<u32>(229, 0);
+    // The kernel reads it as unsigned.
+    let number = device.as_raw_fd() as u32;
+    // SAFETY: the ioctl reads a number of this size, and changes nothing in this process.
+    let set = unsafe { Setter::<CLONE, u32>::new(number) };
+    // SAFETY: as above; both descriptors live as long as the call.
+    unsafe { ioctl(clone.as_fd(), set) }?;
+    Ok(())
+}

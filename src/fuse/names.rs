@@ -1,0 +1,166 @@
+//! Requests about names, attributes, and opening and closing. All may wait for a disk, and so have
+//! threads of their own.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rustix::fs::statvfs;
+use rustix::io::Errno;
+
+use super::handles::Open;
+use super::proto::{self, Space};
+use super::server::{Shared, Ticket};
+use super::tree::Entry;
+use super::{errno, work};
+use crate::device::Device;
+use crate::error::Error;
+use crate::serve::{Lease, guard};
+
+/// Handles of folders, which no file has.
+const FOLDER: u64 = 1 << 62;
+/// Offset of what stands behind a folder's own two entries, `.` and `..`.
+const OWN: u64 = 2;
+
+/// Has a request answered by a thread for names.
+fn later(ticket: Ticket, act: impl FnOnce(&Arc<Shared>, u64) -> Outcome + Send + 'static) {
+    let names = ticket.shared.names.clone();
+    names.add(Box::new(move |thread| match thread {
+        Ok(()) => {
+            let (shared, unique) = (ticket.shared.clone(), ticket.unique);
+            ticket.give(act(&shared, unique));
+        }
+        Err(error) => ticket.fail_with("a request about names", &error),
+    }));
+}
+
+type Outcome = Result<Vec<u8>, Errno>;
+
+/// The errno of a disk's error, which is logged as a whole unless it says what is no news.
+fn told(shared: &Shared, what: &str, error: &Error) -> Errno {
+    let errno = errno(error);
+    if !matches!(errno, Errno::BUSY | Errno::NOENT) {
+        shared.log(&format!("{what} failed: {error}"));
+    }
+    errno
+}
+
+pub(super) fn lookup(ticket: Ticket, folder: u64, name: Vec<u8>) {
+    later(ticket, move |shared, _| {
+        shared.tree.find(folder, &name).map(|found| proto::entry(&found))
+    });
+}
+
+pub(super) fn attributes(ticket: Ticket, node: u64) {
+    later(ticket, move |shared, _| {
+        shared.tree.attributes(node).map(|found| proto::attributes(&found))
+    });
+}
+
+/// Makes what lies behind `size` read as zeros.
+pub(super) fn cut(ticket: Ticket, node: u64, handle: Option<u64>, size: u64) {
+    later(ticket, move |shared, _| {
+        let open = handle.and_then(|handle| shared.handles.get(handle));
+        let disk = match open.filter(|open| open.writes) {
+            Some(open) => open.disk.clone(),
+            None => leased(shared, node, true)?,
+        };
+        if disk.read_only() {
+            return Err(Errno::ROFS);
+        }
+        if size > disk.size() {
+            // `thinply resize` does that.
+            return Err(Errno::PERM);
+        }
+        work::cut(&disk, size).map_err(|error| told(shared, "cutting", &error))?;
+        drop(disk);
+        shared.tree.attributes(node).map(|found| proto::attributes(&found))
+    });
+}
+
+/// The disk of a node.
+pub(super) fn leased(shared: &Shared, node: u64, writes: bool) -> Result<Lease, Errno> {
+    let name = shared.tree.disk_of(node)?;
+    let disk = shared.tree.open(&name, writes).map_err(|error| {
+        let name = if name.is_empty() { "the disk" } else { &name };
+        told(shared, &format!("opening {name}"), &error)
+    })?;
+    shared.note(&disk);
+    Ok(disk)
+}
+
+pub(super) fn open(ticket: Ticket, node: u64, writes: bool) {
+    later(ticket, move |shared, unique| {
+        let disk = leased(shared, node, writes)?;
+        if writes && disk.read_only() {
+            return Err(Errno::ROFS);
+        }
+        let handle = shared.handles.add(unique, node, Open { disk, writes });
+        handle.map(proto::opened).map_err(|error| {
+            shared.log(&format!("noting an open file: {error}"));
+            Errno::IO
+        })
+    });
+}
+
+/// Whoever had the file open is gone, whatever comes of this.
+pub(super) fn release(ticket: Ticket, handle: u64) {
+    later(ticket, move |shared, _| {
+        if let Err(error) = shared.handles.release(handle).map(drop) {
+            shared.log(&format!("noting a closed file: {error}"));
+        }
+        Ok(Vec::new())
+    });
+}
+
+pub(super) fn open_folder(ticket: Ticket) {
+    let handle = FOLDER | ticket.shared.next_folder.fetch_add(1, Ordering::Relaxed);
+    ticket.succeed(&proto::opened_folder(handle));
+}
+
+pub(super) fn release_folder(ticket: Ticket, handle: u64) {
+    guard(&ticket.shared.folders).remove(&handle);
+    ticket.succeed(&[]);
+}
+
+pub(super) fn read_folder(ticket: Ticket, node: u64, handle: u64, offset: u64, length: usize) {
+    later(ticket, move |shared, _| {
+        let entries = listed(shared, node, handle, offset)?;
+        let mut out = Vec::new();
+        let own = [(".", 1), ("..", OWN)].into_iter().filter(|(_, place)| *place > offset);
+        for (name, next) in own {
+            proto::list(&mut out, length, node, next, true, name);
+        }
+        let from = entries.partition_point(|entry| entry.node <= offset);
+        for Entry { node, folder, name } in entries.iter().skip(from) {
+            if !proto::list(&mut out, length, *node, *node, *folder, name) {
+                break;
+            }
+        }
+        Ok(out)
+    });
+}
+
+/// What is in a folder, listed once for whoever reads it from its beginning.
+fn listed(shared: &Shared, node: u64, handle: u64, offset: u64) -> Result<Arc<Vec<Entry>>, Errno> {
+    if offset > 0
+        && let Some(entries) = guard(&shared.folders).get(&handle)
+    {
+        return Ok(entries.clone());
+    }
+    let entries = Arc::new(shared.tree.entries(node)?);
+    guard(&shared.folders).insert(handle, entries.clone());
+    Ok(entries)
+}
+
+/// The space of the file system that the layers are in.
+pub(super) fn space(ticket: Ticket) {
+    later(ticket, move |shared, _| {
+        let found = statvfs(&shared.config.space_of)?;
+        let blocks = |count: u64| (u128::from(count) * u128::from(found.f_frsize) / 4096) as u64;
+        Ok(proto::space(&Space {
+            blocks: blocks(found.f_blocks),
+            free: blocks(found.f_bfree),
+            available: blocks(found.f_bavail),
+        }))
+    });
+}

@@ -1,0 +1,494 @@
+//! The server: a mount, the threads that read its requests, and its end.
+
+use std::collections::HashMap;
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+
+use super::handles::{Handles, Open};
+use super::mount::{Mount, another};
+use super::proto::{self, ANSWER_HEADER, Command, HEADER, MAX_IO, WRITE_HEADER};
+use super::tree::{Entry, Tree};
+use super::{names, work};
+use crate::device::Device;
+use crate::error::{Error, ErrorKind, Result};
+use crate::serve::{AnyServed, Buffer, Crew, Keep, Lease, Leases, Log, guard, spawn};
+
+/// Most requests that the kernel sends in the background before it holds its callers back.
+const MAX_BACKGROUND: u16 = 128;
+/// Threads for what is about names.
+const NAMES: usize = 8;
+/// Where the arguments of a request that was read begin, so that the data of a write begins at a page.
+const DATA: usize = 4096;
+
+/// Limits and habits of a server.
+#[derive(Clone)]
+pub struct ServerConfig {
+    /// Folders that are there even if nothing is in them. Default none.
+    pub folders: Vec<String>,
+    /// The file of the disk whose name is empty. Default `disk`.
+    pub default_name: String,
+    /// Whose file system's space the mount shows as its own. Default the root folder's.
+    pub space_of: PathBuf,
+    /// Threads that read requests. Default one a processor, two at least and eight at most.
+    pub threads: usize,
+    /// How long running requests have to finish at shutdown. Default 10 seconds.
+    pub drain_timeout: Duration,
+    /// How long the flushes at the end may take. Default 60 seconds.
+    pub flush_timeout: Duration,
+    /// Keeps the mount beyond the end of this process. Default nobody.
+    pub keep: Option<Arc<dyn Keep>>,
+    /// Hears of errors. Default nobody.
+    pub log: Log,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        let processors = thread::available_parallelism().map_or(2, usize::from);
+        Self {
+            folders: Vec::new(),
+            default_name: "disk".into(),
+            space_of: "/".into(),
+            threads: processors.clamp(2, 8),
+            drain_timeout: Duration::from_secs(10),
+            flush_timeout: Duration::from_secs(60),
+            keep: None,
+            log: Arc::new(|_| {}),
+        }
+    }
+}
+
+/// Begin of the keys of what is kept of mounts, before the mount's id and its folder, a line each.
+/// With it are the devices, and behind them the memory of what is open.
+pub const KEPT: &str = "fuse\n";
+
+/// A mounted file system of disks. [`Server::run`] serves.
+pub struct Server {
+    mount: Mount,
+    channels: Vec<Arc<Channel>>,
+    shared: Arc<Shared>,
+}
+
+/// Stops a server from another thread.
+#[derive(Clone)]
+pub struct Handle(Arc<Shared>);
+
+/// What all threads of a server know.
+pub(super) struct Shared {
+    pub config: ServerConfig,
+    pub tree: Tree,
+    pub handles: Handles,
+    /// What was listed of folders that are open.
+    pub folders: Mutex<HashMap<u64, Arc<Vec<Entry>>>>,
+    pub next_folder: AtomicU64,
+    /// For what is about names.
+    pub names: Arc<Crew>,
+    /// Requests that are not answered yet.
+    running: AtomicUsize,
+    stopping: AtomicBool,
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Disks that were used, to be flushed at the end.
+    used: Mutex<Vec<Weak<AnyServed>>>,
+}
+
+#[derive(Default)]
+struct State {
+    readers: usize,
+    stop: bool,
+    failed: Option<Error>,
+}
+
+/// A descriptor from which requests come and to which their answers go.
+pub(super) struct Channel {
+    device: OwnedFd,
+}
+
+impl Server {
+    /// Mounts the disks that `disks` gives out on a folder, for this process's user alone. Its requests
+    /// are answered once [`Server::run`] is called.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where FUSE or `fusermount3` is missing; host errors.
+    pub fn mount(folder: &Path, disks: Arc<dyn Leases>, config: ServerConfig) -> Result<Self> {
+        let fail = |error| Error::io(error, "mounting").in_file(folder);
+        let handles = Handles::new().map_err(fail)?;
+        let (mount, device) = Mount::make(folder)?;
+        // Where there are fewer, those do as well.
+        let clones: Vec<_> = (1..config.threads).map_while(|_| another(&device).ok()).collect();
+        let devices = std::iter::once(device).chain(clones);
+        let server = Self::over(mount, devices, handles, disks, config);
+        // Before the first request is read: a device that isn't kept takes its requests with it.
+        if let Some(keep) = &server.shared.config.keep {
+            let devices = server.channels.iter().map(|channel| channel.device.as_fd());
+            let all: Vec<_> = devices.chain([server.shared.handles.memory()]).collect();
+            keep.keep(&server.key(), &all).inspect_err(|_| drop(server.mount.remove()))?;
+        }
+        Ok(server)
+    }
+
+    /// Goes on with a mount of another process that is gone, with all that it had begun: `key` and
+    /// `kept` are what it gave to be kept. What it had not answered is answered by this one.
+    ///
+    /// # Errors
+    /// Host errors; then the mount is taken away.
+    pub fn resume(
+        key: &str,
+        kept: Vec<OwnedFd>,
+        disks: Arc<dyn Leases>,
+        config: ServerConfig,
+    ) -> Result<Self> {
+        let mount = mount_of(key).ok_or_else(|| nonsense(key))?;
+        let mut devices = kept;
+        let memory = devices.pop().ok_or_else(|| nonsense(key))?;
+        let resumed = Handles::of(memory.into())
+            .map_err(|error| Error::io(error, "taking over what is open"))
+            .and_then(|handles| {
+                let server = Self::over(mount.clone(), devices, handles, disks, config);
+                server.reopen()?;
+                Ok(server)
+            });
+        resumed.inspect_err(|_| drop(mount.remove()))
+    }
+
+    fn over(
+        mount: Mount,
+        devices: impl IntoIterator<Item = OwnedFd>,
+        handles: Handles,
+        disks: Arc<dyn Leases>,
+        config: ServerConfig,
+    ) -> Self {
+        let channels = devices.into_iter().map(|device| Arc::new(Channel { device })).collect();
+        let (folders, default) = (config.folders.clone(), config.default_name.clone());
+        let shared = Arc::new(Shared {
+            tree: Tree::new(disks, folders, default),
+            handles,
+            folders: Mutex::default(),
+            next_folder: AtomicU64::new(0),
+            names: Crew::new("fuse-names", NAMES),
+            running: AtomicUsize::new(0),
+            stopping: AtomicBool::new(false),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            used: Mutex::default(),
+            config,
+        });
+        Self { mount, channels, shared }
+    }
+
+    /// Opens again what clients had open, and asks for the requests that were read and not answered.
+    fn reopen(&self) -> Result<()> {
+        let fail = |error| Error::io(error, "taking over a mount").in_file(self.folder());
+        for (handle, kept) in self.shared.handles.kept().map_err(fail)? {
+            let writes = kept.writes != 0;
+            // What can't be opened is there still, and answers with an error.
+            if let Ok(disk) = names::leased(&self.shared, kept.node, writes) {
+                self.shared.handles.restore(handle, Open { disk, writes });
+            }
+        }
+        let channel = self.channels.first().ok_or_else(|| nonsense("no device"))?;
+        rustix::io::write(&channel.device, &proto::send_again())
+            .map_err(|error| fail(error.into()))?;
+        Ok(())
+    }
+
+    fn key(&self) -> String {
+        format!("{KEPT}{}\n{}", self.mount.id(), self.folder().display())
+    }
+
+    /// Where it is mounted, without links.
+    pub fn folder(&self) -> &Path {
+        self.mount.folder()
+    }
+
+    /// What stops this server.
+    pub fn handle(&self) -> Handle {
+        Handle(self.shared.clone())
+    }
+
+    /// Serves until [`Handle::shutdown`], or until somebody unmounts. Then it gives running requests
+    /// `drain_timeout` to finish, flushes every disk that was used, lets go of them and takes the mount
+    /// away; who has files open still gets `EIO` from then on. Fails with the first flush's error, or
+    /// with [`ErrorKind::Io`] if requests or flushes were still running at the end.
+    pub fn run(self) -> Result<()> {
+        let key = self.key();
+        let Self { mount, channels, shared } = self;
+        for channel in channels {
+            guard(&shared.state).readers += 1;
+            let reader = Reader(shared.clone());
+            let started = spawn("fuse", move || reader.run(&channel));
+            started.map_err(|error| Error::io(error, "starting a thread"))?;
+        }
+        let failed = shared.wait_for_the_end();
+        let drained = shared.drain();
+        let flushed = shared.flush_used();
+        shared.handles.clear();
+        shared.names.close();
+        let removed = mount.remove();
+        if let Some(keep) = &shared.config.keep {
+            keep.release(&key);
+        }
+        failed.and(flushed).and(drained).and(removed)
+    }
+}
+
+/// The mount that is kept under a key.
+pub fn mount_of(key: &str) -> Option<Mount> {
+    let (id, folder) = key.strip_prefix(KEPT)?.split_once('\n')?;
+    Some(Mount::known(folder.into(), id.parse().ok()?))
+}
+
+fn nonsense(kept: &str) -> Error {
+    Error::new(ErrorKind::InvalidInput, format!("kept of a mount is {kept:?}, which says nothing"))
+}
+
+impl Handle {
+    /// Has [`Server::run`] come to its end; doesn't wait for it. From now on requests fail with `EIO`.
+    pub fn shutdown(&self) {
+        self.0.stopping.store(true, Ordering::Relaxed);
+        guard(&self.0.state).stop = true;
+        self.0.changed.notify_all();
+    }
+}
+
+/// One of the threads that read requests, taken off the count at its end, even by a panic.
+struct Reader(Arc<Shared>);
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        guard(&self.0.state).readers -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Reader {
+    fn run(&self, channel: &Arc<Channel>) {
+        let mut buffer = Buffer::default();
+        buffer.set_length(DATA + MAX_IO);
+        // A thread that has taken a request and then has to find memory for it may be killed in between.
+        buffer.lock();
+        loop {
+            match channel.read(&mut buffer) {
+                Ok(length) => self.handle(channel, &mut buffer, length),
+                // Given up before it was read.
+                Err(Errno::INTR | Errno::NOENT | Errno::AGAIN) => {}
+                // Unmounted.
+                Err(Errno::NODEV) => return,
+                Err(error) => {
+                    let error = Error::io(error.into(), "reading requests of the kernel");
+                    guard(&self.0.state).failed.get_or_insert(error);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Answers a request, or hands it on.
+    fn handle(&self, channel: &Arc<Channel>, buffer: &mut Buffer, length: usize) {
+        let shared = &self.0;
+        let (Some(bytes), true) =
+            (buffer.get(DATA - WRITE_HEADER..DATA - WRITE_HEADER + length), length >= HEADER)
+        else {
+            return;
+        };
+        let request = match proto::parse(bytes) {
+            Ok(request) => request,
+            Err(violation) => {
+                shared.log(&format!("the kernel sent what is no request: {}", violation.0));
+                let mut unique = [0; 8];
+                unique.iter_mut().zip(bytes.iter().skip(8)).for_each(|(to, from)| *to = *from);
+                channel.answer(u64::from_ne_bytes(unique), Err(Errno::INVAL));
+                return;
+            }
+        };
+        let (unique, node) = (request.unique, request.node);
+        if matches!(request.command, Command::Silent) {
+            return;
+        }
+        let ticket = Ticket::new(shared, channel, unique);
+        match request.command {
+            Command::Release { handle } => names::release(ticket, handle),
+            Command::ReleaseFolder { handle } => names::release_folder(ticket, handle),
+            Command::Destroy => ticket.succeed(&[]),
+            _ if shared.stopping.load(Ordering::Relaxed) => ticket.fail(Errno::IO),
+            Command::Init(kernel) => {
+                if shared.config.keep.is_some() && !kernel.sends_again() {
+                    shared
+                        .log("this kernel (before Linux 6.9) ends the mount when its server dies");
+                }
+                ticket.give(proto::init(&kernel, MAX_BACKGROUND));
+            }
+            Command::Read { handle, offset, length } => {
+                work::read(ticket, buffer, handle, offset, length);
+            }
+            Command::Write { handle, offset, data, durable } => {
+                work::write(ticket, handle, offset, data, durable);
+            }
+            Command::Sync { handle } => work::sync(ticket, handle),
+            Command::Allocate { handle, offset, length, mode } => {
+                work::allocate(ticket, handle, (offset, length), mode);
+            }
+            Command::Seek { handle, offset, hole } => work::seek(ticket, handle, offset, hole),
+            Command::Lookup { name } => names::lookup(ticket, node, name.to_vec()),
+            Command::GetAttributes => names::attributes(ticket, node),
+            Command::SetAttributes { size, others, .. } if others || size.is_none() => {
+                // Times are those of the layer; who may use it is decided there.
+                if others { ticket.fail(Errno::PERM) } else { names::attributes(ticket, node) }
+            }
+            Command::SetAttributes { handle, size, .. } => {
+                names::cut(ticket, node, handle, size.unwrap_or(0));
+            }
+            Command::Open { writes } => names::open(ticket, node, writes),
+            Command::OpenFolder => names::open_folder(ticket),
+            Command::ReadFolder { handle, offset, length } => {
+                names::read_folder(ticket, node, handle, offset, length);
+            }
+            Command::Space => names::space(ticket),
+            Command::Change => ticket.fail(Errno::PERM),
+            Command::Silent | Command::Unknown => ticket.fail(Errno::NOSYS),
+        }
+    }
+}
+
+impl Shared {
+    /// Tells a line to whoever hears, and goes on whatever comes of that.
+    pub(super) fn log(&self, line: &str) {
+        let _ = catch_unwind(AssertUnwindSafe(|| (self.config.log)(line)));
+    }
+
+    /// Remembers a disk for the flush at the end.
+    pub(super) fn note(&self, lease: &Lease) {
+        let mut used = guard(&self.used);
+        used.retain(|other| other.strong_count() > 0);
+        let disk = lease.watch();
+        if !used.iter().any(|other| other.ptr_eq(&disk)) {
+            used.push(disk);
+        }
+    }
+
+    fn wait_for_the_end(&self) -> Result<()> {
+        let state = guard(&self.state);
+        let waited = self.changed.wait_while(state, |state| !state.stop && state.readers > 0);
+        let failed = waited.unwrap_or_else(PoisonError::into_inner).failed.take();
+        self.stopping.store(true, Ordering::Relaxed);
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Waits until all requests are answered.
+    fn drain(&self) -> Result<()> {
+        let deadline = Instant::now() + self.config.drain_timeout;
+        loop {
+            let running = self.running.load(Ordering::Acquire);
+            if running == 0 {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                let detail = format!("{running} requests were still running at shutdown");
+                return Err(Error::new(ErrorKind::Io, detail));
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Flushes all disks that were used at the same time, so that each has all of the time there is.
+    fn flush_used(&self) -> Result<()> {
+        let used: Vec<_> = guard(&self.used).iter().filter_map(Weak::upgrade).collect();
+        let deadline = Instant::now() + self.config.flush_timeout;
+        let (done, results) = mpsc::channel();
+        for disk in used.into_iter().filter(|disk| !disk.read_only()) {
+            let done = done.clone();
+            let flush = move || {
+                let result = disk.flush();
+                // Before the answer: whoever waits for it may then be the last and see to the close.
+                drop(disk);
+                let _ = done.send(result);
+            };
+            spawn("fuse-flush", flush)
+                .map_err(|error| Error::io(error, "starting the last flush"))?;
+        }
+        drop(done);
+        let mut outcome = Ok(());
+        loop {
+            match results.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(result) => outcome = outcome.and(result),
+                Err(RecvTimeoutError::Disconnected) => return outcome,
+                Err(RecvTimeoutError::Timeout) => {
+                    let detail = "a flush was still running at shutdown";
+                    return outcome.and(Err(Error::new(ErrorKind::Io, detail)));
+                }
+            }
+        }
+    }
+}
+
+impl Channel {
+    /// Reads one request so that the data of a write begins at [`DATA`]. Answers its length.
+    fn read(&self, buffer: &mut Buffer) -> rustix::io::Result<usize> {
+        let space = buffer.get_mut(DATA - WRITE_HEADER..).unwrap_or_default();
+        rustix::io::readv(&self.device, &mut [IoSliceMut::new(space)])
+    }
+
+    /// Answers a request. One that was given up meanwhile, or whose mount has gone, wants none.
+    fn answer(&self, unique: u64, result: std::result::Result<&[u8], Errno>) {
+        let header = proto::answer_header(unique, result.map(<[u8]>::len));
+        let parts = [IoSlice::new(&header), IoSlice::new(result.unwrap_or_default())];
+        debug_assert_eq!(header.len(), ANSWER_HEADER);
+        let _ = rustix::io::writev(&self.device, &parts);
+    }
+}
+
+/// What answers a request. Dropped without an answer (somebody panicked) it answers `EIO`.
+pub(super) struct Ticket {
+    pub shared: Arc<Shared>,
+    channel: Arc<Channel>,
+    pub unique: u64,
+    answered: bool,
+}
+
+impl Ticket {
+    fn new(shared: &Arc<Shared>, channel: &Arc<Channel>, unique: u64) -> Self {
+        shared.running.fetch_add(1, Ordering::Relaxed);
+        Self { shared: shared.clone(), channel: channel.clone(), unique, answered: false }
+    }
+
+    pub fn succeed(mut self, content: &[u8]) {
+        self.answered = true;
+        self.channel.answer(self.unique, Ok(content));
+    }
+
+    pub fn fail(mut self, errno: Errno) {
+        self.answered = true;
+        self.channel.answer(self.unique, Err(errno));
+    }
+
+    /// Answers with what was found.
+    pub fn give(self, result: std::result::Result<Vec<u8>, Errno>) {
+        match result {
+            Ok(content) => self.succeed(&content),
+            Err(errno) => self.fail(errno),
+        }
+    }
+
+    /// Answers with the error of a disk, which is logged as a whole.
+    pub fn fail_with(self, what: &str, error: &Error) {
+        self.shared.log(&format!("{what} failed: {error}"));
+        self.fail(super::errno(error));
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if !self.answered {
+            self.channel.answer(self.unique, Err(Errno::IO));
+        }
+        self.shared.running.fetch_sub(1, Ordering::Release);
+    }
+}

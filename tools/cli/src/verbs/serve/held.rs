@@ -1,0 +1,145 @@
+//! A server and its holder: the process that the user starts holds, and starts the one that serves.
+
+use std::ffi::OsString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::process::{Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_signal};
+use thinply::error::{Error, Result};
+use thinply::fuse;
+use thinply::holder::{Came, Holder, Vault};
+
+use super::say;
+use crate::io::{output, signals};
+
+/// Says to a server that standard input leads to its holder, which has this process id.
+const HOLDER: &str = "THINPLY_HOLDER";
+/// How long nobody serves before all is given up.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long after a server that never served another one is started.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Exit status of a process that panicked.
+const PANICKED: i32 = 101;
+
+/// The process that holds this one, and that the user knows.
+pub fn pid() -> u32 {
+    getppid().map_or(0, |parent| parent.as_raw_nonzero().get().cast_unsigned())
+}
+
+/// The holder that started this process, if one did.
+pub fn holder() -> Result<Option<Arc<Holder>>> {
+    // Inherited by a process that somebody else started it means nothing.
+    if std::env::var(HOLDER).ok() != Some(pid().to_string()) {
+        return Ok(None);
+    }
+    let socket = std::io::stdin().as_fd().try_clone_to_owned();
+    let socket = socket.map_err(|error| Error::io(error, "talking to the holder"))?;
+    Holder::connect(socket, say()).map(Some)
+}
+
+/// The servers of a holder, one after the other.
+#[derive(Default)]
+struct Servers {
+    /// The one that serves.
+    now: Mutex<Option<OwnedFd>>,
+    ending: AtomicBool,
+}
+
+/// Starts servers with the arguments of this process, each where the one before died, until one ends by
+/// itself. Answers how that one ended.
+pub fn hold() -> Result<i32> {
+    let fail = |error| Error::io(error, "holding a server");
+    let servers = Arc::new(Servers::default());
+    let told = servers.clone();
+    signals::on_end(move || told.end()).map_err(fail)?;
+    let mut vault = Vault::default();
+    let mut served = None;
+    loop {
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .map_err(|error| fail(error.into()))?;
+        let (came, status) = servers.attend(start(theirs).map_err(fail)?, &mut vault, ours)?;
+        if let Some(code) = status.code().filter(|code| *code != PANICKED) {
+            // One that could not go on has left them.
+            give_up(&vault);
+            return Ok(code);
+        }
+        if came == Came::Served {
+            served = Some(Instant::now());
+        }
+        let given_up = served.is_none_or(|served| served.elapsed() >= PATIENCE);
+        if given_up || servers.ending.load(Ordering::Acquire) {
+            give_up(&vault);
+            output::say(format!("the server died ({status})"));
+            return Ok(status.signal().map_or(PANICKED, |signal| 128 + signal));
+        }
+        output::say(format!("the server died ({status}): another one goes on"));
+        if came == Came::Nowhere {
+            thread::sleep(PAUSE);
+        }
+    }
+}
+
+fn start(socket: OwnedFd) -> std::io::Result<Child> {
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_else(|| OsString::from("thinply"));
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(name).args(arguments).env(HOLDER, std::process::id().to_string());
+    command.stdin(Stdio::from(socket)).spawn()
+}
+
+impl Servers {
+    /// Keeps for a server until its real end.
+    fn attend(
+        &self,
+        mut child: Child,
+        vault: &mut Vault,
+        socket: OwnedFd,
+    ) -> Result<(Came, ExitStatus)> {
+        let fail = |error| Error::io(error, "holding a server");
+        let server = pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
+        *self.now() = Some(server.map_err(|error| fail(error.into()))?);
+        if self.ending.load(Ordering::Acquire) {
+            // Told before there was somebody to tell.
+            self.tell_to_end();
+        }
+        let came = vault.attend(&socket).unwrap_or_else(|error| {
+            output::say(format!("holding a server: {error}"));
+            Came::Nowhere
+        });
+        // One that has closed its end may go on for a while.
+        drop(socket);
+        Ok((came, child.wait().map_err(fail)?))
+    }
+
+    fn now(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end(&self) {
+        self.ending.store(true, Ordering::Release);
+        self.tell_to_end();
+    }
+
+    fn tell_to_end(&self) {
+        if let Some(server) = &*self.now() {
+            // Fails where it has ended.
+            let _ = pidfd_send_signal(server, Signal::TERM);
+        }
+    }
+}
+
+/// Nobody goes on with the mounts: who has files in them open gets errors from then on.
+fn give_up(vault: &Vault) {
+    for mount in vault.keys().filter_map(fuse::mount_of) {
+        if let Err(error) = mount.remove() {
+            output::say(error);
+        }
+    }
+}
