@@ -20,7 +20,10 @@ mod mount;
 mod names;
 mod proto;
 mod server;
+#[cfg(test)]
+mod tests;
 mod tree;
+mod tries;
 mod work;
 
 use rustix::io::Errno;

@@ -1,7 +1,7 @@
 //! The server: a mount, the threads that read its requests, and its end.
 
 use std::collections::HashMap;
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -17,6 +17,7 @@ use super::handles::{Handles, Open};
 use super::mount::{Mount, another};
 use super::proto::{self, ANSWER_HEADER, Command, HEADER, MAX_IO, WRITE_HEADER};
 use super::tree::{Entry, Tree};
+use super::tries::Tries;
 use super::{names, work};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
@@ -67,7 +68,7 @@ impl Default for ServerConfig {
 }
 
 /// Begin of the keys of what is kept of mounts, before the mount's id and its folder, a line each.
-/// With it are the devices, and behind them the memory of what is open.
+/// With it are the devices, and behind them the memory of what is open and of tries.
 pub const KEPT: &str = "fuse\n";
 
 /// A mounted file system of disks. [`Server::run`] serves.
@@ -86,6 +87,7 @@ pub(super) struct Shared {
     pub config: ServerConfig,
     pub tree: Tree,
     pub handles: Handles,
+    tries: Tries,
     /// What was listed of folders that are open.
     pub folders: Mutex<HashMap<u64, Arc<Vec<Entry>>>>,
     pub next_folder: AtomicU64,
@@ -98,6 +100,12 @@ pub(super) struct Shared {
     changed: Condvar,
     /// Disks that were used, to be flushed at the end.
     used: Mutex<Vec<Weak<AnyServed>>>,
+}
+
+/// What the next server gets to know of this one.
+struct Memory {
+    handles: Handles,
+    tries: Tries,
 }
 
 #[derive(Default)]
@@ -120,16 +128,18 @@ impl Server {
     /// [`ErrorKind::Unsupported`] where FUSE or `fusermount3` is missing; host errors.
     pub fn mount(folder: &Path, disks: Arc<dyn Leases>, config: ServerConfig) -> Result<Self> {
         let fail = |error| Error::io(error, "mounting").in_file(folder);
-        let handles = Handles::new().map_err(fail)?;
+        let memory =
+            Memory { handles: Handles::new().map_err(fail)?, tries: Tries::new().map_err(fail)? };
         let (mount, device) = Mount::make(folder)?;
         // Where there are fewer, those do as well.
         let clones: Vec<_> = (1..config.threads).map_while(|_| another(&device).ok()).collect();
         let devices = std::iter::once(device).chain(clones);
-        let server = Self::over(mount, devices, handles, disks, config);
+        let server = Self::over(mount, devices, memory, disks, config);
         // Before the first request is read: a device that isn't kept takes its requests with it.
         if let Some(keep) = &server.shared.config.keep {
             let devices = server.channels.iter().map(|channel| channel.device.as_fd());
-            let all: Vec<_> = devices.chain([server.shared.handles.memory()]).collect();
+            let memory = [server.shared.handles.memory(), server.shared.tries.memory()];
+            let all: Vec<_> = devices.chain(memory).collect();
             keep.keep(&server.key(), &all).inspect_err(|_| drop(server.mount.remove()))?;
         }
         Ok(server)
@@ -148,11 +158,16 @@ impl Server {
     ) -> Result<Self> {
         let mount = mount_of(key).ok_or_else(|| nonsense(key))?;
         let mut devices = kept;
-        let memory = devices.pop().ok_or_else(|| nonsense(key))?;
-        let resumed = Handles::of(memory.into())
-            .map_err(|error| Error::io(error, "taking over what is open"))
-            .and_then(|handles| {
-                let server = Self::over(mount.clone(), devices, handles, disks, config);
+        let (Some(tries), Some(handles)) = (devices.pop(), devices.pop()) else {
+            return Err(nonsense(key));
+        };
+        let memory = || {
+            Ok(Memory { handles: Handles::of(handles.into())?, tries: Tries::of(tries.into())? })
+        };
+        let resumed = memory()
+            .map_err(|error: io::Error| Error::io(error, "taking over what is open"))
+            .and_then(|memory| {
+                let server = Self::over(mount.clone(), devices, memory, disks, config);
                 server.reopen()?;
                 Ok(server)
             });
@@ -162,15 +177,17 @@ impl Server {
     fn over(
         mount: Mount,
         devices: impl IntoIterator<Item = OwnedFd>,
-        handles: Handles,
+        memory: Memory,
         disks: Arc<dyn Leases>,
         config: ServerConfig,
     ) -> Self {
+        let Memory { handles, tries } = memory;
         let channels = devices.into_iter().map(|device| Arc::new(Channel { device })).collect();
         let (folders, default) = (config.folders.clone(), config.default_name.clone());
         let shared = Arc::new(Shared {
             tree: Tree::new(disks, folders, default),
             handles,
+            tries,
             folders: Mutex::default(),
             next_folder: AtomicU64::new(0),
             names: Crew::new("fuse-names", NAMES),
@@ -319,6 +336,7 @@ impl Reader {
             Command::ReleaseFolder { handle } => names::release_folder(ticket, handle),
             Command::Destroy => ticket.succeed(&[]),
             _ if shared.stopping.load(Ordering::Relaxed) => ticket.fail(Errno::IO),
+            _ if !shared.may_try(unique) => ticket.fail(Errno::IO),
             Command::Init(kernel) => {
                 if shared.config.keep.is_some() && !kernel.sends_again() {
                     shared
@@ -362,6 +380,18 @@ impl Shared {
     /// Tells a line to whoever hears, and goes on whatever comes of that.
     pub(super) fn log(&self, line: &str) {
         let _ = catch_unwind(AssertUnwindSafe(|| (self.config.log)(line)));
+    }
+
+    /// Whether a request may be carried out: not where several servers have died at it.
+    fn may_try(&self, unique: u64) -> bool {
+        let may = self.tries.begin(unique).unwrap_or_else(|error| {
+            self.log(&format!("counting how often a request is tried: {error}"));
+            true
+        });
+        if !may {
+            self.log("a request at which three servers died is given up");
+        }
+        may
     }
 
     /// Remembers a disk for the flush at the end.

@@ -39,7 +39,7 @@ pub struct Tree {
     paths: Mutex<HashMap<u64, String>>,
 }
 
-fn node_of(path: &str) -> u64 {
+pub fn node_of(path: &str) -> u64 {
     if path.is_empty() {
         return ROOT;
     }
@@ -89,7 +89,7 @@ impl Tree {
     ///
     /// # Errors
     /// `ESTALE` where it is no more.
-    fn path(&self, node: u64) -> Result<String, Errno> {
+    pub fn path(&self, node: u64) -> Result<String, Errno> {
         if node == ROOT {
             return Ok(String::new());
         }
@@ -176,65 +176,4 @@ impl Tree {
 fn prefixes(path: &str) -> Vec<String> {
     let ends = path.match_indices('/').map(|(at, _)| at).chain([path.len()]);
     ends.filter_map(|end| path.get(..end)).map(str::to_owned).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::chain::{Chain, Gate, create};
-    use crate::serve::{Opened, Served, Table};
-    use crate::storage::{Access, Folder, MemoryFolder};
-
-    fn tree(names: &[&str]) -> Tree {
-        let table = Table::new();
-        for name in names {
-            let folder: Arc<dyn Folder> = Arc::new(MemoryFolder::new("memory"));
-            let layers = Arc::new(Gate::default());
-            create(&folder, "disk", Some(1 << 20), None, &layers).unwrap();
-            let chain = Chain::open(folder, "disk", Access::Write, layers).unwrap();
-            table.insert(Arc::new(Served::new(*name, Opened::new(chain)).unwrap())).unwrap();
-        }
-        Tree::new(Arc::new(table), vec!["volume".into()], "disk.tply".into())
-    }
-
-    fn names(tree: &Tree, path: &str) -> Vec<(String, bool)> {
-        let entries = tree.entries(node_of(path)).unwrap();
-        let mut names: Vec<_> = entries.into_iter().map(|e| (e.name, e.folder)).collect();
-        names.sort();
-        names
-    }
-
-    #[test]
-    fn names_with_slashes_are_files_in_folders() {
-        let tree = tree(&["container/a", "image/host:5000/x/y:1", "image/x:2", ""]);
-        let root = [("container", true), ("disk.tply", false), ("image", true), ("volume", true)];
-        assert_eq!(names(&tree, ""), root.map(|(name, folder)| (name.to_owned(), folder)));
-        assert_eq!(names(&tree, "image"), [("host:5000".into(), true), ("x:2".into(), false)]);
-        assert_eq!(names(&tree, "volume"), []);
-        let mut node = ROOT;
-        for (name, folder) in [("image", true), ("host:5000", true), ("x", true), ("y:1", false)] {
-            let found = tree.find(node, name.as_bytes()).unwrap();
-            assert_eq!(found.folder, folder, "{name}");
-            node = found.node;
-        }
-        assert_eq!(tree.attributes(node).unwrap().facts.size, 1 << 20);
-        assert_eq!(tree.find(node_of("image"), b"y:1"), Err(Errno::NOENT));
-        assert_eq!(tree.find(ROOT, b"\xff"), Err(Errno::NOENT));
-        assert_eq!(tree.disk_of(node_of("disk.tply")).unwrap(), "");
-    }
-
-    #[test]
-    fn a_node_that_another_server_told_of_is_found_again() {
-        let tree = tree(&["image/a/b:1", "image/c:1"]);
-        for path in ["image/a/b:1", "image/a", "image", "volume"] {
-            assert_eq!(tree.path(node_of(path)).unwrap(), path);
-        }
-        assert_eq!(tree.path(node_of("image/b:1")), Err(Errno::STALE));
-    }
-
-    #[test]
-    fn what_can_be_no_file_is_left_out() {
-        let tree = tree(&["../x", "a//b", "/etc", "a/.", "ok", "a\0b"]);
-        assert_eq!(names(&tree, ""), [("ok".into(), false), ("volume".into(), true)]);
-    }
 }

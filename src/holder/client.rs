@@ -243,7 +243,7 @@ mod tests {
         let (ours, theirs) = pair();
         thread::scope(|scope| {
             scope.spawn(|| live(Holder::connect(theirs, nobody()).unwrap()));
-            vault.attend(&ours).unwrap()
+            vault.attend(&ours, || {}).unwrap()
         })
     }
 
@@ -316,7 +316,7 @@ mod tests {
             let file = tempfile::tempfile().unwrap();
             let some = vec![file.as_fd(); descriptors];
             send(&theirs, word, "key", &some).unwrap();
-            let error = Vault::default().attend(&ours).unwrap_err();
+            let error = Vault::default().attend(&ours, || {}).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{word}");
         }
     }

@@ -20,12 +20,12 @@ pub enum Came {
 }
 
 impl Vault {
-    /// Gives a server all that is kept, and keeps for it from then on, until it hangs up. Answers how far
-    /// it came.
+    /// Gives a server all that is kept, and keeps for it from then on, until it hangs up. Calls `ready`
+    /// once it serves, and answers how far it came.
     ///
     /// # Errors
     /// Host errors; [`io::ErrorKind::InvalidData`] for one that says what means nothing.
-    pub fn attend(&mut self, server: impl AsFd) -> io::Result<Came> {
+    pub fn attend(&mut self, server: impl AsFd, mut ready: impl FnMut()) -> io::Result<Came> {
         send(&server, GREETING, "", &[])?;
         for (key, descriptors) in &self.0 {
             let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
@@ -37,7 +37,10 @@ impl Vault {
             match (message.word.as_str(), message.descriptors.is_empty()) {
                 (KEEP, false) => drop(self.0.insert(message.key, message.descriptors)),
                 (DROP, true) => drop(self.0.remove(&message.key)),
-                (READY, true) => came = Came::Served,
+                (READY, true) => {
+                    came = Came::Served;
+                    ready();
+                }
                 _ => {
                     let detail = format!("a server says {:?}", message.word);
                     return Err(io::Error::new(io::ErrorKind::InvalidData, detail));

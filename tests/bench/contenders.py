@@ -158,6 +158,71 @@ class SameServerRaw(Raw):
         return [LOAD, "serve", socket, self.size, self.folder / name]
 
 
+@contextlib.contextmanager
+def running(*commands, ready):
+    """Runs commands, the first one last to end, from when `ready` holds; yields their process ids."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    started = []
+    for command in commands:
+        started.append(subprocess.Popen(list(map(str, command)), **quiet))
+        time.sleep(0.2)
+    while not ready():
+        if any(process.poll() is not None for process in started):
+            sys.exit(f"{commands[0][0]} did not start")
+        time.sleep(0.005)
+    yield [process.pid for process in started]
+    for process in reversed(started):
+        process.terminate()
+        process.wait()
+
+
+class ThinplyFile(Thinply):
+    """A disk as a file, by thinply itself."""
+
+    @contextlib.contextmanager
+    def shown(self, name, point, read_only):
+        flags = ["--read-only"] if read_only else []
+        command = [self.program, "serve", *flags, self.folder / name, "--fuse", point]
+        file = point / name
+        with running(command, ready=file.exists) as [holder]:
+            children = Path(f"/proc/{holder}/task/{holder}/children").read_text().split()
+            yield file, [int(child) for child in children]
+
+
+class StorageDaemonFile(StorageDaemon):
+    """A qcow2 image as a file."""
+
+    name = "qemu-storage-daemon's FUSE export"
+
+    @contextlib.contextmanager
+    def shown(self, name, point, read_only):
+        file = point / "qcow2"
+        file.touch()
+        access, writable = (",read-only=on", "") if read_only else ("", ",writable=on")
+        command = [
+            "qemu-storage-daemon",
+            "--blockdev", f"driver=file,node-name=f,filename={self.folder / name}{access}",
+            "--blockdev", f"driver=qcow2,node-name=n,file=f{access}",
+            "--export", f"type=fuse,id=e,node-name=n,mountpoint={file}{writable}",
+        ]
+        with running(command, ready=lambda: file.stat().st_size == self.size) as servers:
+            yield file, servers
+
+
+class NbdFuseBefore(Before):
+    """A disk as a file, by nbdfuse over the other build."""
+
+    name = "nbdfuse over thinply before"
+
+    @contextlib.contextmanager
+    def shown(self, name, point, read_only):
+        socket, file = self.folder / "socket", point / "nbd"
+        flags = ["-r"] if read_only else []
+        fuse = ["nbdfuse", *flags, file, f"nbd+unix:///?socket={socket}"]
+        with running(self.command(name, socket, read_only), fuse, ready=file.exists) as servers:
+            yield file, servers
+
+
 CONTENDERS = {
     kind.__name__: kind
     for kind in (

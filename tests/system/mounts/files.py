@@ -41,13 +41,13 @@ def insist(*command, seconds=30):
 class Files:
     """`thinply serve … --fuse` for the time of a `with` block."""
 
-    def __init__(self, *what, environment=None):
+    def __init__(self, *what, environment=None, program=THINPLY):
         self.scratch = tempfile.TemporaryDirectory(prefix="thinply-files-")
         scratch = Path(self.scratch.name).resolve()
         self.folder = scratch / "mount"
         self.folder.mkdir()
         self.log = open(scratch / "log", "w+")
-        command = [THINPLY, "serve", *what, "--fuse", self.folder]
+        command = [program, "serve", *what, "--fuse", self.folder]
         self.process = subprocess.Popen(
             [str(word) for word in command], stdout=subprocess.PIPE, stderr=self.log, text=True,
             stdin=subprocess.DEVNULL, preexec_fn=die_with_parent, start_new_session=True,

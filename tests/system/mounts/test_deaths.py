@@ -6,6 +6,7 @@ THINPLY_DEATHS says how often a server is killed under each file system (default
 import errno
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -15,7 +16,8 @@ import unittest
 
 from files import Files, insist, is_mounted, loop_device, mounted, need_mounts
 
-from support import BLOCK, GiB, MiB, Case, missing, pattern, run, thinply, wait_for
+from support import (
+    BLOCK, THINPLY, GiB, MiB, Case, missing, pattern, run, thinply, wait_for)
 
 DEATHS = int(os.environ.get("THINPLY_DEATHS", "7"))
 
@@ -166,6 +168,35 @@ class Deaths(Case):
             os.close(reader)
             os.close(file)
         self.assertEqual(self.store("store", "check"), "clean\n")
+
+    def test_an_upgrade_is_a_signal(self):
+        program, layer = self.path("program"), self.create("disk.tply", 16 * MiB)
+        shutil.copy(THINPLY, program)
+        with Files(layer, program=program) as files:
+            file = os.open(files.folder / "disk.tply", os.O_RDWR)
+            os.pwrite(file, b"before", 0)
+
+            def renew(what):
+                """Puts another program in its place."""
+                new = self.path("new")
+                what(new)
+                new.chmod(0o755)
+                new.rename(program)
+                files.process.send_signal(signal.SIGUSR1)
+                old = files.server
+                files.server = wait_for(
+                    lambda: (found := files.find_server()) != old and found, "another server")
+
+            renew(lambda new: shutil.copy(THINPLY, new))
+            self.assertEqual(os.pread(file, 6, 0), b"before")
+            self.assertEqual(os.readlink(f"/proc/{files.server}/exe"), str(program))
+            self.assertEqual(files.errors(), "")
+            # One that can't serve is followed by what the holder itself is.
+            renew(lambda new: new.write_text("#!/bin/sh\nexit 3\n"))
+            os.pwrite(file, b"behind", 6)
+            self.assertEqual(os.pread(file, 12, 0), b"beforebehind")
+            os.close(file)
+        self.assert_clean(layer)
 
     def test_a_server_goes_on_without_its_holder(self):
         layer = self.create("disk.tply", MiB)

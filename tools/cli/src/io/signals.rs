@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::{io, mem, ptr, thread};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
 /// Makes a file that has reached the limit of `ulimit -f` an error of the one who writes it, where it
@@ -16,8 +16,17 @@ pub fn survive_file_limits() {
 
 /// Runs `act`, on a thread of its own, at each SIGTERM, SIGINT and SIGHUP. One that the process was
 /// started to ignore, as by nohup, stays ignored.
-pub fn on_end(mut act: impl FnMut() + Send + 'static) -> io::Result<()> {
-    let heard = [SIGTERM, SIGINT, SIGHUP].into_iter().filter(|&signal| !is_ignored(signal));
+pub fn on_end(act: impl FnMut() + Send + 'static) -> io::Result<()> {
+    on(&[SIGTERM, SIGINT, SIGHUP], act)
+}
+
+/// The same at each SIGUSR1.
+pub fn on_renewal(act: impl FnMut() + Send + 'static) -> io::Result<()> {
+    on(&[SIGUSR1], act)
+}
+
+fn on(signals: &[i32], mut act: impl FnMut() + Send + 'static) -> io::Result<()> {
+    let heard = signals.iter().filter(|&&signal| !is_ignored(signal));
     let mut signals = Signals::new(heard)?;
     let listen = move || signals.forever().for_each(|_| act());
     thread::Builder::new().name("signals".into()).spawn(listen).map(drop)

@@ -3,8 +3,8 @@
 use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -46,26 +46,49 @@ pub fn holder() -> Result<Option<Arc<Holder>>> {
 /// The servers of a holder, one after the other.
 #[derive(Default)]
 struct Servers {
-    /// The one that serves.
-    now: Mutex<Option<OwnedFd>>,
-    ending: AtomicBool,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// The one that serves, or soon will.
+    now: Option<OwnedFd>,
+    /// It serves.
+    ready: bool,
+    /// The last one has been told to end.
+    ending: bool,
+    /// The next one is what the program's file holds by then.
+    renewed: bool,
 }
 
 /// Starts servers with the arguments of this process, each where the one before died, until one ends by
 /// itself. Answers how that one ended.
 pub fn hold() -> Result<i32> {
     let fail = |error| Error::io(error, "holding a server");
+    let program = std::env::current_exe().map_err(fail)?;
     let servers = Arc::new(Servers::default());
-    let told = servers.clone();
-    signals::on_end(move || told.end()).map_err(fail)?;
+    let (to_end, to_renew) = (servers.clone(), servers.clone());
+    signals::on_end(move || to_end.end()).map_err(fail)?;
+    signals::on_renewal(move || to_renew.renew()).map_err(fail)?;
     let mut vault = Vault::default();
     let mut served = None;
     loop {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .map_err(|error| fail(error.into()))?;
-        let (came, status) = servers.attend(start(theirs).map_err(fail)?, &mut vault, ours)?;
-        if let Some(code) = status.code().filter(|code| *code != PANICKED) {
+        // One that died is followed by the same program, whatever has become of its file.
+        let renewed = std::mem::take(&mut servers.state().renewed);
+        let file = if renewed { &program } else { Path::new("/proc/self/exe") };
+        let child = match start(file, theirs) {
+            Err(error) if renewed => {
+                output::say(format!("starting {}: {error}", program.display()));
+                continue;
+            }
+            started => started.map_err(fail)?,
+        };
+        let (came, status) = servers.attend(child, &mut vault, ours)?;
+        let failed = renewed && came == Came::Nowhere;
+        if let Some(code) = status.code().filter(|code| *code != PANICKED && !failed) {
             // One that could not go on has left them.
             give_up(&vault);
             return Ok(code);
@@ -74,22 +97,24 @@ pub fn hold() -> Result<i32> {
             served = Some(Instant::now());
         }
         let given_up = served.is_none_or(|served| served.elapsed() >= PATIENCE);
-        if given_up || servers.ending.load(Ordering::Acquire) {
+        if given_up || servers.state().ending {
             give_up(&vault);
             output::say(format!("the server died ({status})"));
             return Ok(status.signal().map_or(PANICKED, |signal| 128 + signal));
         }
-        output::say(format!("the server died ({status}): another one goes on"));
+        if !servers.state().renewed {
+            output::say(format!("the server died ({status}): another one goes on"));
+        }
         if came == Came::Nowhere {
             thread::sleep(PAUSE);
         }
     }
 }
 
-fn start(socket: OwnedFd) -> std::io::Result<Child> {
+fn start(program: &Path, socket: OwnedFd) -> std::io::Result<Child> {
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_else(|| OsString::from("thinply"));
-    let mut command = Command::new("/proc/self/exe");
+    let mut command = Command::new(program);
     command.arg0(name).args(arguments).env(HOLDER, std::process::id().to_string());
     command.stdin(Stdio::from(socket)).spawn()
 }
@@ -104,12 +129,12 @@ impl Servers {
     ) -> Result<(Came, ExitStatus)> {
         let fail = |error| Error::io(error, "holding a server");
         let server = pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
-        *self.now() = Some(server.map_err(|error| fail(error.into()))?);
-        if self.ending.load(Ordering::Acquire) {
-            // Told before there was somebody to tell.
-            self.tell_to_end();
+        let server = server.map_err(|error| fail(error.into()))?;
+        {
+            let mut state = self.state();
+            (state.now, state.ready) = (Some(server), false);
         }
-        let came = vault.attend(&socket).unwrap_or_else(|error| {
+        let came = vault.attend(&socket, || self.is_ready()).unwrap_or_else(|error| {
             output::say(format!("holding a server: {error}"));
             Came::Nowhere
         });
@@ -118,19 +143,41 @@ impl Servers {
         Ok((came, child.wait().map_err(fail)?))
     }
 
-    fn now(&self) -> MutexGuard<'_, Option<OwnedFd>> {
-        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn is_ready(&self) {
+        let mut state = self.state();
+        state.ready = true;
+        if state.ending {
+            state.signal(Signal::TERM);
+        }
+    }
+
+    /// Has the server end. One that has just begun takes over first, or what was answered by the one
+    /// before would be lost; unless somebody insists.
     fn end(&self) {
-        self.ending.store(true, Ordering::Release);
-        self.tell_to_end();
+        let mut state = self.state();
+        if std::mem::replace(&mut state.ending, true) || state.ready {
+            state.signal(Signal::TERM);
+        }
     }
 
-    fn tell_to_end(&self) {
-        if let Some(server) = &*self.now() {
+    /// Has another server go on, of the program as its file is now. To end the one that serves takes no
+    /// more than a death: what it had not answered is asked for again.
+    fn renew(&self) {
+        let mut state = self.state();
+        state.renewed = true;
+        state.signal(Signal::KILL);
+    }
+}
+
+impl State {
+    fn signal(&self, signal: Signal) {
+        if let Some(server) = &self.now {
             // Fails where it has ended.
-            let _ = pidfd_send_signal(server, Signal::TERM);
+            let _ = pidfd_send_signal(server, signal);
         }
     }
 }
