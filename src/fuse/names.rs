@@ -84,7 +84,7 @@ pub(super) fn leased(shared: &Shared, node: u64, writes: bool) -> Result<Lease, 
         let name = if name.is_empty() { "the disk" } else { &name };
         told(shared, &format!("opening {name}"), &error)
     })?;
-    shared.note(&disk);
+    shared.used.note(&disk);
     Ok(disk)
 }
 

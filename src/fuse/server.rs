@@ -6,8 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,9 +18,8 @@ use super::proto::{self, ANSWER_HEADER, Command, HEADER, MAX_IO, WRITE_HEADER};
 use super::tree::{Entry, Tree};
 use super::tries::Tries;
 use super::{names, work};
-use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::serve::{AnyServed, Buffer, Crew, Keep, Lease, Leases, Log, guard, spawn};
+use crate::serve::{Buffer, Crew, Keep, Leases, Log, Used, guard, spawn};
 
 /// Most requests that the kernel sends in the background before it holds its callers back.
 const MAX_BACKGROUND: u16 = 128;
@@ -99,7 +97,7 @@ pub(super) struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     /// Disks that were used, to be flushed at the end.
-    used: Mutex<Vec<Weak<AnyServed>>>,
+    pub used: Used,
 }
 
 /// What the next server gets to know of this one.
@@ -195,7 +193,7 @@ impl Server {
             stopping: AtomicBool::new(false),
             state: Mutex::default(),
             changed: Condvar::new(),
-            used: Mutex::default(),
+            used: Used::default(),
             config,
         });
         Self { mount, channels, shared }
@@ -246,7 +244,7 @@ impl Server {
         }
         let failed = shared.wait_for_the_end();
         let drained = shared.drain();
-        let flushed = shared.flush_used();
+        let flushed = shared.used.flush(shared.config.flush_timeout);
         shared.handles.clear();
         shared.names.close();
         let removed = mount.remove();
@@ -394,16 +392,6 @@ impl Shared {
         may
     }
 
-    /// Remembers a disk for the flush at the end.
-    pub(super) fn note(&self, lease: &Lease) {
-        let mut used = guard(&self.used);
-        used.retain(|other| other.strong_count() > 0);
-        let disk = lease.watch();
-        if !used.iter().any(|other| other.ptr_eq(&disk)) {
-            used.push(disk);
-        }
-    }
-
     fn wait_for_the_end(&self) -> Result<()> {
         let state = guard(&self.state);
         let waited = self.changed.wait_while(state, |state| !state.stop && state.readers > 0);
@@ -425,36 +413,6 @@ impl Shared {
                 return Err(Error::new(ErrorKind::Io, detail));
             }
             thread::sleep(Duration::from_millis(2));
-        }
-    }
-
-    /// Flushes all disks that were used at the same time, so that each has all of the time there is.
-    fn flush_used(&self) -> Result<()> {
-        let used: Vec<_> = guard(&self.used).iter().filter_map(Weak::upgrade).collect();
-        let deadline = Instant::now() + self.config.flush_timeout;
-        let (done, results) = mpsc::channel();
-        for disk in used.into_iter().filter(|disk| !disk.read_only()) {
-            let done = done.clone();
-            let flush = move || {
-                let result = disk.flush();
-                // Before the answer: whoever waits for it may then be the last and see to the close.
-                drop(disk);
-                let _ = done.send(result);
-            };
-            spawn("fuse-flush", flush)
-                .map_err(|error| Error::io(error, "starting the last flush"))?;
-        }
-        drop(done);
-        let mut outcome = Ok(());
-        loop {
-            match results.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(result) => outcome = outcome.and(result),
-                Err(RecvTimeoutError::Disconnected) => return outcome,
-                Err(RecvTimeoutError::Timeout) => {
-                    let detail = "a flush was still running at shutdown";
-                    return outcome.and(Err(Error::new(ErrorKind::Io, detail)));
-                }
-            }
         }
     }
 }

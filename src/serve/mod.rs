@@ -142,6 +142,7 @@ mod queue;
 mod served;
 #[cfg(all(test, not(simulation)))]
 mod tests;
+mod used;
 
 pub use crate::device::{Disk, Facts};
 pub use crate::storage::Buffer;
@@ -155,6 +156,7 @@ pub use moment::Moment;
 pub(crate) use queue::Crew;
 pub use queue::{Completion, Op, Payload};
 pub use served::{AnyServed, Change, Opened, Served};
+pub use used::Used;
 
 /// Keeps descriptors beyond the end of this process, for one that goes on where it ended.
 pub trait Keep: Send + Sync {

@@ -82,7 +82,7 @@ pub(super) fn serve(shared: &Shared, link: &Arc<Link>) {
     let _ = SigSet::from(Signal::SIGPIPE).thread_block();
     let mut received = Received::default();
     if let Ok(Some(session)) = handshake::negotiate(shared, link, &mut received) {
-        shared.note(&session.export);
+        shared.used.note(&session.export);
         let mut connection = Connection {
             shared,
             link,

@@ -11,9 +11,8 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno as Host;
@@ -27,9 +26,8 @@ mod work;
 
 pub use listen::Listener;
 
-use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::serve::{AnyServed, Lease, Leases, Log, guard, spawn};
+use crate::serve::{Leases, Log, Used, guard, spawn};
 use connection::Lookouts;
 use link::Link;
 
@@ -94,7 +92,7 @@ struct Shared {
     left: Condvar,
     lookouts: Lookouts,
     /// Disks that clients have had, to be flushed at the end.
-    used: Mutex<Vec<Weak<AnyServed>>>,
+    used: Used,
 }
 
 #[derive(Default)]
@@ -121,7 +119,7 @@ impl Server {
             clients: Mutex::default(),
             left: Condvar::new(),
             lookouts: Lookouts::default(),
-            used: Mutex::default(),
+            used: Used::default(),
         });
         Ok(Self { listeners, shared })
     }
@@ -145,7 +143,7 @@ impl Server {
         let accepted = shared.accept_until_stopped(&listeners);
         drop(listeners);
         let drained = shared.drain();
-        let flushed = shared.flush_used();
+        let flushed = shared.used.flush(shared.config.flush_timeout);
         accepted.and(flushed).and(drained)
     }
 }
@@ -218,16 +216,6 @@ impl Shared {
         }
     }
 
-    /// Remembers a disk for the flush at the end.
-    fn note(&self, lease: &Lease) {
-        let mut used = guard(&self.used);
-        used.retain(|other| other.strong_count() > 0);
-        let disk = lease.watch();
-        if !used.iter().any(|other| other.ptr_eq(&disk)) {
-            used.push(disk);
-        }
-    }
-
     /// Waits until all connections have ended, and ends those that don't.
     fn drain(&self) -> Result<()> {
         guard(&self.clients).links.values().for_each(|link| link.stop_reading());
@@ -247,37 +235,6 @@ impl Shared {
         let waited =
             self.left.wait_timeout_while(clients, limit, |clients| !clients.links.is_empty());
         waited.unwrap_or_else(PoisonError::into_inner).0.links.len()
-    }
-
-    /// Flushes all disks that were used at the same time, so that each has all of the time there
-    /// is.
-    fn flush_used(&self) -> Result<()> {
-        let used: Vec<_> = guard(&self.used).iter().filter_map(Weak::upgrade).collect();
-        let deadline = Instant::now() + self.config.flush_timeout;
-        let (done, results) = mpsc::channel();
-        for disk in used.into_iter().filter(|disk| !disk.read_only()) {
-            let done = done.clone();
-            let flush = move || {
-                let result = disk.flush();
-                // Before the answer: whoever waits for it may then be the last and see to the close.
-                drop(disk);
-                let _ = done.send(result);
-            };
-            spawn("nbd-flush", flush)
-                .map_err(|error| Error::io(error, "starting the last flush"))?;
-        }
-        drop(done);
-        let mut outcome = Ok(());
-        loop {
-            match results.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(result) => outcome = outcome.and(result),
-                Err(RecvTimeoutError::Disconnected) => return outcome,
-                Err(RecvTimeoutError::Timeout) => {
-                    let detail = "a flush was still running at shutdown";
-                    return outcome.and(Err(Error::new(ErrorKind::Io, detail)));
-                }
-            }
-        }
     }
 }
 

@@ -92,6 +92,9 @@ impl Serve {
         if self.fuse.is_some() && holder.is_none() {
             std::process::exit(held::hold()?);
         }
+        if self.fuse.is_some() {
+            held::stand_in_the_way_out();
+        }
         match &self.file {
             Some(file) => self.run_layer(file, holder),
             None => self.run_store(holder),

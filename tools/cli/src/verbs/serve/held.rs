@@ -10,7 +10,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use rustix::process::{Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_signal};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, configure_io_flusher_behavior, getppid, pidfd_open, pidfd_send_signal,
+};
 use thinply::error::{Error, Result};
 use thinply::fuse;
 use thinply::holder::{Came, Holder, Vault};
@@ -41,6 +43,13 @@ pub fn holder() -> Result<Option<Arc<Holder>>> {
     let socket = std::io::stdin().as_fd().try_clone_to_owned();
     let socket = socket.map_err(|error| Error::io(error, "talking to the holder"))?;
     Holder::connect(socket, say()).map(Some)
+}
+
+/// Has the kernel treat this thread, and those that it starts, as one that what is dirty in memory passes
+/// through on its way out: it must not wait for that itself.
+pub fn stand_in_the_way_out() {
+    // Whoever may not (CAP_SYS_RESOURCE) does without.
+    let _ = configure_io_flusher_behavior(true);
 }
 
 /// The servers of a holder, one after the other.
