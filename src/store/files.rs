@@ -92,6 +92,12 @@ pub(super) fn replace_by_shorter(folder: &dyn Folder, name: &str, bytes: &[u8]) 
     folder.sync().map_err(fail("syncing the folder"))
 }
 
+/// Whether something bears that name, of whatever kind.
+pub(super) fn exists(folder: &dyn Folder, name: &str) -> Result<bool> {
+    let fail = |error| Error::io(error, "looking for the file").in_file(folder.path().join(name));
+    folder.same_file(name, name).map_err(fail)
+}
+
 /// Makes sure that there is no such file. Not durable until the folder is synced.
 pub(super) fn remove(folder: &dyn Folder, name: &str) -> Result<()> {
     match folder.remove(name) {

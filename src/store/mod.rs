@@ -21,6 +21,7 @@ mod index;
 mod json;
 mod name;
 mod publish;
+mod strays;
 mod survey;
 mod transfer;
 mod verify;

@@ -42,6 +42,9 @@ impl Store {
     }
 
     fn verify_disks(&self, kind: DiskKind, note: Note<'_>) -> Result<()> {
+        for found in self.strays(kind)?.findings() {
+            note(&found.subject, &found.detail);
+        }
         for name in self.disk_names(kind)? {
             let disk = DiskName { kind, name };
             if let Err(error) = self.verify_disk(&disk, note) {
