@@ -452,7 +452,7 @@ impl Store {
     }
 
     /// Whether nobody has a file open with a lock on it.
-    fn is_idle(&self, folder: &dyn Folder, name: &str) -> Result<bool> {
+    pub(super) fn is_idle(&self, folder: &dyn Folder, name: &str) -> Result<bool> {
         let file = match find_in(folder, name, Access::Write) {
             Ok(Some(file)) => file,
             Ok(None) => return Ok(false),

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io;
 use std::ops::Deref;
 use std::sync::Arc;
 
@@ -19,7 +18,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::live::newest_header;
 use crate::memory::{Gather, Scatter};
 use crate::storage::{
-    Access, Folder, Lock, Rights, Storage, failed, find_in, open_in, sync_folder, take_lock,
+    Access, Folder, Lock, Rights, Storage, failed, find_in, holders, open_in, sync_folder,
+    take_lock,
 };
 use crate::wait::{Attempt, Wait};
 
@@ -426,33 +426,65 @@ impl Store {
     /// Needs no free space.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] with who has it open.
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] with who has it open; the host's for a folder in a
+    /// file's place that has something in it. Then nothing has been removed but empty folders.
     pub fn remove_disk(&self, disk: &DiskName) -> Result<()> {
         let guard = self.lock()?;
         let folder = &**self.folder(disk.kind);
-        let has_record = files::exists(folder, &disk.record_file())?;
-        if !has_record && self.finish_removal(disk)? == CutOffRemoval::Finished {
-            return Ok(());
+        let (record, gone) = (disk.record_file(), disk.gone_file());
+        let mut names = self.files_of(disk)?;
+        for name in [record, gone] {
+            names.extend(files::exists(folder, &name)?.then_some(name));
         }
-        if !has_record && self.files_of(disk)?.is_empty() {
+        if names.is_empty() {
             return Err(disk.missing());
         }
-        let _claim = self.claim(disk, &guard)?;
-        self.mark_as_gone(disk, has_record).map_err(|error| {
-            let path = folder.path().join(disk.gone_file());
-            Error::io(error, "marking as removed").in_file(path)
-        })?;
+        let _claim = self.claim_to_remove(disk, &guard)?;
+        // What can't be removed is found before anything is.
+        for name in &names {
+            files::clear_folder(folder, name)?;
+        }
+        self.mark_as_gone(disk)?;
         sync_folder(folder)?;
         self.finish_removal(disk)?;
         Ok(())
     }
 
-    fn mark_as_gone(&self, disk: &DiskName, has_record: bool) -> io::Result<()> {
-        let folder = &**self.folder(disk.kind);
-        if has_record {
-            return folder.rename(&disk.record_file(), &disk.gone_file());
+    /// [`Store::claim`] for a removal: that the layer can't be opened, or is no file, is no reason to
+    /// keep it, unless somebody is known to have it.
+    fn claim_to_remove(&self, disk: &DiskName, guard: &Guard) -> Result<Option<Arc<dyn Storage>>> {
+        let error = match self.claim(disk, guard) {
+            Err(error) if error.kind() != ErrorKind::InUse => error,
+            claimed => return claimed,
+        };
+        if !error.kind().forbids_writing() {
+            return Ok(None);
         }
-        folder.create(&disk.gone_file()).map(drop)
+        let folder = &**self.folder(disk.kind);
+        let who = holders(&folder.path().join(disk.file())).join(", ");
+        // Where its lock can't be asked either, what is seen of other processes has to do.
+        let is_idle = self.is_idle(folder, &disk.file()).unwrap_or(who.is_empty());
+        if is_idle {
+            return Ok(None);
+        }
+        let who = if who.is_empty() { "another open file" } else { &who };
+        Err(Error::new(ErrorKind::InUse, format!("{disk} is in use by {who}")))
+    }
+
+    /// Marks a disk as removed: from here on it is not there.
+    fn mark_as_gone(&self, disk: &DiskName) -> Result<()> {
+        let folder = &**self.folder(disk.kind);
+        let (record, gone) = (disk.record_file(), disk.gone_file());
+        let marked = if files::exists(folder, &record)? {
+            folder.rename(&record, &gone)
+        } else if files::exists(folder, &gone)? {
+            Ok(())
+        } else {
+            folder.create(&gone).map(drop)
+        };
+        marked.map_err(|error| {
+            Error::io(error, "marking as removed").in_file(folder.path().join(&gone))
+        })
     }
 
     /// Removes the layers of a disk whose record is marked as gone, and then the mark.
@@ -463,9 +495,11 @@ impl Store {
         }
         // All that bear its name: the record may be damaged, or have been lost.
         for file in self.files_of(disk)? {
+            files::clear_folder(folder, &file)?;
             files::remove(folder, &file)?;
         }
         sync_folder(folder)?;
+        files::clear_folder(folder, &disk.gone_file())?;
         files::remove(folder, &disk.gone_file())?;
         sync_folder(folder)?;
         Ok(CutOffRemoval::Finished)

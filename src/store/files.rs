@@ -108,6 +108,19 @@ pub(super) fn remove(folder: &dyn Folder, name: &str) -> Result<()> {
     }
 }
 
+/// Makes sure that no folder stands in a file's place, if it is an empty one.
+pub(super) fn clear_folder(folder: &dyn Folder, name: &str) -> Result<()> {
+    match folder.remove_folder(name) {
+        Err(error)
+            if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
+        {
+            let operation = "removing the folder that stands in the file's place";
+            Err(Error::io(error, operation).in_file(folder.path().join(name)))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The names in a folder, sorted. A folder that is missing is empty.
 pub(super) fn listing(folder: &dyn Folder) -> Result<Vec<String>> {
     let mut names = match folder.list() {

@@ -3,10 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use super::disk::{DiskKind, DiskName, LAYER, is_layer_of};
+use super::disk::{DiskKind, DiskName, GONE, LAYER, is_layer_of};
 use super::files::{self, listing};
 use super::{Finding, Store};
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::live::is_untouched;
 use crate::storage::{Access, open_in};
 
@@ -64,6 +64,9 @@ impl Store {
                 disks.entry(owner).or_default().push(name);
             }
         }
+        for name in names.iter().filter_map(|name| name.strip_suffix(GONE)) {
+            strays.lost.extend(self.stuck_removal(DiskName { kind, name: name.to_owned() }));
+        }
         let is_there = |file: String| names.binary_search(&file).is_ok();
         for (name, files) in disks {
             let disk = DiskName { kind, name: name.to_owned() };
@@ -77,6 +80,17 @@ impl Store {
             }
         }
         Ok(strays)
+    }
+
+    /// What keeps a removal that was cut off from its end: a folder in the place of one of its files.
+    fn stuck_removal(&self, disk: DiskName) -> Option<Lost> {
+        let folder = &**self.folder(disk.kind);
+        let names = self.files_of(&disk).unwrap_or_default();
+        let failed = names.iter().chain([&disk.gone_file()]).find_map(|name| {
+            let error = open_in(folder, name, Access::Read).err()?;
+            (error.kind() != ErrorKind::NotFound).then_some(error)
+        })?;
+        Some(Lost { detail: format!("its removal can't be finished: {failed}"), disk })
     }
 
     /// Frozen layers that the disk's record doesn't name: a snapshot or commit writes the record

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::symlink;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -310,6 +310,85 @@ fn a_container_whose_layer_is_damaged_is_shown_told_of_and_removed() {
     assert!(run.refused().contains("used by container c, d"), "{run:?}");
     folder.ok(&["container", "rm", "c"]);
     tidy(&folder);
+}
+
+#[test]
+fn a_disk_goes_whatever_stands_in_its_layers_place() {
+    for how in [Damage::Folder, Damage::Fifo, Damage::Symlink, Damage::Removed] {
+        let folder = stocked();
+        folder.ok(&["container", "create", "base", "--name", "c"]);
+        folder.ok(&["container", "snapshot", "c", "s"]);
+        folder.ok(&["volume", "create", "--size", "1M", "v"]);
+        for file in ["containers/c.tply", "containers/c@1.tply", "volumes/v.tply"] {
+            damage(&folder.join("store").join(file), how);
+        }
+        assert_eq!(soon(&folder, &["store", "check"]).code, 1, "{how:?}");
+        folder.ok(&["container", "rm", "c"]);
+        folder.ok(&["volume", "rm", "v"]);
+        for kind in ["containers", "volumes"] {
+            let left = fs::read_dir(folder.join("store").join(kind)).unwrap();
+            assert_eq!(left.count(), 0, "{how:?}");
+        }
+        folder.ok(&["image", "rm", "base"]);
+        assert_eq!(blobs(&folder), [""; 0]);
+        tidy(&folder);
+    }
+    let folder = Folder::new();
+    folder.ok(&["volume", "create", "--size", "1M", "v"]);
+    let path = folder.join("store/volumes/v.tply");
+    fs::remove_file(&path).unwrap();
+    let _listener = UnixListener::bind(&path).unwrap();
+    folder.ok(&["volume", "rm", "v"]);
+    tidy(&folder);
+}
+
+/// A folder with something in it is for whoever made it: the disk stays until it is out of the way.
+#[test]
+fn a_folder_in_the_way_of_a_removal_is_named_and_nothing_else_goes() {
+    for file in ["c.tply", "c@1.tply", "c.json", ".c.tply.top"] {
+        let folder = stocked();
+        folder.ok(&["container", "create", "base", "--name", "c"]);
+        folder.ok(&["container", "snapshot", "c", "s"]);
+        let path = folder.join("store/containers").join(file);
+        let _ = fs::remove_file(&path);
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("notes"), b"text").unwrap();
+        let names = || {
+            let entries = fs::read_dir(folder.join("store/containers")).unwrap();
+            entries.map(|entry| entry.unwrap().file_name()).collect::<BTreeSet<_>>()
+        };
+        let before = names();
+        let run = folder.run(&["container", "rm", "c"]);
+        assert!(run.refused().contains(&format!("{file}: ")), "{file}: {run:?}");
+        assert_eq!(names(), before, "{file}");
+        assert_eq!(soon(&folder, &["gc"]).code, 1, "{file}");
+        if !file.starts_with('.') {
+            assert_eq!(soon(&folder, &["store", "check"]).code, 1, "{file}");
+        }
+        fs::remove_file(path.join("notes")).unwrap();
+        folder.ok(&["container", "rm", "c"]);
+        assert_eq!(names().len(), 0, "{file}");
+        tidy(&folder);
+    }
+}
+
+/// Earlier versions left such a mark.
+#[test]
+fn a_removal_that_a_folder_keeps_from_its_end_is_told_of_by_all_and_ends_without_it() {
+    let folder = stocked();
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    fs::remove_file(folder.join("store/containers/c.json")).unwrap();
+    fs::create_dir_all(folder.join("store/containers/c.gone/inside")).unwrap();
+    for verb in [&["gc", "--dry-run"][..], &["gc"]] {
+        let run = soon(&folder, verb);
+        assert!(run.code == 1 && run.stderr.contains("c.gone: "), "{run:?}");
+    }
+    let checked = soon(&folder, &["store", "check"]);
+    assert!(checked.code == 1 && checked.stdout.contains("c.gone: "), "{checked:?}");
+    fs::remove_dir(folder.join("store/containers/c.gone/inside")).unwrap();
+    folder.ok(&["gc"]);
+    tidy(&folder);
+    assert_eq!(fs::read_dir(folder.join("store/containers")).unwrap().count(), 0);
 }
 
 /// A manifest that is gone may be what keeps its layers: a backup may have it still.
