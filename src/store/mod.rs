@@ -132,13 +132,13 @@ impl Store {
     }
 
     fn check_layout(&self, found: &[u8]) -> Result<()> {
-        let layout: serde_json::Value = json::parse(found)?;
+        let path = self.root().path().join(LAYOUT_FILE);
+        let layout: serde_json::Value = json::parse(found).map_err(|error| error.in_file(&path))?;
         match layout.get("imageLayoutVersion").and_then(|version| version.as_str()) {
             Some(version) if version.starts_with("1.") => Ok(()),
             other => {
                 let detail = format!("image layout version {other:?}, expected 1.0.0");
-                let error = Error::new(ErrorKind::Unsupported, detail);
-                Err(error.in_file(self.root().path().join(LAYOUT_FILE)))
+                Err(Error::new(ErrorKind::Unsupported, detail).in_file(path))
             }
         }
     }

@@ -391,6 +391,16 @@ fn a_removal_that_a_folder_keeps_from_its_end_is_told_of_by_all_and_ends_without
     assert_eq!(fs::read_dir(folder.join("store/containers")).unwrap().count(), 0);
 }
 
+#[test]
+fn a_damaged_layout_file_is_named() {
+    let folder = stocked();
+    for text in ["x", "", "{}"] {
+        folder.write("store/oci-layout", text.as_bytes());
+        let run = folder.run(&["image", "ls"]);
+        assert!(run.refused().contains("store/oci-layout: "), "{run:?}");
+    }
+}
+
 /// A manifest that is gone may be what keeps its layers: a backup may have it still.
 #[test]
 fn what_a_missing_manifest_kept_is_not_collected_until_its_image_is_removed() {
