@@ -401,6 +401,28 @@ fn a_damaged_layout_file_is_named() {
     }
 }
 
+#[test]
+fn an_index_that_contradicts_itself_or_its_manifests_is_told_of() {
+    let folder = stocked();
+    folder.write("other.raw", &noise(2, MIB as usize));
+    folder.ok(&["image", "import", "other.raw", "other"]);
+    let whole = folder.read("store/index.json");
+    let check = |change: &dyn Fn(&mut Value), told: &str| {
+        let mut index: Value = serde_json::from_slice(&whole).unwrap();
+        change(&mut index["manifests"]);
+        folder.write("store/index.json", index.to_string().as_bytes());
+        let checked = soon(&folder, &["store", "check"]);
+        assert!(checked.code == 1 && checked.stdout.contains(told), "{told}: {checked:?}");
+    };
+    let twice = |entries: &mut Value| {
+        entries[1]["annotations"] = entries[0]["annotations"].clone();
+    };
+    check(&twice, "image base:latest: the index gives the name to ");
+    check(&|entries| entries[1]["size"] = 7.into(), "image other:latest: the index has the size 7");
+    folder.write("store/index.json", &whole);
+    tidy(&folder);
+}
+
 /// A manifest that is gone may be what keeps its layers: a backup may have it still.
 #[test]
 fn what_a_missing_manifest_kept_is_not_collected_until_its_image_is_removed() {
