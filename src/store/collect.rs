@@ -517,13 +517,14 @@ impl Store {
         let mut usage = Usage::default();
         for name in self.disk_names(kind)? {
             let disk = DiskName { kind, name };
-            let cost = || -> Result<Option<(u64, bool)>> {
+            let cost = || -> Result<Option<(Survey<u64>, bool)>> {
                 let Some(record) = self.record(&disk)? else { return Ok(None) };
                 let cost = self.disk_cost(&disk, &record)?;
                 Ok(Some((cost, self.is_idle(&**self.folder(kind), &disk.file())?)))
             };
             match cost() {
-                Ok(Some((cost, idle))) => {
+                Ok(Some((Survey { good: cost, bad: unknown }, idle))) => {
+                    bad.extend(unknown);
                     usage.total += 1;
                     usage.active += u64::from(!idle);
                     usage.size += cost;

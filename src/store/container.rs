@@ -63,7 +63,7 @@ impl Store {
             let mut survey = Survey::<Vec<Container>>::default();
             for name in self.disk_names(DiskKind::Container)? {
                 let disk = container(&name)?;
-                match self.find_container(&name) {
+                match self.find_container(&name, &mut survey.bad) {
                     Ok(Some(found)) => {
                         if found.base.is_none()
                             && let Err(error) = self.base_of(&disk.file())
@@ -96,19 +96,26 @@ impl Store {
         Ok(standing.collect())
     }
 
-    /// One container.
-    pub fn container(&self, name: &str) -> Result<Container> {
-        self.find_container(name)?.map_or_else(|| Err(container(name)?.missing()), Ok)
+    /// One container, and what of its snapshots can't be read.
+    pub fn container(&self, name: &str) -> Result<(Container, Vec<Finding>)> {
+        let mut bad = Vec::new();
+        match self.find_container(name, &mut bad)? {
+            Some(found) => Ok((found, bad)),
+            None => Err(container(name)?.missing()),
+        }
     }
 
-    fn find_container(&self, name: &str) -> Result<Option<Container>> {
+    /// A frozen layer that can't be looked at goes to `bad`, and hides no more than its snapshot.
+    fn find_container(&self, name: &str, bad: &mut Vec<Finding>) -> Result<Option<Container>> {
         let disk = container(name)?;
         let Some(record) = self.record(&disk)? else { return Ok(None) };
         let mut snapshots = Vec::new();
         for frozen in &record.frozen {
-            if let Some(name) = frozen.snapshot.clone()
-                && self.is_made(&disk, frozen)?
-            {
+            let made = self.is_made(&disk, frozen).unwrap_or_else(|error| {
+                bad.push(Finding::new(&disk, error));
+                false
+            });
+            if let Some(name) = frozen.snapshot.clone().filter(|_| made) {
                 snapshots.push(Snapshot { name, created: frozen.created.clone() });
             }
         }
@@ -169,11 +176,12 @@ impl Store {
         self.create_disk(&disk, size, Some(&parent), &record, &guard)
     }
 
-    /// Bytes of disk that a container's own layers take.
+    /// Bytes of disk that a container's own layers take, as far as they can be looked at:
+    /// [`Store::container`] tells of the others.
     pub fn container_cost(&self, name: &str) -> Result<u64> {
         let disk = container(name)?;
         let record = self.record(&disk)?.ok_or_else(|| disk.missing())?;
-        self.disk_cost(&disk, &record)
+        Ok(self.disk_cost(&disk, &record)?.good)
     }
 
     /// Size of a container's device in bytes.

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::features::{self, Need};
 use super::files::listing;
-use super::{Guard, Store, check_name, files, json, now};
+use super::{Finding, Guard, Store, Survey, check_name, files, json, now};
 use crate::chain::{Chain, Parent, create};
 use crate::device::{Detail, Device, Disk, Extent, Facts, HostRange, Prefetch, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
@@ -376,17 +376,23 @@ impl Store {
         Chain::open(folder.clone(), name, access, self.layers.clone())
     }
 
-    /// Bytes of disk that a disk's own files take.
-    pub(super) fn disk_cost(&self, disk: &DiskName, record: &Record) -> Result<u64> {
+    /// Bytes of disk that a disk's own files take, without the frozen layers that can't be looked at.
+    pub(super) fn disk_cost(&self, disk: &DiskName, record: &Record) -> Result<Survey<u64>> {
         let folder = self.folder(disk.kind);
-        let files = record.frozen.iter().map(|frozen| frozen.file.clone());
-        let names = files.chain([disk.file(), disk.record_file()]);
-        let cost = |name: String| match find_in(&**folder, &name, Access::Read)? {
+        let cost = |name: &str| match find_in(&**folder, name, Access::Read)? {
             Some(file) => file.allocated().map_err(failed(&*file, "looking at its size", 0)),
             // A frozen layer that was never made, or has gone meanwhile.
             None => Ok(0),
         };
-        names.map(cost).sum()
+        let good = cost(&disk.file())? + cost(&disk.record_file())?;
+        let mut survey = Survey { good, bad: Vec::new() };
+        for frozen in &record.frozen {
+            match cost(&frozen.file) {
+                Ok(cost) => survey.good += cost,
+                Err(error) => survey.bad.push(Finding::new(disk, error)),
+            }
+        }
+        Ok(survey)
     }
 
     /// The disk's virtual size.

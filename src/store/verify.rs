@@ -114,11 +114,18 @@ impl Store {
         let Some(record) = self.record(disk)? else { return Ok(()) };
         let mut files = vec![disk.file()];
         for frozen in record.frozen {
-            if self.is_made(disk, &frozen)? {
-                files.push(frozen.file);
+            match self.is_made(disk, &frozen) {
+                Ok(true) => files.push(frozen.file),
+                Ok(false) => {}
+                Err(error) => note(disk, &error),
             }
         }
-        files.iter().try_for_each(|file| self.verify_layer(disk, file, note))
+        for file in files {
+            if let Err(error) = self.verify_layer(disk, &file, note) {
+                note(disk, &error);
+            }
+        }
+        Ok(())
     }
 
     fn verify_layer(&self, disk: &DiskName, name: &str, note: Note<'_>) -> Result<()> {

@@ -423,6 +423,44 @@ fn an_index_that_contradicts_itself_or_its_manifests_is_told_of() {
     tidy(&folder);
 }
 
+#[test]
+fn a_snapshot_that_is_no_file_hides_only_itself() {
+    for how in [Damage::Folder, Damage::Fifo, Damage::Symlink] {
+        let folder = stocked();
+        folder.ok(&["container", "create", "base", "--name", "c"]);
+        for name in ["s", "t"] {
+            folder.ok(&["container", "snapshot", "c", name]);
+            folder.ok(&["container", "reset", "c"]);
+        }
+        damage(&folder.join("store/containers/c@1.tply"), how);
+        let checked = soon(&folder, &["store", "check"]);
+        assert!(checked.code == 1 && checked.stdout.contains("c@1.tply: "), "{checked:?}");
+        for verb in [
+            &["container", "ls", "--json"][..],
+            &["container", "ls", "-s", "--json"],
+            &["container", "inspect", "c"],
+        ] {
+            let run = soon(&folder, verb);
+            assert!(run.code == 1 && run.stderr.contains("c@1.tply: "), "{how:?}: {run:?}");
+            assert_eq!(rows(&run, "name"), ["c".to_owned()].into());
+            let rows: Value = serde_json::from_str(&run.stdout).unwrap();
+            assert_eq!(rows[0]["snapshots"], serde_json::json!(["t"]));
+        }
+        let usage = soon(&folder, &["df", "--json"]);
+        assert!(usage.code == 1 && usage.stderr.contains("c@1.tply: "), "{usage:?}");
+        let usage: Value = serde_json::from_str(&usage.stdout).unwrap();
+        assert_eq!(usage[1]["total"], 1);
+        let served = served(&folder);
+        let offered = exports(&folder);
+        assert!(offered.contains("container/c@t") && !offered.contains("container/c@s"));
+        served.client("container/c").unwrap().disconnect().unwrap();
+        drop(served);
+        assert!(String::from_utf8(folder.read("log")).unwrap().contains("c@1.tply: "));
+        folder.ok(&["container", "rm", "c"]);
+        tidy(&folder);
+    }
+}
+
 /// A manifest that is gone may be what keeps its layers: a backup may have it still.
 #[test]
 fn what_a_missing_manifest_kept_is_not_collected_until_its_image_is_removed() {

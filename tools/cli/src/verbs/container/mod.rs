@@ -225,15 +225,16 @@ impl InspectContainers {
     fn run(&self) -> Outcome {
         let store = self.store.open()?;
         let mut costs = ImageCosts::new(&store);
-        let facts = self
-            .names
-            .iter()
-            .map(|name| Facts::of(&store, store.container(name)?, Some(&mut costs)));
-        let facts = facts.collect::<Result<Vec<_>>>()?;
+        let (mut facts, mut bad) = (Vec::new(), Vec::new());
+        for name in &self.names {
+            let (container, unknown) = store.container(name)?;
+            facts.push(Facts::of(&store, container, Some(&mut costs))?);
+            bad.extend(unknown);
+        }
         let mut output = Output::new();
         output.json(&facts)?;
         output.print()?;
-        Ok(Answer::Yes)
+        Ok(tell(&bad))
     }
 }
 
