@@ -461,6 +461,29 @@ fn a_snapshot_that_is_no_file_hides_only_itself() {
     }
 }
 
+#[test]
+fn containers_are_listed_with_their_own_sizes_where_the_index_is_damaged() {
+    for text in [Some("{"), Some("{}"), None] {
+        let folder = stocked();
+        folder.ok(&["container", "create", "base", "--name", "c"]);
+        let path = folder.join("store/index.json");
+        match text {
+            Some(text) => fs::write(&path, text).unwrap(),
+            None => fs::remove_file(&path).unwrap(),
+        }
+        let listed = soon(&folder, &["container", "ls", "-s", "--json"]);
+        assert!(listed.code == 1 && listed.stderr.contains("index.json: "), "{listed:?}");
+        let listed: Value = serde_json::from_str(&listed.stdout).unwrap();
+        assert_eq!(
+            (&listed[0]["name"], &listed[0]["device_size"]),
+            (&"c".into(), &(4 * MIB).into())
+        );
+        assert!(listed[0]["size"].is_u64() && listed[0]["virtual_size"].is_null(), "{listed}");
+        let listed = soon(&folder, &["container", "ls", "-s"]);
+        assert!(listed.stdout.contains("(virtual unknown)"), "{listed:?}");
+    }
+}
+
 /// A manifest that is gone may be what keeps its layers: a backup may have it still.
 #[test]
 fn what_a_missing_manifest_kept_is_not_collected_until_its_image_is_removed() {
