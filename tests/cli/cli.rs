@@ -29,5 +29,6 @@ mod store_kill;
 mod store_limits;
 mod store_lost;
 mod store_readers;
+mod store_root;
 mod support;
 mod walk;
