@@ -10,7 +10,7 @@ use super::index::{Index, IndexEntry};
 use super::{Costs, Finding, Store, Survey, digest};
 use crate::error::{ErrorKind, Result};
 use crate::inspect;
-use crate::storage::{Access, failed, open_in};
+use crate::storage::{Access, failed, find_in, open_in};
 
 /// Hears of what was found, and what about.
 type Note<'a> = &'a mut dyn FnMut(&dyn Display, &dyn Display);
@@ -112,6 +112,11 @@ impl Store {
 
     fn verify_disk(&self, disk: &DiskName, note: Note<'_>) -> Result<()> {
         let Some(record) = self.record(disk)? else { return Ok(()) };
+        for name in [disk.new_top_file(), disk.copy_file()] {
+            if let Err(error) = find_in(&**self.folder(disk.kind), &name, Access::Read) {
+                note(disk, &error);
+            }
+        }
         let mut files = vec![disk.file()];
         for frozen in record.frozen {
             match self.is_made(disk, &frozen) {
