@@ -23,7 +23,7 @@ fn quiet() -> Log {
 /// A store with the container `web` over an image, and the volume `data`.
 fn stocked() -> (tempfile::TempDir, Store) {
     let folder = tempfile::tempdir().unwrap();
-    let store = Store::open(folder.path()).unwrap();
+    let store = Store::open_or_make(folder.path()).unwrap();
     let draft = store.draft(Some(SIZE), None, Rights::Usual).unwrap();
     draft.chain().write(0, &[1; 4096]).unwrap();
     let new = NewImage {

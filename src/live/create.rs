@@ -1,12 +1,13 @@
 //! Making a layer file.
 
+use std::io;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::geometry::{SLOT_OFFSETS, file_length, is_virtual_size};
-use crate::format::header::{Header, ParentLink, State, check_hint};
-use crate::storage::{Folder, Storage, failed, write_all_at};
-use crate::types::Uuid;
+use crate::format::geometry::{JOURNAL_OFFSET, SLOT_OFFSETS, file_length, is_virtual_size};
+use crate::format::header::{Header, ParentLink, SlotBytes, State, check_hint, has_magic};
+use crate::storage::{Folder, Storage, failed, read_exact_at, write_all_at};
+use crate::types::{BLOCK_SIZE, Uuid};
 
 /// What a new layer shall be.
 #[derive(Clone, Debug)]
@@ -68,6 +69,46 @@ pub fn create(folder: &dyn Folder, name: &str, new: &NewLayer) -> Result<Arc<dyn
         let _ = folder.remove(name);
     })?;
     Ok(file)
+}
+
+/// Whether a file is what [`create`] makes, or a part of it: no writer has had it, and it owns no
+/// block.
+pub fn is_untouched(file: &dyn Storage) -> Result<bool> {
+    let length = file.length().map_err(failed(file, "reading the length", 0))?;
+    for (slot, offset) in SLOT_OFFSETS.into_iter().enumerate() {
+        let mut bytes: Box<SlotBytes> = Box::new([0; BLOCK_SIZE as usize]);
+        if length <= offset.0 {
+            break;
+        }
+        match read_exact_at(file, &mut *bytes, offset.0) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+            read => read.map_err(failed(file, "reading a header slot", offset.0))?,
+        }
+        let begun = has_magic(&bytes) || bytes.iter().take(8).all(|byte| *byte == 0);
+        let fresh = |header: &Header| header.epoch == 0 && header.state == State::Writable;
+        if !begun || !Header::decode(slot, &bytes).is_ok_and(|found| found.iter().all(fresh)) {
+            return Ok(false);
+        }
+    }
+    is_zero_from(file, JOURNAL_OFFSET.0, length)
+}
+
+/// Whether all bytes from `at` to the end are zeros.
+fn is_zero_from(file: &dyn Storage, mut at: u64, length: u64) -> Result<bool> {
+    let mut buffer = vec![0; 64 << 10];
+    while let Some(data) = file.next_data(at).map_err(failed(file, "looking for data", at))? {
+        let part = length.saturating_sub(data).min(buffer.len() as u64);
+        let bytes = buffer.get_mut(..part as usize).unwrap_or_default();
+        if bytes.is_empty() {
+            break;
+        }
+        read_exact_at(file, &mut *bytes, data).map_err(failed(file, "reading", data))?;
+        if bytes.iter().any(|byte| *byte != 0) {
+            return Ok(false);
+        }
+        at = data + part;
+    }
+    Ok(true)
 }
 
 fn write_slots(file: &dyn Storage, mut header: Header) -> Result<()> {

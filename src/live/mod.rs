@@ -28,7 +28,7 @@ use crate::memory::Scatter;
 use crate::types::Word;
 use crate::wait::{Attempt, Wait};
 
-pub use create::{NewLayer, create, random};
+pub use create::{NewLayer, create, is_untouched, random};
 pub use journal::{RingSlot, read_ring};
 pub use keeper::{FreshMap, Keeper, Keepers, Kept, survivors};
 pub use pages::next_group;

@@ -349,6 +349,10 @@ impl Folder for FileFolder {
         fs::remove_file(self.join(name)?)
     }
 
+    fn remove_folder(&self, name: &str) -> io::Result<()> {
+        fs::remove_dir(self.join(name)?)
+    }
+
     fn sync(&self) -> io::Result<()> {
         names::sync(&self.path)
     }

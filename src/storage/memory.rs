@@ -320,6 +320,10 @@ impl Folder for MemoryFolder {
         guard(&self.files).remove(name).map(drop).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
+    fn remove_folder(&self, _: &str) -> io::Result<()> {
+        Err(io::ErrorKind::NotADirectory.into())
+    }
+
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }

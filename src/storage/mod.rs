@@ -161,6 +161,10 @@ pub trait Folder: Send + Sync + Debug {
     /// Removes a name.
     fn remove(&self, name: &str) -> io::Result<()>;
 
+    /// Removes an empty folder that stands in a file's place; [`io::ErrorKind::NotADirectory`] where
+    /// there is none.
+    fn remove_folder(&self, name: &str) -> io::Result<()>;
+
     /// Returns once all changes of names survive a power loss, as far as the host has a way to ask
     /// for that.
     fn sync(&self) -> io::Result<()>;

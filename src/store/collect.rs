@@ -8,10 +8,10 @@ use serde_json::Value;
 use super::blob::Document;
 use super::container::Standing;
 use super::digest::{hex_digest, is_hex_digest};
-use super::disk::{DiskKind, DiskName, GONE, LAYER, RECORD, Record, is_layer_of};
+use super::disk::{DiskKind, DiskName, GONE, LAYER, RECORD};
 use super::files::listing;
 use super::index::Index;
-use super::{Costs, Finding, Guard, Image, Store, Survey, files, json};
+use super::{Costs, Finding, Guard, Image, Store, Survey, files};
 use crate::chain::finish_snapshot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::State;
@@ -148,17 +148,21 @@ impl Store {
     fn mark_disks(&self, kind: DiskKind, doomed: &[Garbage], marks: &mut Marks) {
         let folder = &**self.folder(kind);
         let names = listing(folder).unwrap_or_else(|error| marks.give_up(kind.noun(), &error));
+        // A record that is lost may have named an image.
+        marks.bad.extend(self.strays(kind).map(|strays| strays.findings()).unwrap_or_default());
         for name in names {
             let stem = name.strip_suffix(RECORD).or_else(|| name.strip_suffix(GONE));
             if let Some(stem) = stem {
                 let subject = format!("{} {stem}", kind.noun());
-                match json::read::<Record>(folder, &name) {
+                match self.record_in(folder, &name) {
                     Ok(record) => {
                         let manifest = record.unwrap_or_default().manifest;
                         if is_hex_digest(&manifest) {
                             self.mark_manifest(&manifest, &subject, marks);
                         }
                     }
+                    // What is being removed needs nothing but what its layers stand on.
+                    Err(_) if name.ends_with(GONE) => {}
                     Err(error) => marks.bad.push(Finding::new(subject, error)),
                 }
             } else if (name.ends_with(LAYER) || name.ends_with(".top"))
@@ -345,9 +349,14 @@ impl Store {
             }
         }
         for kind in [DiskKind::Container, DiskKind::Volume] {
-            let strays = self.strays(kind, bad)?;
-            let place = Place::Disks(kind);
-            found.extend(strays.into_iter().map(|name| Garbage { place, name }));
+            let folder = &**self.folder(kind);
+            for name in self.strays(kind)?.leftovers {
+                let idle = self.is_idle(folder, &name).unwrap_or_else(|error| {
+                    bad.push(Finding::new("leftover", error));
+                    false
+                });
+                found.extend(idle.then_some(Garbage { place: Place::Disks(kind), name }));
+            }
         }
         for name in self.disk_names(DiskKind::Container)? {
             let disk = DiskName { kind: DiskKind::Container, name };
@@ -365,10 +374,7 @@ impl Store {
     /// whoever has it.
     fn abandoned(&self, disk: &DiskName, _: &Guard) -> Result<Vec<String>> {
         let folder = &**self.folder(disk.kind);
-        let exists = |name: &str| {
-            let fail = |error| Error::io(error, "looking at layers").in_file(folder.path());
-            folder.same_file(name, name).map_err(fail)
-        };
+        let exists = |name: &str| files::exists(folder, name);
         let record = self.record(disk)?.unwrap_or_default();
         let (new_top, copy) = (disk.new_top_file(), disk.copy_file());
         let (has_top, has_copy) = (exists(&new_top)?, exists(&copy)?);
@@ -446,7 +452,7 @@ impl Store {
     }
 
     /// Whether nobody has a file open with a lock on it.
-    fn is_idle(&self, folder: &dyn Folder, name: &str) -> Result<bool> {
+    pub(super) fn is_idle(&self, folder: &dyn Folder, name: &str) -> Result<bool> {
         let file = match find_in(folder, name, Access::Write) {
             Ok(Some(file)) => file,
             Ok(None) => return Ok(false),
@@ -463,52 +469,6 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
             Err(error) => Err(failed(&*file, "locking the file", 0)(error)),
         }
-    }
-
-    /// Files of no record: drafts, and layers that a cut-off creation or commit left.
-    fn strays(&self, kind: DiskKind, bad: &mut Vec<Finding>) -> Result<Vec<String>> {
-        let folder = &**self.folder(kind);
-        let names = listing(folder)?;
-        let mut strays = Vec::new();
-        for name in &names {
-            let stem = name.strip_prefix('.').unwrap_or(name);
-            let stem =
-                [".top", ".copy"].iter().find_map(|end| stem.strip_suffix(end)).unwrap_or(stem);
-            let recorded = match stem.strip_suffix(LAYER) {
-                _ if name.starts_with(files::DRAFT) => Ok(false),
-                Some(stem) => self.is_recorded(kind, stem, name, &names),
-                None => Ok(true),
-            };
-            match recorded.and_then(|recorded| Ok(!recorded && self.is_idle(folder, name)?)) {
-                Ok(true) => strays.push(name.clone()),
-                Ok(false) => {}
-                Err(error) => bad.push(Finding::new(format!("{} {stem}", kind.noun()), error)),
-            }
-        }
-        Ok(strays)
-    }
-
-    /// Whether a layer file belongs to a disk that has a record.
-    fn is_recorded(
-        &self,
-        kind: DiskKind,
-        stem: &str,
-        file: &str,
-        names: &[String],
-    ) -> Result<bool> {
-        let (owner, frozen) = match stem.split_once('@') {
-            Some((owner, _)) => (owner, true),
-            None => (stem, false),
-        };
-        let disk = DiskName { kind, name: owner.to_owned() };
-        if names.binary_search(&disk.record_file()).is_err() {
-            return Ok(false);
-        }
-        if !frozen {
-            return Ok(true);
-        }
-        let record = self.record(&disk)?.unwrap_or_default();
-        Ok(!is_layer_of(&disk, file) || record.frozen.iter().any(|frozen| frozen.file == file))
     }
 
     /// What images, containers and volumes take, in that order; what can't be read is not counted.
@@ -557,13 +517,14 @@ impl Store {
         let mut usage = Usage::default();
         for name in self.disk_names(kind)? {
             let disk = DiskName { kind, name };
-            let cost = || -> Result<Option<(u64, bool)>> {
+            let cost = || -> Result<Option<(Survey<u64>, bool)>> {
                 let Some(record) = self.record(&disk)? else { return Ok(None) };
                 let cost = self.disk_cost(&disk, &record)?;
                 Ok(Some((cost, self.is_idle(&**self.folder(kind), &disk.file())?)))
             };
             match cost() {
-                Ok(Some((cost, idle))) => {
+                Ok(Some((Survey { good: cost, bad: unknown }, idle))) => {
+                    bad.extend(unknown);
                     usage.total += 1;
                     usage.active += u64::from(!idle);
                     usage.size += cost;

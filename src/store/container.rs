@@ -63,7 +63,7 @@ impl Store {
             let mut survey = Survey::<Vec<Container>>::default();
             for name in self.disk_names(DiskKind::Container)? {
                 let disk = container(&name)?;
-                match self.find_container(&name) {
+                match self.find_container(&name, &mut survey.bad) {
                     Ok(Some(found)) => {
                         if found.base.is_none()
                             && let Err(error) = self.base_of(&disk.file())
@@ -85,8 +85,10 @@ impl Store {
     /// behind the other, and either damaged.
     pub(super) fn standing(&self) -> Result<Vec<Standing>> {
         let names = self.disk_names(DiskKind::Container)?.into_iter();
-        let standing = names.map(|name| {
-            let disk = DiskName { kind: DiskKind::Container, name };
+        let named = names.map(|name| DiskName { kind: DiskKind::Container, name });
+        let lost = self.strays(DiskKind::Container)?.lost.into_iter().map(|lost| lost.disk);
+        let disks: BTreeSet<_> = named.chain(lost).collect();
+        let standing = disks.into_iter().map(|disk| {
             let record = self.record(&disk).ok().flatten().unwrap_or_default();
             let base = self.base_of(&disk.file()).ok();
             Standing { container: disk.name, image_id: record.manifest, base }
@@ -94,19 +96,26 @@ impl Store {
         Ok(standing.collect())
     }
 
-    /// One container.
-    pub fn container(&self, name: &str) -> Result<Container> {
-        self.find_container(name)?.map_or_else(|| Err(container(name)?.missing()), Ok)
+    /// One container, and what of its snapshots can't be read.
+    pub fn container(&self, name: &str) -> Result<(Container, Vec<Finding>)> {
+        let mut bad = Vec::new();
+        match self.find_container(name, &mut bad)? {
+            Some(found) => Ok((found, bad)),
+            None => Err(container(name)?.missing()),
+        }
     }
 
-    fn find_container(&self, name: &str) -> Result<Option<Container>> {
+    /// A frozen layer that can't be looked at goes to `bad`, and hides no more than its snapshot.
+    fn find_container(&self, name: &str, bad: &mut Vec<Finding>) -> Result<Option<Container>> {
         let disk = container(name)?;
         let Some(record) = self.record(&disk)? else { return Ok(None) };
         let mut snapshots = Vec::new();
         for frozen in &record.frozen {
-            if let Some(name) = frozen.snapshot.clone()
-                && self.is_made(&disk, frozen)?
-            {
+            let made = self.is_made(&disk, frozen).unwrap_or_else(|error| {
+                bad.push(Finding::new(&disk, error));
+                false
+            });
+            if let Some(name) = frozen.snapshot.clone().filter(|_| made) {
                 snapshots.push(Snapshot { name, created: frozen.created.clone() });
             }
         }
@@ -162,16 +171,17 @@ impl Store {
             created: now(),
             image: image.name(),
             manifest: image.id.clone(),
-            frozen: Vec::new(),
+            ..Record::default()
         };
         self.create_disk(&disk, size, Some(&parent), &record, &guard)
     }
 
-    /// Bytes of disk that a container's own layers take.
+    /// Bytes of disk that a container's own layers take, as far as they can be looked at:
+    /// [`Store::container`] tells of the others.
     pub fn container_cost(&self, name: &str) -> Result<u64> {
         let disk = container(name)?;
         let record = self.record(&disk)?.ok_or_else(|| disk.missing())?;
-        self.disk_cost(&disk, &record)
+        Ok(self.disk_cost(&disk, &record)?.good)
     }
 
     /// Size of a container's device in bytes.
@@ -217,23 +227,26 @@ impl Store {
             let detail = format!("container {:?} has a snapshot {name:?} already", disk.name);
             return Err(Error::new(ErrorKind::Exists, detail));
         }
-        let taken = |n: &u64| {
-            let file = format!("{}@{n}{LAYER}", disk.name);
-            !record.frozen.iter().any(|frozen| frozen.file == file)
-        };
-        let number = (1..).find(taken).unwrap_or_default();
-        let file = format!("{}@{number}{LAYER}", disk.name);
-        // What a removed container of that name may have left: once the record has the file, it
-        // counts.
-        files::remove(&**self.folder(disk.kind), &file)?;
-        record.frozen.push(FrozenLayer {
-            file: file.clone(),
-            created: now(),
-            snapshot: snapshot.map(str::to_owned),
-        });
+        let file = self.unused_file(disk, &record)?;
+        record.frozen.push(FrozenLayer::new(file.clone(), snapshot));
         self.write_record(disk, &record)?;
         drop(guard);
         Chain::snapshot(open, &file)
+    }
+
+    /// A name for a frozen layer that neither the record has nor a file: that may be a layer whose
+    /// entry is lost.
+    fn unused_file(&self, disk: &DiskName, record: &Record) -> Result<String> {
+        let folder = &**self.folder(disk.kind);
+        let mut number = 1u64;
+        loop {
+            let file = format!("{}@{number}{LAYER}", disk.name);
+            let named = record.frozen.iter().any(|frozen| frozen.file == file);
+            if !named && !files::exists(folder, &file)? {
+                return Ok(file);
+            }
+            number += 1;
+        }
     }
 
     /// Whether a layer of a record was made: a crash may have kept its file from being there, or
@@ -309,9 +322,15 @@ impl Store {
     /// be written: a record may name a layer that isn't there.
     fn drop_unneeded(&self, disk: &DiskName, record: &mut Record) -> Result<()> {
         let unneeded = self.unneeded(disk, record)?;
-        for file in &unneeded {
-            files::remove(&**self.folder(disk.kind), file)?;
+        if unneeded.is_empty() {
+            return Ok(());
         }
+        let folder = &**self.folder(disk.kind);
+        for file in &unneeded {
+            files::remove(folder, file)?;
+        }
+        // Durably: a layer that no record names has lost its entry.
+        sync_folder(folder)?;
         record.frozen.retain(|frozen| !unneeded.contains(&frozen.file));
         Ok(())
     }

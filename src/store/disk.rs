@@ -1,22 +1,25 @@
 //! Writable disks of the store: a live layer and a record beside it. Containers and volumes are
 //! both that.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
 
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use super::features::{self, Need};
 use super::files::listing;
-use super::{Guard, Store, check_name, files, json};
+use super::{Finding, Guard, Store, Survey, check_name, files, json, now};
 use crate::chain::{Chain, Parent, create};
 use crate::device::{Detail, Device, Disk, Extent, Facts, HostRange, Prefetch, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::newest_header;
 use crate::memory::{Gather, Scatter};
 use crate::storage::{
-    Access, Folder, Lock, Rights, Storage, failed, find_in, open_in, sync_folder, take_lock,
+    Access, Folder, Lock, Rights, Storage, failed, find_in, holders, open_in, sync_folder,
+    take_lock,
 };
 use crate::wait::{Attempt, Wait};
 
@@ -49,7 +52,7 @@ pub struct DiskName {
 }
 
 /// What is kept beside a layer.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Record {
     /// RFC 3339.
     pub created: String,
@@ -62,10 +65,22 @@ pub(super) struct Record {
     /// Frozen layers of its own, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub frozen: Vec<FrozenLayer>,
+    #[serde(flatten, skip_serializing)]
+    pub unknown: UnknownFields,
+}
+
+/// Fields that this version doesn't know.
+pub(super) type UnknownFields = BTreeMap<String, IgnoredAny>;
+
+impl Record {
+    fn unknown_field(&self) -> Option<&str> {
+        let frozen = self.frozen.iter().flat_map(|frozen| frozen.unknown.keys());
+        self.unknown.keys().chain(frozen).map(String::as_str).next()
+    }
 }
 
 /// A frozen layer of a container.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct FrozenLayer {
     /// File name.
     pub file: String,
@@ -74,6 +89,20 @@ pub(super) struct FrozenLayer {
     /// The snapshot's name; none for what an interrupted commit left.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<String>,
+    #[serde(flatten, skip_serializing)]
+    pub unknown: UnknownFields,
+}
+
+impl FrozenLayer {
+    /// One that is about to be made.
+    pub fn new(file: String, snapshot: Option<&str>) -> Self {
+        Self {
+            file,
+            created: now(),
+            snapshot: snapshot.map(str::to_owned),
+            unknown: UnknownFields::new(),
+        }
+    }
 }
 
 pub(super) const RECORD: &str = ".json";
@@ -102,7 +131,7 @@ impl DiskName {
         format!("{}{RECORD}", self.name)
     }
 
-    fn gone_file(&self) -> String {
+    pub(super) fn gone_file(&self) -> String {
         format!("{}{GONE}", self.name)
     }
 
@@ -256,7 +285,20 @@ impl Store {
 
     /// The record of a disk; none where there is no such disk.
     pub(super) fn record(&self, disk: &DiskName) -> Result<Option<Record>> {
-        json::read(&**self.folder(disk.kind), &disk.record_file())
+        self.record_in(&**self.folder(disk.kind), &disk.record_file())
+    }
+
+    /// The record in a file. A field that no record has was another one once, unless a later version
+    /// has been here: no program adds any without a feature.
+    pub(super) fn record_in(&self, folder: &dyn Folder, file: &str) -> Result<Option<Record>> {
+        let record = json::read::<Record>(folder, file)?;
+        if let Some(field) = record.as_ref().and_then(Record::unknown_field)
+            && features::check(self.root(), Need::Write).is_ok()
+        {
+            let detail = format!("a record with the field {field:?}, which none has");
+            return Err(Error::new(ErrorKind::Corrupt, detail).in_file(folder.path().join(file)));
+        }
+        Ok(record)
     }
 
     pub(super) fn write_record(&self, disk: &DiskName, record: &Record) -> Result<()> {
@@ -279,7 +321,12 @@ impl Store {
             return Err(Error::new(ErrorKind::Exists, detail));
         }
         self.finish_removal(disk)?;
-        // What a creation left that was cut off before its record.
+        if files::exists(&**folder, &disk.file())? && !self.is_cut_off_creation(disk) {
+            let detail =
+                format!("the record of {disk} is lost, but not its layer: remove it first");
+            let path = folder.path().join(disk.file());
+            return Err(Error::new(ErrorKind::Exists, detail).in_file(path));
+        }
         files::remove(&**folder, &disk.file())?;
         disk.clear_snapshot(&**folder)?;
         let rights = match parent {
@@ -329,17 +376,23 @@ impl Store {
         Chain::open(folder.clone(), name, access, self.layers.clone())
     }
 
-    /// Bytes of disk that a disk's own files take.
-    pub(super) fn disk_cost(&self, disk: &DiskName, record: &Record) -> Result<u64> {
+    /// Bytes of disk that a disk's own files take, without the frozen layers that can't be looked at.
+    pub(super) fn disk_cost(&self, disk: &DiskName, record: &Record) -> Result<Survey<u64>> {
         let folder = self.folder(disk.kind);
-        let files = record.frozen.iter().map(|frozen| frozen.file.clone());
-        let names = files.chain([disk.file(), disk.record_file()]);
-        let cost = |name: String| match find_in(&**folder, &name, Access::Read)? {
+        let cost = |name: &str| match find_in(&**folder, name, Access::Read)? {
             Some(file) => file.allocated().map_err(failed(&*file, "looking at its size", 0)),
             // A frozen layer that was never made, or has gone meanwhile.
             None => Ok(0),
         };
-        names.map(cost).sum()
+        let good = cost(&disk.file())? + cost(&disk.record_file())?;
+        let mut survey = Survey { good, bad: Vec::new() };
+        for frozen in &record.frozen {
+            match cost(&frozen.file) {
+                Ok(cost) => survey.good += cost,
+                Err(error) => survey.bad.push(Finding::new(disk, error)),
+            }
+        }
+        Ok(survey)
     }
 
     /// The disk's virtual size.
@@ -375,51 +428,84 @@ impl Store {
         Ok(Some(file))
     }
 
-    /// Removes a disk with all its layers. Needs no free space.
+    /// Removes a disk with all its layers, those of a record that is lost or can't be read included.
+    /// Needs no free space.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] with who has it open.
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] with who has it open; the host's for a folder in a
+    /// file's place that has something in it. Then nothing has been removed but empty folders.
     pub fn remove_disk(&self, disk: &DiskName) -> Result<()> {
         let guard = self.lock()?;
         let folder = &**self.folder(disk.kind);
-        // A record that can't be read is no reason to keep the disk.
-        let record = disk.record_file();
-        let there = folder.same_file(&record, &record).map_err(|error| {
-            Error::io(error, "looking for the record").in_file(folder.path().join(&record))
-        })?;
-        if !there {
-            return match self.finish_removal(disk)? {
-                CutOffRemoval::Finished => Ok(()),
-                CutOffRemoval::Nothing => Err(disk.missing()),
-            };
+        let (record, gone) = (disk.record_file(), disk.gone_file());
+        let mut names = self.files_of(disk)?;
+        for name in [record, gone] {
+            names.extend(files::exists(folder, &name)?.then_some(name));
         }
-        let _claim = self.claim(disk, &guard)?;
-        folder.rename(&disk.record_file(), &disk.gone_file()).map_err(|error| {
-            let path = folder.path().join(disk.record_file());
-            Error::io(error, "marking as removed").in_file(path)
-        })?;
+        if names.is_empty() {
+            return Err(disk.missing());
+        }
+        let _claim = self.claim_to_remove(disk, &guard)?;
+        // What can't be removed is found before anything is.
+        for name in &names {
+            files::clear_folder(folder, name)?;
+        }
+        self.mark_as_gone(disk)?;
         sync_folder(folder)?;
         self.finish_removal(disk)?;
         Ok(())
     }
 
+    /// [`Store::claim`] for a removal: that the layer can't be opened, or is no file, is no reason to
+    /// keep it, unless somebody is known to have it.
+    fn claim_to_remove(&self, disk: &DiskName, guard: &Guard) -> Result<Option<Arc<dyn Storage>>> {
+        let error = match self.claim(disk, guard) {
+            Err(error) if error.kind() != ErrorKind::InUse => error,
+            claimed => return claimed,
+        };
+        if !error.kind().forbids_writing() {
+            return Ok(None);
+        }
+        let folder = &**self.folder(disk.kind);
+        let who = holders(&folder.path().join(disk.file())).join(", ");
+        // Where its lock can't be asked either, what is seen of other processes has to do.
+        let is_idle = self.is_idle(folder, &disk.file()).unwrap_or(who.is_empty());
+        if is_idle {
+            return Ok(None);
+        }
+        let who = if who.is_empty() { "another open file" } else { &who };
+        Err(Error::new(ErrorKind::InUse, format!("{disk} is in use by {who}")))
+    }
+
+    /// Marks a disk as removed: from here on it is not there.
+    fn mark_as_gone(&self, disk: &DiskName) -> Result<()> {
+        let folder = &**self.folder(disk.kind);
+        let (record, gone) = (disk.record_file(), disk.gone_file());
+        let marked = if files::exists(folder, &record)? {
+            folder.rename(&record, &gone)
+        } else if files::exists(folder, &gone)? {
+            Ok(())
+        } else {
+            folder.create(&gone).map(drop)
+        };
+        marked.map_err(|error| {
+            Error::io(error, "marking as removed").in_file(folder.path().join(&gone))
+        })
+    }
+
     /// Removes the layers of a disk whose record is marked as gone, and then the mark.
     pub(super) fn finish_removal(&self, disk: &DiskName) -> Result<CutOffRemoval> {
         let folder = &**self.folder(disk.kind);
-        // Where it can't be read, `gc` finds the layers that no record has.
-        let record: Record = match files::read_small(folder, &disk.gone_file()) {
-            Ok(None) => return Ok(CutOffRemoval::Nothing),
-            Ok(Some(bytes)) => json::parse(&bytes).unwrap_or_default(),
-            Err(_) => Record::default(),
-        };
-        files::remove(folder, &disk.file())?;
-        disk.clear_snapshot(folder)?;
-        for frozen in &record.frozen {
-            if is_layer_of(disk, &frozen.file) {
-                files::remove(folder, &frozen.file)?;
-            }
+        if !files::exists(folder, &disk.gone_file())? {
+            return Ok(CutOffRemoval::Nothing);
+        }
+        // All that bear its name: the record may be damaged, or have been lost.
+        for file in self.files_of(disk)? {
+            files::clear_folder(folder, &file)?;
+            files::remove(folder, &file)?;
         }
         sync_folder(folder)?;
+        files::clear_folder(folder, &disk.gone_file())?;
         files::remove(folder, &disk.gone_file())?;
         sync_folder(folder)?;
         Ok(CutOffRemoval::Finished)

@@ -92,11 +92,30 @@ pub(super) fn replace_by_shorter(folder: &dyn Folder, name: &str, bytes: &[u8]) 
     folder.sync().map_err(fail("syncing the folder"))
 }
 
+/// Whether something bears that name, of whatever kind.
+pub(super) fn exists(folder: &dyn Folder, name: &str) -> Result<bool> {
+    let fail = |error| Error::io(error, "looking for the file").in_file(folder.path().join(name));
+    folder.same_file(name, name).map_err(fail)
+}
+
 /// Makes sure that there is no such file. Not durable until the folder is synced.
 pub(super) fn remove(folder: &dyn Folder, name: &str) -> Result<()> {
     match folder.remove(name) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Error::io(error, "removing the file").in_file(folder.path().join(name)))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Makes sure that no folder stands in a file's place, if it is an empty one.
+pub(super) fn clear_folder(folder: &dyn Folder, name: &str) -> Result<()> {
+    match folder.remove_folder(name) {
+        Err(error)
+            if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
+        {
+            let operation = "removing the folder that stands in the file's place";
+            Err(Error::io(error, operation).in_file(folder.path().join(name)))
         }
         _ => Ok(()),
     }

@@ -29,6 +29,8 @@ pub(super) struct IndexEntry {
     pub digest: String,
     /// None for an image whose name went to another one, and for a name that none of ours can be.
     pub reference: Option<Reference>,
+    /// Length of the manifest, as the index has it.
+    pub size: Option<u64>,
     /// Whether it has a name, whatever it is.
     pub is_named: bool,
     /// Whether it may be an image: not an index of others, an artifact or something unknown.
@@ -43,6 +45,7 @@ impl IndexEntry {
         Some(Self {
             digest: hex_digest(raw.get("digest")?.as_str()?)?.to_owned(),
             reference: name_of(raw),
+            size: raw.get("size").and_then(Value::as_u64),
             is_named,
             is_manifest: is_image && raw.get("artifactType").is_none(),
         })

@@ -21,11 +21,13 @@ mod index;
 mod json;
 mod name;
 mod publish;
+mod strays;
 mod survey;
 mod transfer;
 mod verify;
 mod volume;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -50,6 +52,7 @@ pub use volume::Volume;
 const LAYOUT_FILE: &str = "oci-layout";
 const LAYOUT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
 const LOCK_FILE: &str = "lock";
+const FOLDERS: [&str; 3] = ["blobs/sha256", "containers", "volumes"];
 /// Locked by the process that serves the store.
 const DESK_FILE: &str = "desk";
 /// Space that is given back where a removal finds the disk full: it has to write the index.
@@ -87,8 +90,27 @@ struct Hold(#[allow(dead_code, reason = "held for its lock")] Arc<dyn Storage>);
 struct Guard(#[allow(dead_code, reason = "held for its lock")] Hold);
 
 impl Store {
-    /// Opens the store in a folder of the host, which is made where it is missing.
-    pub fn open(path: &std::path::Path) -> Result<Self> {
+    /// Opens the store in a folder of the host.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where there is none; those of [`Store::over`].
+    pub fn open(path: &Path) -> Result<Self> {
+        if is_store(path)? {
+            return Self::open_or_make(path);
+        }
+        let detail = "there is no store in this folder; the first image or volume makes one";
+        Err(Error::new(ErrorKind::NotFound, detail).in_file(path))
+    }
+
+    /// Opens the store in a folder of the host, and makes it where the folder is missing or empty.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a folder with other things; those of [`Store::over`].
+    pub fn open_or_make(path: &Path) -> Result<Self> {
+        if !is_store(path)? && !may_become_store(path)? {
+            let detail = "no store is made in this folder: it is not empty, and no store";
+            return Err(Error::new(ErrorKind::InvalidInput, detail).in_file(path));
+        }
         let fail = |error| Error::io(error, "making the store's folders").in_file(path);
         // In a store that is there a folder may be missing that nobody here may make: it is empty.
         let is_there = path.join(LAYOUT_FILE).exists();
@@ -101,8 +123,8 @@ impl Store {
             Ok::<_, Error>(Arc::new(FileFolder::new(path)) as Arc<dyn Folder>)
         };
         // The root comes last, so that its path carries no trailing slash.
-        let (blobs, containers, volumes) =
-            (folder("blobs/sha256")?, folder("containers")?, folder("volumes")?);
+        let [blobs, containers, volumes] = FOLDERS.map(folder);
+        let (blobs, containers, volumes) = (blobs?, containers?, volumes?);
         let root = Arc::new(FileFolder::new(path));
         Self::over(Folders { root, blobs, containers, volumes })
     }
@@ -131,13 +153,13 @@ impl Store {
     }
 
     fn check_layout(&self, found: &[u8]) -> Result<()> {
-        let layout: serde_json::Value = json::parse(found)?;
+        let path = self.root().path().join(LAYOUT_FILE);
+        let layout: serde_json::Value = json::parse(found).map_err(|error| error.in_file(&path))?;
         match layout.get("imageLayoutVersion").and_then(|version| version.as_str()) {
             Some(version) if version.starts_with("1.") => Ok(()),
             other => {
                 let detail = format!("image layout version {other:?}, expected 1.0.0");
-                let error = Error::new(ErrorKind::Unsupported, detail);
-                Err(error.in_file(self.root().path().join(LAYOUT_FILE)))
+                Err(Error::new(ErrorKind::Unsupported, detail).in_file(path))
             }
         }
     }
@@ -177,7 +199,7 @@ impl Store {
     }
 
     /// The store's folder.
-    pub fn path(&self) -> &std::path::Path {
+    pub fn path(&self) -> &Path {
         self.root().path()
     }
 
@@ -244,6 +266,35 @@ impl Store {
             pause = (pause * 2).min(Duration::from_millis(10));
         }
     }
+}
+
+/// Whether there is a store in a folder, or one whose making was cut off.
+fn is_store(path: &Path) -> Result<bool> {
+    let is_there = |name: &&str| match std::fs::symlink_metadata(path.join(name)) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::io(error, "looking for the store").in_file(path)),
+    };
+    if is_there(&LAYOUT_FILE)? {
+        return Ok(true);
+    }
+    // They come before it.
+    for name in FOLDERS.iter().chain([&LOCK_FILE]) {
+        if !is_there(name)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Whether a folder is missing, or holds nothing but what making a store begins with and what a new
+/// file system has.
+fn may_become_store(path: &Path) -> Result<bool> {
+    let known = |name: &String| {
+        let begun = FOLDERS.iter().any(|folder| folder.split('/').next() == Some(name));
+        begun || name == "lost+found"
+    };
+    Ok(files::listing(&FileFolder::new(path))?.iter().all(known))
 }
 
 /// The present time: noted where something is made, and never decided by.

@@ -1,16 +1,16 @@
 //! `store check`: whether everything is there and is what its name says.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Display;
 
 use super::digest::is_hex_digest;
 use super::disk::{DiskKind, DiskName};
 use super::files::listing;
-use super::index::Index;
+use super::index::{Index, IndexEntry};
 use super::{Costs, Finding, Store, Survey, digest};
 use crate::error::{ErrorKind, Result};
 use crate::inspect;
-use crate::storage::{Access, open_in};
+use crate::storage::{Access, failed, find_in, open_in};
 
 /// Hears of what was found, and what about.
 type Note<'a> = &'a mut dyn FnMut(&dyn Display, &dyn Display);
@@ -42,6 +42,9 @@ impl Store {
     }
 
     fn verify_disks(&self, kind: DiskKind, note: Note<'_>) -> Result<()> {
+        for found in self.strays(kind)?.findings() {
+            note(&found.subject, &found.detail);
+        }
         for name in self.disk_names(kind)? {
             let disk = DiskName { kind, name };
             if let Err(error) = self.verify_disk(&disk, note) {
@@ -67,12 +70,41 @@ impl Store {
 
     fn verify_images(&self, note: Note<'_>) -> Result<()> {
         let mut costs = Costs::new(self);
-        let images = self.look_at_images(&Index::read(self)?, &mut costs);
+        let index = Index::read(self)?;
+        let images = self.look_at_images(&index, &mut costs);
         images.bad.iter().for_each(|bad| note(&bad.subject, &bad.detail));
         let mut opened = HashSet::new();
-        for image in images.good.iter().filter(|image| opened.insert(&image.id)) {
+        for image in images.good.iter().filter(|image| opened.insert(image.id.clone())) {
             if let Err(error) = self.open_image(image) {
                 note(&format_args!("image {}", image.name()), &error);
+            }
+        }
+        let ours = |entry: &IndexEntry| opened.contains(&entry.digest);
+        self.verify_entries(index.manifests().filter(ours), note)
+    }
+
+    /// Compares entries of the index with each other, and with their manifests.
+    fn verify_entries(
+        &self,
+        entries: impl Iterator<Item = IndexEntry>,
+        note: Note<'_>,
+    ) -> Result<()> {
+        let mut names = HashMap::new();
+        for entry in entries {
+            let file = self.blob(&entry.digest)?;
+            let length = file.length().map_err(failed(&*file, "reading the length", 0))?;
+            if entry.size != Some(length) {
+                let said = entry.size.map_or("none".into(), |size| size.to_string());
+                let detail = format!("the index has the size {said}, its manifest {length} bytes");
+                note(&entry.label(), &detail);
+            }
+            let Some(reference) = &entry.reference else { continue };
+            match names.insert(reference.clone(), entry.digest.clone()) {
+                Some(other) if other != entry.digest => {
+                    let detail = format!("the index gives the name to {} too", other);
+                    note(&entry.label(), &detail);
+                }
+                _ => {}
             }
         }
         Ok(())
@@ -80,13 +112,25 @@ impl Store {
 
     fn verify_disk(&self, disk: &DiskName, note: Note<'_>) -> Result<()> {
         let Some(record) = self.record(disk)? else { return Ok(()) };
-        let mut files = vec![disk.file()];
-        for frozen in record.frozen {
-            if self.is_made(disk, &frozen)? {
-                files.push(frozen.file);
+        for name in [disk.new_top_file(), disk.copy_file()] {
+            if let Err(error) = find_in(&**self.folder(disk.kind), &name, Access::Read) {
+                note(disk, &error);
             }
         }
-        files.iter().try_for_each(|file| self.verify_layer(disk, file, note))
+        let mut files = vec![disk.file()];
+        for frozen in record.frozen {
+            match self.is_made(disk, &frozen) {
+                Ok(true) => files.push(frozen.file),
+                Ok(false) => {}
+                Err(error) => note(disk, &error),
+            }
+        }
+        for file in files {
+            if let Err(error) = self.verify_layer(disk, &file, note) {
+                note(disk, &error);
+            }
+        }
+        Ok(())
     }
 
     fn verify_layer(&self, disk: &DiskName, name: &str, note: Note<'_>) -> Result<()> {

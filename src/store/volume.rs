@@ -61,7 +61,7 @@ impl Store {
         Ok(Some(Volume {
             name: name.to_owned(),
             virtual_size: self.disk_size(&disk)?,
-            size: self.disk_cost(&disk, &record)?,
+            size: self.disk_cost(&disk, &record)?.good,
             created: record.created,
         }))
     }

@@ -27,6 +27,8 @@ mod store_damage;
 mod store_foreign;
 mod store_kill;
 mod store_limits;
+mod store_lost;
 mod store_readers;
+mod store_root;
 mod support;
 mod walk;

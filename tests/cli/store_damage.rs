@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::symlink;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -282,7 +282,9 @@ fn a_bad_record_hides_nothing_else_and_its_container_can_be_removed() {
             folder.ok(&["volume", "rm", "c"]);
         }
         folder.ok(&["container", "rm", "c"]);
-        assert!(folder.ok(&["gc"]).contains("Deleted: containers/c@1.tply"));
+        let left = fs::read_dir(folder.join("store/containers")).unwrap();
+        assert_eq!(left.count(), 0, "its snapshot went too");
+        assert!(folder.ok(&["gc"]).contains("Deleted: blobs/sha256/"));
         folder.ok(&["image", "rm", "base"]);
         assert_eq!(blobs(&folder), [""; 0]);
         tidy(&folder);
@@ -308,6 +310,176 @@ fn a_container_whose_layer_is_damaged_is_shown_told_of_and_removed() {
     assert!(run.refused().contains("used by container c, d"), "{run:?}");
     folder.ok(&["container", "rm", "c"]);
     tidy(&folder);
+}
+
+#[test]
+fn a_disk_goes_whatever_stands_in_its_layers_place() {
+    for how in [Damage::Folder, Damage::Fifo, Damage::Symlink, Damage::Removed] {
+        let folder = stocked();
+        folder.ok(&["container", "create", "base", "--name", "c"]);
+        folder.ok(&["container", "snapshot", "c", "s"]);
+        folder.ok(&["volume", "create", "--size", "1M", "v"]);
+        for file in ["containers/c.tply", "containers/c@1.tply", "volumes/v.tply"] {
+            damage(&folder.join("store").join(file), how);
+        }
+        assert_eq!(soon(&folder, &["store", "check"]).code, 1, "{how:?}");
+        folder.ok(&["container", "rm", "c"]);
+        folder.ok(&["volume", "rm", "v"]);
+        for kind in ["containers", "volumes"] {
+            let left = fs::read_dir(folder.join("store").join(kind)).unwrap();
+            assert_eq!(left.count(), 0, "{how:?}");
+        }
+        folder.ok(&["image", "rm", "base"]);
+        assert_eq!(blobs(&folder), [""; 0]);
+        tidy(&folder);
+    }
+    let folder = Folder::new();
+    folder.ok(&["volume", "create", "--size", "1M", "v"]);
+    let path = folder.join("store/volumes/v.tply");
+    fs::remove_file(&path).unwrap();
+    let _listener = UnixListener::bind(&path).unwrap();
+    folder.ok(&["volume", "rm", "v"]);
+    tidy(&folder);
+}
+
+/// A folder with something in it is for whoever made it: the disk stays until it is out of the way.
+#[test]
+fn a_folder_in_the_way_of_a_removal_is_named_and_nothing_else_goes() {
+    for file in ["c.tply", "c@1.tply", "c.json", ".c.tply.top"] {
+        let folder = stocked();
+        folder.ok(&["container", "create", "base", "--name", "c"]);
+        folder.ok(&["container", "snapshot", "c", "s"]);
+        let path = folder.join("store/containers").join(file);
+        let _ = fs::remove_file(&path);
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("notes"), b"text").unwrap();
+        let names = || {
+            let entries = fs::read_dir(folder.join("store/containers")).unwrap();
+            entries.map(|entry| entry.unwrap().file_name()).collect::<BTreeSet<_>>()
+        };
+        let before = names();
+        let run = folder.run(&["container", "rm", "c"]);
+        assert!(run.refused().contains(&format!("{file}: ")), "{file}: {run:?}");
+        assert_eq!(names(), before, "{file}");
+        assert_eq!(soon(&folder, &["gc"]).code, 1, "{file}");
+        assert_eq!(soon(&folder, &["store", "check"]).code, 1, "{file}");
+        fs::remove_file(path.join("notes")).unwrap();
+        folder.ok(&["container", "rm", "c"]);
+        assert_eq!(names().len(), 0, "{file}");
+        tidy(&folder);
+    }
+}
+
+/// Earlier versions left such a mark.
+#[test]
+fn a_removal_that_a_folder_keeps_from_its_end_is_told_of_by_all_and_ends_without_it() {
+    let folder = stocked();
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    fs::remove_file(folder.join("store/containers/c.json")).unwrap();
+    fs::create_dir_all(folder.join("store/containers/c.gone/inside")).unwrap();
+    for verb in [&["gc", "--dry-run"][..], &["gc"]] {
+        let run = soon(&folder, verb);
+        assert!(run.code == 1 && run.stderr.contains("c.gone: "), "{run:?}");
+    }
+    let checked = soon(&folder, &["store", "check"]);
+    assert!(checked.code == 1 && checked.stdout.contains("c.gone: "), "{checked:?}");
+    fs::remove_dir(folder.join("store/containers/c.gone/inside")).unwrap();
+    folder.ok(&["gc"]);
+    tidy(&folder);
+    assert_eq!(fs::read_dir(folder.join("store/containers")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_damaged_layout_file_is_named() {
+    let folder = stocked();
+    for text in ["x", "", "{}"] {
+        folder.write("store/oci-layout", text.as_bytes());
+        let run = folder.run(&["image", "ls"]);
+        assert!(run.refused().contains("store/oci-layout: "), "{run:?}");
+    }
+}
+
+#[test]
+fn an_index_that_contradicts_itself_or_its_manifests_is_told_of() {
+    let folder = stocked();
+    folder.write("other.raw", &noise(2, MIB as usize));
+    folder.ok(&["image", "import", "other.raw", "other"]);
+    let whole = folder.read("store/index.json");
+    let check = |change: &dyn Fn(&mut Value), told: &str| {
+        let mut index: Value = serde_json::from_slice(&whole).unwrap();
+        change(&mut index["manifests"]);
+        folder.write("store/index.json", index.to_string().as_bytes());
+        let checked = soon(&folder, &["store", "check"]);
+        assert!(checked.code == 1 && checked.stdout.contains(told), "{told}: {checked:?}");
+    };
+    let twice = |entries: &mut Value| {
+        entries[1]["annotations"] = entries[0]["annotations"].clone();
+    };
+    check(&twice, "image base:latest: the index gives the name to ");
+    check(&|entries| entries[1]["size"] = 7.into(), "image other:latest: the index has the size 7");
+    folder.write("store/index.json", &whole);
+    tidy(&folder);
+}
+
+#[test]
+fn a_snapshot_that_is_no_file_hides_only_itself() {
+    for how in [Damage::Folder, Damage::Fifo, Damage::Symlink] {
+        let folder = stocked();
+        folder.ok(&["container", "create", "base", "--name", "c"]);
+        for name in ["s", "t"] {
+            folder.ok(&["container", "snapshot", "c", name]);
+            folder.ok(&["container", "reset", "c"]);
+        }
+        damage(&folder.join("store/containers/c@1.tply"), how);
+        let checked = soon(&folder, &["store", "check"]);
+        assert!(checked.code == 1 && checked.stdout.contains("c@1.tply: "), "{checked:?}");
+        for verb in [
+            &["container", "ls", "--json"][..],
+            &["container", "ls", "-s", "--json"],
+            &["container", "inspect", "c"],
+        ] {
+            let run = soon(&folder, verb);
+            assert!(run.code == 1 && run.stderr.contains("c@1.tply: "), "{how:?}: {run:?}");
+            assert_eq!(rows(&run, "name"), ["c".to_owned()].into());
+            let rows: Value = serde_json::from_str(&run.stdout).unwrap();
+            assert_eq!(rows[0]["snapshots"], serde_json::json!(["t"]));
+        }
+        let usage = soon(&folder, &["df", "--json"]);
+        assert!(usage.code == 1 && usage.stderr.contains("c@1.tply: "), "{usage:?}");
+        let usage: Value = serde_json::from_str(&usage.stdout).unwrap();
+        assert_eq!(usage[1]["total"], 1);
+        let served = served(&folder);
+        let offered = exports(&folder);
+        assert!(offered.contains("container/c@t") && !offered.contains("container/c@s"));
+        served.client("container/c").unwrap().disconnect().unwrap();
+        drop(served);
+        assert!(String::from_utf8(folder.read("log")).unwrap().contains("c@1.tply: "));
+        folder.ok(&["container", "rm", "c"]);
+        tidy(&folder);
+    }
+}
+
+#[test]
+fn containers_are_listed_with_their_own_sizes_where_the_index_is_damaged() {
+    for text in [Some("{"), Some("{}"), None] {
+        let folder = stocked();
+        folder.ok(&["container", "create", "base", "--name", "c"]);
+        let path = folder.join("store/index.json");
+        match text {
+            Some(text) => fs::write(&path, text).unwrap(),
+            None => fs::remove_file(&path).unwrap(),
+        }
+        let listed = soon(&folder, &["container", "ls", "-s", "--json"]);
+        assert!(listed.code == 1 && listed.stderr.contains("index.json: "), "{listed:?}");
+        let listed: Value = serde_json::from_str(&listed.stdout).unwrap();
+        assert_eq!(
+            (&listed[0]["name"], &listed[0]["device_size"]),
+            (&"c".into(), &(4 * MIB).into())
+        );
+        assert!(listed[0]["size"].is_u64() && listed[0]["virtual_size"].is_null(), "{listed}");
+        let listed = soon(&folder, &["container", "ls", "-s"]);
+        assert!(listed.stdout.contains("(virtual unknown)"), "{listed:?}");
+    }
 }
 
 /// A manifest that is gone may be what keeps its layers: a backup may have it still.

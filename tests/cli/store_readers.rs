@@ -156,3 +156,39 @@ fn a_folder_that_only_others_could_make_is_empty() {
     }
     assert!(!folder.join("store/containers").exists());
 }
+
+#[test]
+fn a_disk_whose_layer_its_owner_may_not_open_is_removed() {
+    if !getuid().is_root() {
+        return skip("needs root, to be somebody else");
+    }
+    let folder = Folder::new();
+    for (name, mode) in [("closed", 0), ("protected", 0o400)] {
+        folder.ok(&["volume", "create", "--size", "1M", name]);
+        let layer = folder.join("store/volumes").join(format!("{name}.tply"));
+        fs::set_permissions(layer, Permissions::from_mode(mode)).unwrap();
+    }
+    let owner = STRANGER.to_string();
+    let mut chown = Command::new("chown");
+    assert!(
+        chown.args(["-R", &owner, "store"]).current_dir(folder.path()).status().unwrap().success()
+    );
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    let program = folder.join("thinply");
+    fs::copy(folder.command(&[]).get_program(), &program).unwrap();
+    let remove = |name: &str| {
+        let mut command = Command::new(&program);
+        command.args(["volume", "rm", name]).env("THINPLY_ROOT", folder.join("store"));
+        command.uid(STRANGER).gid(STRANGER).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Run::from(output(&mut command))
+    };
+    let served = Served::all(&folder);
+    let reader = served.client("volume/protected:ro").unwrap();
+    assert!(remove("protected").refused().contains("is in use"));
+    reader.disconnect().unwrap();
+    drop(served);
+    for name in ["closed", "protected"] {
+        assert_eq!(remove(name).code, 0, "{name}");
+    }
+    assert_eq!(fs::read_dir(folder.join("store/volumes")).unwrap().count(), 0);
+}

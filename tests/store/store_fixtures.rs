@@ -84,7 +84,7 @@ fn what_was_kept_is_there() {
         .collect();
     assert_eq!(json!(history), then["history"]);
 
-    let web = store.container("web").unwrap();
+    let (web, _) = store.container("web").unwrap();
     let old = &then["containers"][0];
     let snapshots: Vec<_> = web.snapshots.iter().map(|saved| &saved.name).collect();
     assert_eq!(json!(snapshots), old["snapshots"]);

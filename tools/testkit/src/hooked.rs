@@ -164,6 +164,10 @@ impl Folder for Hooked {
         self.inner.remove(name)
     }
 
+    fn remove_folder(&self, name: &str) -> io::Result<()> {
+        self.inner.remove_folder(name)
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.inner.sync()
     }

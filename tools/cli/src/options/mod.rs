@@ -63,9 +63,14 @@ pub struct StoreArg {
 }
 
 impl StoreArg {
-    /// Opens the store; it is made where it is missing.
+    /// Opens the store, which must be there.
     pub fn open(&self) -> Result<Store> {
         Store::open(&self.path()?)
+    }
+
+    /// Opens the store; it is made where it is missing.
+    pub fn open_or_make(&self) -> Result<Store> {
+        Store::open_or_make(&self.path()?)
     }
 
     fn path(&self) -> Result<PathBuf> {

@@ -132,7 +132,7 @@ impl Serve {
 
     fn run_store(&self, holder: Option<Arc<Holder>>) -> Outcome {
         let listeners = self.listeners(holder.as_deref())?;
-        let mut store = self.store.open()?;
+        let mut store = self.store.open_or_make()?;
         if let Some(holder) = &holder {
             store = store.with_keepers(Arc::new(holder.clone()));
         }

@@ -61,7 +61,7 @@ struct CreateVolume {
 impl CreateVolume {
     fn run(&self) -> Outcome {
         size::check(Some(self.size))?;
-        self.store.open()?.create_volume(&self.name, self.size)?;
+        self.store.open_or_make()?.create_volume(&self.name, self.size)?;
         let mut output = Output::new();
         output.line(&self.name)?;
         output.print()?;

@@ -395,6 +395,10 @@ impl Folder for CrashFolder {
         self.names(|names| names.remove(name).map(drop).ok_or(io::ErrorKind::NotFound.into()))
     }
 
+    fn remove_folder(&self, _: &str) -> io::Result<()> {
+        Err(io::ErrorKind::NotADirectory.into())
+    }
+
     fn sync(&self) -> io::Result<()> {
         if planted(Bug::NameNotSynced) { Ok(()) } else { self.sync_names("") }
     }

@@ -70,6 +70,10 @@ impl Folder for Part {
         self.whole.remove(&self.inside(name))
     }
 
+    fn remove_folder(&self, name: &str) -> io::Result<()> {
+        self.whole.remove_folder(&self.inside(name))
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.whole.sync_names(self.prefix)
     }

@@ -109,8 +109,8 @@ struct Facts {
 }
 
 impl Facts {
-    fn of(store: &Store, container: Container, sizes: Option<&mut ImageCosts<'_>>) -> Result<Self> {
-        let mut facts = Self {
+    fn of(container: Container) -> Self {
+        Self {
             export: format!("container/{}", container.name),
             snapshots: container.snapshots.iter().map(|saved| saved.name.clone()).collect(),
             size: None,
@@ -120,14 +120,16 @@ impl Facts {
             image: container.image,
             image_id: container.image_id,
             created: container.created,
-        };
-        if let Some(images) = sizes {
-            let size = store.container_cost(&facts.name)?;
-            facts.size = Some(size);
-            facts.virtual_size = Some(size + images.of(&facts.image_id)?);
-            facts.device_size = Some(store.container_size(&facts.name)?);
         }
-        Ok(facts)
+    }
+
+    /// Adds the sizes, as far as they can be known.
+    fn measure(&mut self, images: &mut ImageCosts<'_>) -> Result<()> {
+        let size = images.store.container_cost(&self.name)?;
+        self.size = Some(size);
+        self.device_size = Some(images.store.container_size(&self.name)?);
+        self.virtual_size = Some(size + images.of(&self.image_id)?);
+        Ok(())
     }
 }
 
@@ -179,11 +181,12 @@ impl ListContainers {
         for container in containers {
             let subject = format!("container {}", container.name);
             // What has no size is told of already, or now.
-            let sizes = (self.size && container.base.is_some()).then_some(&mut costs);
-            match Facts::of(&store, container, sizes) {
-                Ok(found) => facts.push(found),
-                Err(error) => bad.push(Finding { subject, detail: error.to_string() }),
+            let has_size = self.size && container.base.is_some();
+            let mut found = Facts::of(container);
+            if has_size && let Err(error) = found.measure(&mut costs) {
+                bad.push(Finding { subject, detail: error.to_string() });
             }
+            facts.push(found);
         }
         let mut output = Output::new();
         if self.json {
@@ -204,8 +207,9 @@ impl ListContainers {
 fn row(facts: &Facts) -> Vec<String> {
     let image = short_id(&facts.image_id);
     let mut cells = vec![facts.name.clone(), facts.image.clone(), image, ago(&facts.created)];
-    if let (Some(size), Some(all)) = (facts.size, facts.virtual_size) {
-        cells.push(format!("{} (virtual {})", short(size), short(all)));
+    if let Some(size) = facts.size {
+        let all = facts.virtual_size.map_or("unknown".into(), short);
+        cells.push(format!("{} (virtual {all})", short(size)));
     }
     cells
 }
@@ -225,15 +229,18 @@ impl InspectContainers {
     fn run(&self) -> Outcome {
         let store = self.store.open()?;
         let mut costs = ImageCosts::new(&store);
-        let facts = self
-            .names
-            .iter()
-            .map(|name| Facts::of(&store, store.container(name)?, Some(&mut costs)));
-        let facts = facts.collect::<Result<Vec<_>>>()?;
+        let (mut facts, mut bad) = (Vec::new(), Vec::new());
+        for name in &self.names {
+            let (container, unknown) = store.container(name)?;
+            let mut found = Facts::of(container);
+            found.measure(&mut costs)?;
+            facts.push(found);
+            bad.extend(unknown);
+        }
         let mut output = Output::new();
         output.json(&facts)?;
         output.print()?;
-        Ok(Answer::Yes)
+        Ok(tell(&bad))
     }
 }
 

@@ -170,7 +170,7 @@ impl Incoming<'_> {
 impl Load {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
-        let store = self.store.open()?;
+        let store = self.store.open_or_make()?;
         let mut incoming = Incoming { store: &store, new: Vec::new() };
         let loaded = self.read(&mut incoming).and_then(|index| store.add_images(&index));
         // What no image here has, all of it where that failed, is not to stay.

@@ -49,7 +49,7 @@ fn source_date() -> Result<Option<u64>> {
 
 impl New {
     fn open(&self) -> Result<(Store, Option<Image>)> {
-        let store = self.store.open()?;
+        let store = self.store.open_or_make()?;
         let base = self.parent.as_deref().map(|name| store.image(name)).transpose()?;
         Ok((store, base))
     }
