@@ -141,6 +141,18 @@ fn a_name_that_is_taken_is_refused_or_moves_as_an_image_name_does() {
 }
 
 #[test]
+fn a_container_is_never_smaller_than_its_image() {
+    let folder = stocked();
+    let create = |size| folder.run(&["container", "create", "base", "--name", "c", "--size", size]);
+    let message = create("1M").refused().to_owned();
+    assert!(message.contains("container c of 1048576 bytes"), "{message}");
+    assert!(message.contains("the image's 4194304"), "{message}");
+    assert_eq!(folder.json(&["container", "ls", "--json"]).as_array().unwrap().len(), 0);
+    assert_eq!(create("4M").code, 0);
+    tidy(&folder);
+}
+
+#[test]
 fn removing_what_is_in_use_is_refused_with_who_uses_it() {
     let folder = stocked();
     folder.ok(&["container", "create", "base", "--name", "web"]);
