@@ -24,7 +24,7 @@ fn piped(folder: &Folder, args: &[&str], input: &[u8]) -> Run {
 
 fn padded(data: &[u8]) -> Vec<u8> {
     let mut padded = data.to_vec();
-    padded.resize(data.len().max(1).next_multiple_of(512), 0);
+    padded.resize(data.len().next_multiple_of(512), 0);
     padded
 }
 
@@ -38,7 +38,6 @@ fn sources() -> Vec<Vec<u8>> {
     let mut late = vec![0; 3 * MIB as usize + 1];
     late[3 * MIB as usize] = 1;
     vec![
-        vec![],
         vec![7],
         noise(3, 512),
         noise(4, 4095),
@@ -74,6 +73,27 @@ fn what_goes_in_comes_out_bit_by_bit() {
             folder.ok(&["check", "--chain", name]);
         }
     }
+}
+
+#[test]
+fn what_is_empty_is_no_disk() {
+    let folder = Folder::new();
+    folder.write("raw", b"");
+    for format in [&["--format", "raw"][..], &[]] {
+        for source in ["raw", "-"] {
+            let layer = [&["import", source, "a.tply"], format].concat();
+            let image = [&["image", "import", source, "a"], format].concat();
+            for args in [layer, image] {
+                let run = piped(&folder, &args, b"");
+                assert!(
+                    run.refused().contains(&format!("{source}: is empty")),
+                    "{args:?}: {run:?}"
+                );
+            }
+        }
+    }
+    assert_eq!(folder.names(), ["raw", "store"]);
+    assert_eq!(folder.ok(&["store", "check"]), "clean\n");
 }
 
 #[test]
