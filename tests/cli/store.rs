@@ -153,6 +153,27 @@ fn a_container_is_never_smaller_than_its_image() {
 }
 
 #[test]
+fn what_is_said_of_a_size_names_the_disk() {
+    let folder = stocked();
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    folder.ok(&["volume", "create", "--size", "8M", "v"]);
+    for (args, parts) in [
+        (&["volume/v", "4M"][..], ["volume/v: 4194304 bytes", "--shrink"]),
+        (&["container/c", "-1M"], ["container/c: 3145728 bytes", "--shrink"]),
+        (&["volume/v", "1000"], ["volume/v: ", "multiple of 512"]),
+        (&["container/c", "-9M"], ["container/c: ", "no change"]),
+        (&["container/nosuch", "1M"], ["there is no container", "\"nosuch\""]),
+        (&["volume/nosuch", "1M"], ["there is no volume", "\"nosuch\""]),
+    ] {
+        let run = folder.run(&[&["resize"], args].concat());
+        let message = run.refused();
+        assert!(parts.iter().all(|part| message.contains(part)), "{args:?}: {message}");
+    }
+    folder.ok(&["resize", "--shrink", "volume/v", "4M"]);
+    folder.ok(&["resize", "container/c", "+1M"]);
+}
+
+#[test]
 fn removing_what_is_in_use_is_refused_with_who_uses_it() {
     let folder = stocked();
     folder.ok(&["container", "create", "base", "--name", "web"]);
