@@ -161,12 +161,18 @@ impl Store {
     /// Makes a container over an image.
     ///
     /// # Errors
-    /// [`ErrorKind::Exists`]; [`ErrorKind::InvalidInput`] for a name or size that can't be;
-    /// [`ErrorKind::NotFound`] if the image was removed meanwhile.
+    /// [`ErrorKind::Exists`]; [`ErrorKind::InvalidInput`] for a name or size that can't be, such as one
+    /// smaller than the image's; [`ErrorKind::NotFound`] if the image was removed meanwhile.
     pub fn create_container(&self, name: &str, image: &Image, size: Option<u64>) -> Result<()> {
         let disk = container(name)?;
         let guard = self.lock()?;
         let parent = self.parent(&image.top()?)?;
+        if let Some(size) = size.filter(|size| *size < parent.virtual_size) {
+            // It would hold half a file system.
+            let whole = parent.virtual_size;
+            let detail = format!("{disk} of {size} bytes, expected at least the image's {whole}");
+            return Err(Error::new(ErrorKind::InvalidInput, detail));
+        }
         let record = Record {
             created: now(),
             image: image.name(),

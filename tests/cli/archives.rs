@@ -130,6 +130,13 @@ fn a_load_that_is_refused_leaves_nothing() {
         }
     }
 
+    for junk in [&b"junk"[..], &noise(9, 20_000)] {
+        folder.write("junk.tar", junk);
+        let run = load(&folder, "second", "junk.tar");
+        assert!(run.refused().contains("junk.tar: no tar archive: "), "{run:?}");
+        assert!(empty(&folder, "second"));
+    }
+
     layout(&folder, "platforms");
     let inner = json!({"schemaVersion": 2, "manifests": [
         {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": "sha256:00", "size": 1,

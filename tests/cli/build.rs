@@ -421,6 +421,17 @@ fn an_empty_tree_and_a_link_to_one_make_images() {
     assert_eq!(seen(mount), seen(&folder.join("tree")));
 }
 
+#[test]
+fn what_is_no_tree_is_named() {
+    let folder = Folder::new();
+    folder.write("file", b"text");
+    for (path, reason) in [("nosuch", "No such file"), ("file", "not a folder")] {
+        let run = folder.run(&["image", "build-from", path, "x:1"]);
+        let message = run.refused();
+        assert!(message.contains(&format!("{path}: ")) && message.contains(reason), "{message}");
+    }
+}
+
 /// A folder for `PATH` with a mke2fs that does something first.
 fn instead_of_mke2fs(folder: &Folder, script: &str) -> String {
     fs::create_dir_all(folder.join("bin")).unwrap();

@@ -149,18 +149,30 @@ fn names_of_layers_must_be_utf8_and_other_folders_need_not() {
 fn a_reader_that_has_seen_enough_is_no_error() {
     let folder = Folder::new();
     folder.ok(&["create", "--size", "64M", "x.tply"]);
-    let runs: [&[&str]; 4] = [
-        &["info", "x.tply"],
-        &["dump", "x.tply"],
-        &["export", "x.tply", "-"],
-        &["completions", "zsh"],
-    ];
-    for args in runs {
-        let (reader, writer) = std::io::pipe().unwrap();
-        drop(reader);
-        let run: Run = output(folder.command(args).stdout(writer)).into();
+    for args in [&["info", "x.tply"][..], &["dump", "x.tply"], &["completions", "zsh"]] {
+        let run = without_a_reader(&folder, args);
         assert_eq!((run.code, run.stderr.as_str()), (0, ""), "{args:?}");
     }
+}
+
+#[test]
+fn a_reader_that_leaves_a_disk_or_an_archive_is_an_error() {
+    let folder = Folder::new();
+    folder.ok(&["create", "--size", "64M", "x.tply"]);
+    folder.ok(&["image", "import", "x.tply", "--format", "raw", "a"]);
+    let runs: [&[&str]; 3] =
+        [&["export", "x.tply", "-"], &["pack", "x.tply", "-"], &["image", "save", "-o", "-", "a"]];
+    for args in runs {
+        let run = without_a_reader(&folder, args);
+        assert!(run.refused().contains("Broken pipe"), "{args:?}: {run:?}");
+    }
+}
+
+/// A run whose standard output is a pipe that nobody reads.
+fn without_a_reader(folder: &Folder, args: &[&str]) -> Run {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    output(folder.command(args).stdout(writer)).into()
 }
 
 #[test]

@@ -24,7 +24,7 @@ fn piped(folder: &Folder, args: &[&str], input: &[u8]) -> Run {
 
 fn padded(data: &[u8]) -> Vec<u8> {
     let mut padded = data.to_vec();
-    padded.resize(data.len().max(1).next_multiple_of(512), 0);
+    padded.resize(data.len().next_multiple_of(512), 0);
     padded
 }
 
@@ -38,7 +38,6 @@ fn sources() -> Vec<Vec<u8>> {
     let mut late = vec![0; 3 * MIB as usize + 1];
     late[3 * MIB as usize] = 1;
     vec![
-        vec![],
         vec![7],
         noise(3, 512),
         noise(4, 4095),
@@ -74,6 +73,27 @@ fn what_goes_in_comes_out_bit_by_bit() {
             folder.ok(&["check", "--chain", name]);
         }
     }
+}
+
+#[test]
+fn what_is_empty_is_no_disk() {
+    let folder = Folder::new();
+    folder.write("raw", b"");
+    for format in [&["--format", "raw"][..], &[]] {
+        for source in ["raw", "-"] {
+            let layer = [&["import", source, "a.tply"], format].concat();
+            let image = [&["image", "import", source, "a"], format].concat();
+            for args in [layer, image] {
+                let run = piped(&folder, &args, b"");
+                assert!(
+                    run.refused().contains(&format!("{source}: is empty")),
+                    "{args:?}: {run:?}"
+                );
+            }
+        }
+    }
+    assert_eq!(folder.names(), ["raw", "store"]);
+    assert_eq!(folder.ok(&["store", "check"]), "clean\n");
 }
 
 #[test]
@@ -169,18 +189,18 @@ fn a_child_may_be_shorter_or_longer_than_its_parent() {
 fn a_size_that_does_not_do_is_refused_before_anything_is_made() {
     let folder = Folder::new();
     folder.write("raw", &noise(1, 10_000));
-    let runs: [&[&str]; 6] = [
+    let runs: [&[&str]; 5] = [
         &["import", "--size", "9K", "raw", "a.tply"],
         &["import", "--size", "1000", "raw", "a.tply"],
         &["create", "--size", "0", "a.tply"],
         &["create", "--size", "65P", "a.tply"],
         &["create", "--size", "big", "a.tply"],
-        &["create", "a.tply"],
     ];
     for args in runs {
-        folder.run(args).refused();
+        assert!(folder.run(args).refused().contains("--size"), "{args:?}");
         assert_eq!(folder.names(), ["raw"], "{args:?}");
     }
+    assert!(folder.run(&["create", "a.tply"]).refused().contains("needs a size"));
     let run = piped(&folder, &["import", "--size", "8K", "-", "a.tply"], &noise(1, 10_000));
     assert!(run.refused().contains("10000 bytes"), "{run:?}");
     assert_eq!(folder.names(), ["raw"]);
@@ -234,7 +254,10 @@ fn a_shrink_must_be_asked_for_and_what_it_cuts_never_comes_back() {
     let kept = 1000 * KIB as usize;
     assert!(out[..kept] == data[..kept]);
     assert!(out[kept..].iter().all(|&byte| byte == 0));
-    assert!(folder.run(&["resize", "a.tply", "-8M", "--shrink"]).code == 2);
+    for wrong in ["-8M", "1000", "-9M"] {
+        let run = folder.run(&["resize", "a.tply", wrong, "--shrink"]);
+        assert!(run.refused().contains("a.tply: "), "{run:?}");
+    }
     assert!(folder.run(&["resize", "base.tply", "9M"]).refused().contains("frozen"));
     assert_eq!(size(), 8 * MIB);
 }

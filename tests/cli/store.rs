@@ -141,6 +141,39 @@ fn a_name_that_is_taken_is_refused_or_moves_as_an_image_name_does() {
 }
 
 #[test]
+fn a_container_is_never_smaller_than_its_image() {
+    let folder = stocked();
+    let create = |size| folder.run(&["container", "create", "base", "--name", "c", "--size", size]);
+    let message = create("1M").refused().to_owned();
+    assert!(message.contains("container c of 1048576 bytes"), "{message}");
+    assert!(message.contains("the image's 4194304"), "{message}");
+    assert_eq!(folder.json(&["container", "ls", "--json"]).as_array().unwrap().len(), 0);
+    assert_eq!(create("4M").code, 0);
+    tidy(&folder);
+}
+
+#[test]
+fn what_is_said_of_a_size_names_the_disk() {
+    let folder = stocked();
+    folder.ok(&["container", "create", "base", "--name", "c"]);
+    folder.ok(&["volume", "create", "--size", "8M", "v"]);
+    for (args, parts) in [
+        (&["volume/v", "4M"][..], ["volume/v: 4194304 bytes", "--shrink"]),
+        (&["container/c", "-1M"], ["container/c: 3145728 bytes", "--shrink"]),
+        (&["volume/v", "1000"], ["volume/v: ", "multiple of 512"]),
+        (&["container/c", "-9M"], ["container/c: ", "no change"]),
+        (&["container/nosuch", "1M"], ["there is no container", "\"nosuch\""]),
+        (&["volume/nosuch", "1M"], ["there is no volume", "\"nosuch\""]),
+    ] {
+        let run = folder.run(&[&["resize"], args].concat());
+        let message = run.refused();
+        assert!(parts.iter().all(|part| message.contains(part)), "{args:?}: {message}");
+    }
+    folder.ok(&["resize", "--shrink", "volume/v", "4M"]);
+    folder.ok(&["resize", "container/c", "+1M"]);
+}
+
+#[test]
 fn removing_what_is_in_use_is_refused_with_who_uses_it() {
     let folder = stocked();
     folder.ok(&["container", "create", "base", "--name", "web"]);

@@ -1,13 +1,14 @@
 //! The NBD server as clients see it: handshake, commands and their errors.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use testkit::device::{Op, TestDevice};
 use testkit::nbd::*;
-use thinply::device::ZeroMode;
-use thinply::error::ErrorKind;
+use thinply::device::{Facts, ZeroMode};
+use thinply::error::{Error, ErrorKind, Result};
 use thinply::nbd::server::{Listener, Server, ServerConfig};
-use thinply::serve::{Opened, Table};
+use thinply::serve::{Lease, Leases, Listed, Opened, Table};
 
 const MIB: u64 = 1 << 20;
 
@@ -74,6 +75,56 @@ fn export_name_starts_the_transmission_phase() {
     let mut client = Client::raw(&served.path());
     client.send(&option(OPT_EXPORT_NAME, b"nodisk"));
     assert!(client.is_closed());
+}
+
+/// Disks of which `taken` has a user who stays for longer than anybody waits.
+struct Taken(Table);
+
+/// How long that is.
+const PATIENCE: Duration = Duration::from_millis(400);
+
+impl Leases for Taken {
+    fn lease(&self, name: &str) -> Result<Lease> {
+        if name == "taken" {
+            std::thread::sleep(PATIENCE);
+            return Err(Error::new(ErrorKind::InUse, "has a user already"));
+        }
+        self.0.lease(name)
+    }
+
+    fn look(&self, name: &str) -> Result<Lease> {
+        self.0.look(name)
+    }
+
+    fn facts(&self, name: &str) -> Result<Facts> {
+        self.0.facts(name)
+    }
+
+    fn list(&self) -> Vec<Listed> {
+        self.0.list()
+    }
+}
+
+#[test]
+fn an_export_in_use_is_told_of_and_waiting_for_it_is_not_the_clients_time() {
+    let table = Table::new();
+    insert(&table, "free", Opened::new(TestDevice::new(MIB)));
+    insert(&table, "taken", Opened::new(TestDevice::new(2 * MIB)));
+    let config = ServerConfig { handshake_timeout: 2 * PATIENCE, ..ServerConfig::default() };
+    let served = Served::exports(Arc::new(Taken(table)), config);
+    let mut client = Client::raw(&served.path());
+    client.ask(OPT_STRUCTURED_REPLY, &[]);
+    let told = client.ask(OPT_INFO, &info("taken", &[]));
+    assert_eq!(told[0].1[2..10], (2 * MIB).to_be_bytes());
+    for option in [OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT] {
+        let contexts = client.ask(option, &meta("taken", &["base:allocation"]));
+        assert_eq!(contexts[0].0, REP_META_CONTEXT);
+    }
+    for _ in 0..4 {
+        assert_eq!(client.ask(OPT_GO, &info("taken", &[]))[0].0, ERR_POLICY);
+    }
+    client.go("free");
+    assert_eq!(client.read(0, 1), [0]);
 }
 
 #[test]

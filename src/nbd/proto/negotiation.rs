@@ -52,8 +52,11 @@ pub trait Catalog {
     /// An export as the server holds it.
     type Export;
 
-    /// The export called `name`; the empty name asks for a default.
+    /// The export called `name`, to be used; the empty name asks for a default.
     fn find(&self, name: &str) -> Result<Self::Export, Refused>;
+
+    /// What to tell of the export called `name`, whoever uses it.
+    fn look(&self, name: &str) -> Result<Description, Refused>;
 
     /// What to tell of `export`.
     fn describe(&self, export: &Self::Export) -> Description;
@@ -242,7 +245,7 @@ impl Negotiation {
         catalog: &C,
         out: &mut Vec<u8>,
     ) -> Step<C::Export> {
-        let Ok(export) = find(catalog, opt.data) else {
+        let Ok(export) = named(opt.data, |name| catalog.find(name)) else {
             return Step::Close("no export of the name asked for");
         };
         let description = catalog.describe(&export);
@@ -264,14 +267,20 @@ impl Negotiation {
             reply_error(out, opt.code, REP_ERR_INVALID, "malformed option");
             return Step::Again;
         };
-        let export = match find(catalog, name) {
-            Ok(export) => export,
+        let found = if opt.code == OPT_GO {
+            named(name, |name| catalog.find(name))
+                .map(|export| (catalog.describe(&export), Some(export)))
+        } else {
+            // Who only asks keeps nobody out, and waits for nobody.
+            named(name, |name| catalog.look(name)).map(|description| (description, None))
+        };
+        let (description, export) = match found {
+            Ok(found) => found,
             Err((error, message)) => {
                 reply_error(out, opt.code, error, message);
                 return Step::Again;
             }
         };
-        let description = catalog.describe(&export);
         let mut info = |kind: u16, fill: &dyn Fn(&mut Vec<u8>)| {
             let mut payload = Vec::new();
             put_u16(&mut payload, kind);
@@ -296,7 +305,7 @@ impl Negotiation {
             });
         }
         reply(out, opt.code, REP_ACK, &[]);
-        if opt.code == OPT_GO { self.transmit(export, name) } else { Step::Again }
+        export.map_or(Step::Again, |export| self.transmit(export, name))
     }
 
     fn transmit<E>(&self, export: E, name: &[u8]) -> Step<E> {
@@ -322,7 +331,7 @@ impl Negotiation {
         let Some((name, queries)) = parse_meta(opt.data) else {
             return reply_error(out, opt.code, REP_ERR_INVALID, "malformed option");
         };
-        if let Err((error, message)) = find(catalog, name) {
+        if let Err((error, message)) = named(name, |name| catalog.look(name)) {
             return reply_error(out, opt.code, error, message);
         }
         let matches = |query: &&[u8]| {
@@ -361,12 +370,16 @@ fn parse_meta(data: &[u8]) -> Option<(&[u8], Vec<&[u8]>)> {
     (fit && reader.is_empty()).then_some((name, queries))
 }
 
-fn find<C: Catalog>(catalog: &C, name: &[u8]) -> Result<C::Export, (u32, &'static str)> {
+/// What `find` finds under the name that a client sent.
+fn named<T>(
+    name: &[u8],
+    find: impl FnOnce(&str) -> Result<T, Refused>,
+) -> Result<T, (u32, &'static str)> {
     if name.len() > MAX_NAME {
         return Err((REP_ERR_TOO_BIG, "export name too long"));
     }
     let name = str::from_utf8(name).map_err(|_| (REP_ERR_INVALID, "export name is not UTF-8"))?;
-    catalog.find(name).map_err(|refused| match refused {
+    find(name).map_err(|refused| match refused {
         Refused::Unknown => (REP_ERR_UNKNOWN, "no such export"),
         Refused::Policy => (REP_ERR_POLICY, "this export may not be used"),
     })
@@ -400,6 +413,10 @@ mod tests {
                 "secret" => Err(Refused::Policy),
                 _ => Err(Refused::Unknown),
             }
+        }
+
+        fn look(&self, name: &str) -> Result<Description, Refused> {
+            self.find(name).map(|export| self.describe(&export))
         }
 
         fn describe(&self, export: &String) -> Description {

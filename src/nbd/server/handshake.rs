@@ -10,7 +10,7 @@ use super::Shared;
 use super::buffer::Received;
 use super::link::{Gone, Link};
 use crate::device::Device;
-use crate::error::ErrorKind;
+use crate::error::{Error, ErrorKind};
 use crate::nbd::proto::{Catalog, Description, Negotiation, Refused, Session, Step};
 use crate::serve::Lease;
 
@@ -20,18 +20,30 @@ struct View<'a> {
     link: &'a Link,
 }
 
+impl View<'_> {
+    /// What the client hears of an export that it can't have; the log hears why.
+    fn refused(&self, name: &str, error: &Error) -> Refused {
+        let kind = error.kind();
+        if kind != ErrorKind::NotFound {
+            self.link.log(&format!("export {name:?} is not to be had: {error}"));
+        }
+        let policy = matches!(kind, ErrorKind::PermissionDenied | ErrorKind::InUse);
+        if policy { Refused::Policy } else { Refused::Unknown }
+    }
+}
+
 impl Catalog for View<'_> {
     type Export = Lease;
 
     fn find(&self, name: &str) -> Result<Self::Export, Refused> {
-        self.shared.leases.lease(name).map_err(|error| match error.kind() {
-            ErrorKind::NotFound => Refused::Unknown,
-            kind => {
-                self.link.log(&format!("export {name:?} is not to be had: {error}"));
-                let policy = matches!(kind, ErrorKind::PermissionDenied | ErrorKind::InUse);
-                if policy { Refused::Policy } else { Refused::Unknown }
-            }
-        })
+        self.shared.leases.lease(name).map_err(|error| self.refused(name, &error))
+    }
+
+    fn look(&self, name: &str) -> Result<Description, Refused> {
+        match self.shared.leases.look(name) {
+            Ok(disk) => Ok(self.describe(&disk)),
+            Err(error) => Err(self.refused(name, &error)),
+        }
     }
 
     fn describe(&self, export: &Self::Export) -> Description {
@@ -57,10 +69,13 @@ pub(super) fn negotiate(
     link: &Link,
     received: &mut Received,
 ) -> Result<Option<Session<Lease>>, Gone> {
-    let deadline = Instant::now() + shared.config.handshake_timeout;
+    let mut deadline = Instant::now() + shared.config.handshake_timeout;
     let (mut negotiation, mut out) = (Negotiation::new(), Negotiation::greeting());
     loop {
+        let begun = Instant::now();
         let (taken, step) = negotiation.feed(received.bytes(), &View { shared, link }, &mut out);
+        // An export may keep the server waiting, which is not the client's doing.
+        deadline += begun.elapsed();
         received.take(taken);
         if !out.is_empty() {
             limit(link, Timeout::Send, deadline)?;

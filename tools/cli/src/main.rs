@@ -11,9 +11,7 @@ use std::backtrace::{Backtrace, BacktraceStatus};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use thinply::error::Error;
 
 use crate::io::{log, output, signals};
 use crate::verbs::Answer;
@@ -29,8 +27,6 @@ fn main() -> ExitCode {
     let code = match cli.run() {
         Ok(Answer::Yes) => ExitCode::SUCCESS,
         Ok(Answer::No) => ExitCode::from(1),
-        // Whoever read our output has seen enough.
-        Err(error) if is_broken_pipe(&error) && nobody_reads() => ExitCode::SUCCESS,
         Err(error) => {
             output::say(error);
             ExitCode::from(2)
@@ -53,24 +49,6 @@ fn log_panics() {
             log::stderr().settle(LAST_WORDS);
         }
     }));
-}
-
-fn is_broken_pipe(error: &Error) -> bool {
-    let source = std::error::Error::source(error);
-    source
-        .and_then(|source| source.downcast_ref::<std::io::Error>())
-        .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
-}
-
-/// Whether standard output is a pipe or socket whose other end is gone. Others of ours break too:
-/// that of the process that serves the store, say.
-fn nobody_reads() -> bool {
-    let stdout = std::io::stdout();
-    let mut polled = [PollFd::new(&stdout, PollFlags::empty())];
-    // Where that can't be told the error is said.
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    poll(&mut polled, Some(&now)).is_ok_and(|ready| ready > 0)
-        && polled[0].revents().intersects(PollFlags::ERR | PollFlags::HUP)
 }
 
 /// A chain holds a descriptor a layer, and may be deeper than the usual soft limit.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use thinply::error::Result;
 use thinply::nbd::server::{Handle, Listener, Server, ServerConfig};
-use thinply::serve::{Disk, Opened, Table};
+use thinply::serve::{Disk, Leases, Opened, Table};
 
 pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 pub const REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
@@ -30,6 +30,7 @@ pub const REP_SERVER: u32 = 2;
 pub const REP_INFO: u32 = 3;
 pub const REP_META_CONTEXT: u32 = 4;
 pub const ERR_UNSUP: u32 = 0x8000_0001;
+pub const ERR_POLICY: u32 = 0x8000_0002;
 pub const ERR_INVALID: u32 = 0x8000_0003;
 pub const ERR_UNKNOWN: u32 = 0x8000_0006;
 pub const ERR_TOO_BIG: u32 = 0x8000_0009;
@@ -84,7 +85,7 @@ impl Served {
         Self::exports(Arc::new(table), config)
     }
 
-    pub fn exports(exports: Arc<Table>, mut config: ServerConfig) -> Self {
+    pub fn exports(exports: Arc<impl Leases + 'static>, mut config: ServerConfig) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let events = Arc::new(Mutex::new(Vec::new()));
         let log = Arc::clone(&events);

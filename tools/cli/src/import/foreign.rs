@@ -25,6 +25,9 @@ use crate::options::share::ShareArg;
 const DEFLATE: u64 = 1032;
 const ZSTD: u64 = 1 << 15;
 
+/// What QEMU reads of a VMDK at once in search of a descriptor.
+const GLANCE: u64 = (1 << 20) - 1;
+
 /// Opens images, and of the files that they refer to those that the user named.
 pub struct Opener {
     named: Vec<Named>,
@@ -145,16 +148,16 @@ impl Opener {
             Format::Vhd => {
                 let file = self.file(path, 1)?;
                 vhd::check(&file)?;
-                Self::alone(format, file)
+                Self::alone(format, Feed::new(file, &[]))
             }
-            Format::Vhdx | Format::Vdi => Self::alone(format, self.file(path, 1)?),
+            Format::Vhdx => Self::alone(format, Feed::new(self.file(path, 1)?, &[])),
+            Format::Vdi => Self::alone(format, Feed::new(self.file(path, 1)?, &[]).endless(0)),
         }
     }
 
     /// An image that is a file and refers to none, for QEMU.
-    fn alone(format: Format, file: ImageFile) -> Result<Opened> {
-        let files = vec![Feed::new(file, &[])];
-        let described = Description { format, files, over: false, compressed: false };
+    fn alone(format: Format, feed: Feed) -> Result<Opened> {
+        let described = Description { format, files: vec![feed], over: false, compressed: false };
         QemuImage::open(described).map(Opened::lowest)
     }
 
@@ -170,8 +173,8 @@ impl Opener {
         let image: Box<dyn Image> = if header.for_qemu {
             // Its features say whether there is a data file.
             let first: [u8; qcow2::HEADER_SIZE] = file.bytes(0)?;
-            let data_file = data_file.map(|file| Feed::new(file, &[]));
-            let files = [Feed::new(file, &first)].into_iter().chain(data_file).collect();
+            let data_file = data_file.map(|file| Feed::new(file, &[]).endless(0));
+            let files = [Feed::new(file, &first).endless(0)].into_iter().chain(data_file).collect();
             Box::new(QemuImage::open(Description {
                 format: Format::Qcow2,
                 files,
@@ -274,7 +277,10 @@ impl Opener {
     }
 
     fn sparse(file: ImageFile, first: &[u8], sparse: &Sparse, over: bool) -> QemuImage {
-        let (files, compressed) = (vec![Feed::new(file, first)], sparse.compressed);
+        let (feed, compressed) = (Feed::new(file, first), sparse.compressed);
+        // One that is compressed may have its footer at the end, and its reader asks for more than a
+        // grain takes.
+        let files = vec![if compressed { feed } else { feed.endless(GLANCE) }];
         let described = Description { format: Format::Vmdk, files, over, compressed };
         QemuImage::of_size(described, sparse.size)
     }

@@ -59,6 +59,9 @@ impl RawDisk {
         }
         let rights = if whole { Rights::Copy(meta.mode()) } else { Rights::Usual };
         let disk = Self { path: path.to_owned(), file, length, rights, said: said.is_some() };
+        if length == Some(0) {
+            return Err(disk.empty());
+        }
         if let Some(length) = length.filter(|_| !disk.said) {
             let mut bytes = vec![0; length.min(TELLING as u64) as usize];
             let looks = |look: fn(&[u8], bool) -> Result<()>, bytes: &[u8]| {
@@ -77,12 +80,20 @@ impl RawDisk {
         Error::io(error, "reading the source").at(offset).in_file(&self.path)
     }
 
+    /// No disk has no bytes; a program before this one in a pipe may have failed.
+    fn empty(&self) -> Error {
+        Error::new(ErrorKind::InvalidInput, "is empty, expected a disk").in_file(&self.path)
+    }
+
     fn read_stream(&self, feeder: &Feeder) -> Result<()> {
         let mut at = 0;
         let mut last = Vec::new();
         while let Some(mut buffer) = feeder.buffer(BUFFER) {
             let filled = self.fill(&mut buffer, at)?;
             buffer.set_length(filled);
+            if filled == 0 && at == 0 {
+                return Err(self.empty());
+            }
             self.look(&buffer, at, &mut last)?;
             if filled == 0 || !feeder.send(Piece::Data(at, buffer)) {
                 break;

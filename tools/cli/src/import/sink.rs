@@ -12,7 +12,7 @@ use crate::io::pump::{BUFFER, Piece, block_runs, is_zero};
 /// Refuses a size that is too small for a source of `length` bytes.
 pub fn check_fits(length: u64, size: u64) -> Result<()> {
     if length > size {
-        let detail = format!("the source has {length} bytes, but the size shall be {size}");
+        let detail = format!("the source has {length} bytes, but --size says {size}");
         return Err(Error::new(ErrorKind::InvalidInput, detail));
     }
     Ok(())

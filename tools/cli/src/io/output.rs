@@ -68,12 +68,16 @@ impl Output {
         Ok(List { output: self, empty: true })
     }
 
-    /// Sends everything to standard output.
+    /// Sends everything to standard output, or as much of it as somebody reads.
     pub fn print(self) -> Result<()> {
         let mut spool = self.spool.into_inner().map_err(|error| failed(error.into_error()))?;
         spool.rewind().map_err(failed)?;
         let mut stdout = io::stdout().lock();
-        io::copy(&mut spool, &mut stdout).and_then(|_| stdout.flush()).map_err(failed)
+        match io::copy(&mut spool, &mut stdout).and_then(|_| stdout.flush()) {
+            // Whoever reads text may have seen enough. Not so with a disk or an archive.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            printed => printed.map_err(failed),
+        }
     }
 }
 

@@ -52,7 +52,15 @@ impl Place {
 
     /// Opens the chain that ends with this file.
     pub fn chain(&self, access: Access, layers: Arc<Gate>) -> Result<Chain> {
-        Chain::open(self.folder.clone(), &self.name, access, layers)
+        let opened = Chain::open(self.folder.clone(), &self.name, access, layers);
+        opened.map_err(|error| match error.kind() {
+            // This file is there: it is a parent that nobody found.
+            ErrorKind::NotFound => {
+                let detail = format!("{error}; --layers DIR has it looked for in DIR too");
+                Error::new(ErrorKind::NotFound, detail)
+            }
+            _ => error,
+        })
     }
 }
 

@@ -75,15 +75,19 @@ pub fn parse(text: &str) -> std::result::Result<u64, String> {
     u64::try_from(bytes).map_err(|_| wrong())
 }
 
-/// Refuses a size that no disk can have, before anything is done.
+/// Refuses what `--size` says if no disk can have it, before anything is done.
 pub fn check(size: Option<u64>) -> Result<()> {
-    match size {
-        Some(size) if !is_virtual_size(size) => Err(Error::new(
-            ErrorKind::InvalidInput,
-            format!("a disk of {size} bytes, expected a positive multiple of 512 up to 64P"),
-        )),
-        _ => Ok(()),
+    let refused = |error: Error| Error::new(ErrorKind::InvalidInput, format!("--size: {error}"));
+    size.map_or(Ok(0), possible).map(drop).map_err(refused)
+}
+
+/// This size, if a disk can have it.
+pub fn possible(size: u64) -> Result<u64> {
+    if is_virtual_size(size) {
+        return Ok(size);
     }
+    let detail = format!("a disk of {size} bytes, expected a positive multiple of 512 up to 64P");
+    Err(Error::new(ErrorKind::InvalidInput, detail))
 }
 
 /// A size for people: at most one digit behind the point, never rounded to something rounder.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use thinply::control::{self, Request};
 use thinply::device::Device;
-use thinply::error::{Error, ErrorKind};
+use thinply::error::{Error, ErrorKind, Result};
 use thinply::storage::Access;
 
 use crate::io::paths::{Place, closing};
@@ -59,11 +59,11 @@ impl Resize {
     fn resize_in_store(&self, kind: &str, name: &str) -> Outcome {
         let store = self.store.open()?;
         let old = match kind {
-            "container" => store.container_size(name)?,
+            // Says so if there is none.
+            "container" => store.container(name).and_then(|_| store.container_size(name))?,
             _ => store.volume(name)?.virtual_size,
         };
-        let size = self.size.of(old)?;
-        size::check(Some(size))?;
+        let size = self.new_size(old)?;
         let disk = format!("{kind}/{name}");
         control::carry_out(&store, &Request::Resize { disk, size, shrink: self.shrink }, say())?;
         Ok(Answer::Yes)
@@ -72,16 +72,18 @@ impl Resize {
     fn resize_file(&self) -> Outcome {
         let place = Place::existing(&self.file)?;
         let chain = place.chain(Access::Write, self.layers.layers()?)?;
-        closing(chain, |chain| {
-            let (old, new) = (chain.size(), self.size.of(chain.size())?);
-            size::check(Some(new))?;
-            if new < old && !self.shrink {
-                let detail =
-                    format!("{new} bytes would cut off data of {old}; --shrink allows that");
-                return Err(Error::new(ErrorKind::InvalidInput, detail).in_file(&self.file));
-            }
-            chain.resize(new, self.shrink)
-        })?;
+        closing(chain, |chain| chain.resize(self.new_size(chain.size())?, self.shrink))?;
         Ok(Answer::Yes)
+    }
+
+    /// What a disk of that size gets.
+    fn new_size(&self, old: u64) -> Result<u64> {
+        let refused = |error: Error| error.in_file(&self.file);
+        let new = self.size.of(old).and_then(size::possible).map_err(refused)?;
+        if new < old && !self.shrink {
+            let detail = format!("{new} bytes would cut off data of {old}; --shrink allows that");
+            return Err(refused(Error::new(ErrorKind::InvalidInput, detail)));
+        }
+        Ok(new)
     }
 }

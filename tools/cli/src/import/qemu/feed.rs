@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -15,24 +16,55 @@ use thinply::device::{
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::nbd::server::{Handle, Listener, Server, ServerConfig};
 use thinply::serve::{Opened, Served, Table};
+use thinply::types::SECTOR_SIZE;
 
 use crate::import::file::ImageFile;
 
 /// How long QEMU may take to start on a busy machine.
 const HANDSHAKE: Duration = Duration::from_secs(60);
 
+/// The size of a file that is shown without its end: more than any format has places for in one.
+const ENDLESS: u64 = 1 << 60;
+
 /// A file, of which the first bytes stay what they were when they were looked at.
 #[derive(Debug)]
 pub struct Feed {
     file: ImageFile,
     first: Vec<u8>,
+    /// As it is shown.
+    size: u64,
+    /// Length of a look at the beginning, which may go beyond the end.
+    glance: u64,
+    /// The furthest end of what was asked for and isn't there; 0 if all was.
+    missed: AtomicU64,
 }
 
 impl Feed {
     /// A file that begins with `first`, whatever it begins with.
     pub fn new(file: ImageFile, first: &[u8]) -> Self {
         let there = first.len().min(usize::try_from(file.length).unwrap_or(usize::MAX));
-        Self { file, first: first[..there].to_vec() }
+        let (first, size) = (first[..there].to_vec(), file.length);
+        Self { file, first, size, glance: 0, missed: AtomicU64::default() }
+    }
+
+    /// Shows the file without its end. QEMU takes what lies beyond the end of a file for zeros and
+    /// doesn't ask for it; so it asks, and a file that was cut off is found out. Not for formats that
+    /// look for something at the end; of those QEMU itself checks where things lie. `glance` is the
+    /// length of a first look from the beginning on, which is not meant to be all there.
+    #[must_use]
+    pub fn endless(mut self, glance: u64) -> Self {
+        (self.size, self.glance) = (ENDLESS, glance);
+        self
+    }
+
+    /// Why the file can't be all of it, if more was asked for than there is.
+    pub fn cut_off(&self) -> Option<Error> {
+        let (end, length) = (self.missed.load(Ordering::Relaxed), self.file.length);
+        let detail = format!(
+            "the image is cut off: its reader asked for bytes up to {end}, the file has {length}"
+        );
+        let error = || Error::new(ErrorKind::Corrupt, detail).in_file(self.path());
+        (end > 0).then(error)
     }
 
     /// Where it is.
@@ -40,8 +72,22 @@ impl Feed {
         &self.file.path
     }
 
+    fn is_glance(&self, offset: u64, end: u64) -> bool {
+        offset == 0 && end <= self.glance
+    }
+
     fn fill(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.file.fill(offset, buf)?;
+        let end = offset + buf.len() as u64;
+        // The rest of a last sector that was begun is nobody's.
+        let whole = self.file.length.next_multiple_of(SECTOR_SIZE);
+        if end > whole && !self.is_glance(offset, end) {
+            self.missed.fetch_max(end, Ordering::Relaxed);
+            return Err(Error::new(ErrorKind::Corrupt, "the file is cut off").in_file(self.path()));
+        }
+        let there = self.file.length.saturating_sub(offset).min(buf.len() as u64);
+        let (stored, rest) = buf.split_at_mut(there as usize);
+        rest.fill(0);
+        self.file.fill(offset, stored)?;
         if let Some(first) = usize::try_from(offset).ok().and_then(|at| self.first.get(at..)) {
             let count = first.len().min(buf.len());
             buf[..count].copy_from_slice(&first[..count]);
@@ -56,7 +102,7 @@ fn read_only<T>() -> Result<T> {
 
 impl Device for Feed {
     fn size(&self) -> u64 {
-        self.file.length
+        self.size
     }
 
     fn read_only(&self) -> bool {
@@ -110,8 +156,11 @@ impl Device for Feed {
         while at < end {
             let (hole, length) = if at < self.first.len() as u64 {
                 (false, self.first.len() as u64 - at)
-            } else {
+            } else if at < self.file.length && !self.is_glance(offset, end) {
                 self.file.hole(at)?
+            } else {
+                // Not to be passed over, or to be read at once.
+                (false, end - at)
             };
             let length = length.min(end - at);
             if !push_extent(out, limit, Extent { length, hole }) {
@@ -205,5 +254,32 @@ mod tests {
         assert!(matches!(never, Err(NotDone::WouldWait)));
         let short = Feed::new(ImageFile::open(&path, ShareArg::default()).unwrap(), &[0; 20_000]);
         assert_eq!(short.first.len(), 10_000);
+    }
+
+    #[test]
+    fn what_is_asked_for_beyond_the_end_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        std::fs::write(&path, [7; 10_000]).unwrap();
+        let file = ImageFile::open(&path, ShareArg::default()).unwrap();
+        let feed = Feed::new(file, &[]).endless(20_000);
+        let mut buf = [1; 1000];
+        feed.read(9_500, &mut buf[..740]).unwrap();
+        assert!(buf[..500] == [7; 500] && buf[500..740] == [0; 240]);
+        assert!(feed.cut_off().is_none());
+        let mut extents = Vec::new();
+        feed.extents(9_000, 4_000, Detail::Bitmaps, 9, &mut extents).unwrap();
+        assert!(extents.iter().all(|extent| !extent.hole));
+        feed.read(0, &mut [0; 20_000]).unwrap();
+        assert!(feed.cut_off().is_none());
+        extents.clear();
+        feed.extents(0, 20_000, Detail::Bitmaps, 9, &mut extents).unwrap();
+        assert_eq!(extents, [Extent { length: 20_000, hole: false }]);
+        assert!(feed.read(0, &mut [0; 20_001]).is_err());
+        assert!(feed.read(9_500, &mut buf[..741]).is_err());
+        assert!(feed.read(30_000, &mut buf).is_err());
+        assert!(feed.read(20_000, &mut buf).is_err());
+        let message = feed.cut_off().unwrap().to_string();
+        assert!(message.contains("bytes up to 31000, the file has 10000"), "{message}");
     }
 }

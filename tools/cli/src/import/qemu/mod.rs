@@ -135,6 +135,9 @@ impl QemuImage {
 
     /// What went wrong, with what the program says of it. It ends.
     fn failed(&self, error: &Error, process: Process) -> Error {
+        if let Some(cut_off) = self.files.iter().find_map(|feed| feed.cut_off()) {
+            return cut_off;
+        }
         let format = self.format.name();
         let said = match process.last_words() {
             lines if lines.is_empty() => String::new(),

@@ -241,8 +241,13 @@ impl Load {
         }
         let mut archive = tar::Archive::new(io::Cursor::new(head).chain(file));
         let mut index = None;
+        let mut begun = false;
         for entry in archive.entries().map_err(fail)? {
-            let mut entry = entry.map_err(fail)?;
+            let mut entry = entry.map_err(|error| match error.raw_os_error() {
+                None if !begun => self.refused(&format!("no tar archive: {error}")),
+                _ => fail(error),
+            })?;
+            begun = true;
             let path = entry.path().map_err(fail)?.to_string_lossy().into_owned();
             let path = path.strip_prefix("./").unwrap_or(&path).to_owned();
             let mut whole = Whole { left: entry.size(), inner: &mut entry };

@@ -1,5 +1,6 @@
 //! `thinply image import` and `thinply image build-from`
 
+use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -143,8 +144,10 @@ pub struct BuildImage {
 impl BuildImage {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
-        if !self.dir.is_dir() {
-            return Err(Error::new(ErrorKind::NotFound, "not a folder").in_file(&self.dir));
+        let meta = fs::metadata(&self.dir)
+            .map_err(|error| Error::io(error, "looking for the tree").in_file(&self.dir))?;
+        if !meta.is_dir() {
+            return Err(Error::new(ErrorKind::InvalidInput, "not a folder").in_file(&self.dir));
         }
         let latest = source_date()?.and_then(|seconds| i64::try_from(seconds).ok());
         let opened = self.new.open()?;
