@@ -66,7 +66,8 @@ class Deaths(Case):
         command = [
             "fio", "--name=v", f"--directory={folder}", "--rw=randwrite", "--bs=4k",
             f"--iodepth={depth}", "--ioengine=libaio", "--direct=1", "--size=48M", "--loops=1000",
-            "--verify=crc32c", "--verify_fatal=1", "--time_based", "--runtime=600",
+            "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--time_based",
+            "--runtime=600",
         ]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
