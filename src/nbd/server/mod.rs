@@ -1,7 +1,7 @@
 //! An NBD server: sockets, threads and buffers around the pure [`proto`](super::proto).
 //!
 //! It owns the listeners and a thread for each connection, which has its disk by a
-//! [`Lease`]; what has to wait is done by the disk's own threads. Invariants: a
+//! [`Lease`](crate::serve::Lease); what has to wait is done by the disk's own threads. Invariants: a
 //! client can hold up only its own connection, whatever it sends or doesn't; a device that hangs holds
 //! up only its own export; a FLUSH covers every write that was replied to before it, on any connection
 //! of the export; [`Server::run`] returns within the drain time and the flush time after
