@@ -328,7 +328,16 @@ fn open_writable(
     sync_folder(&**folder)?;
     let top = match kept {
         Some(kept) => Writable::go_on(kept)?,
-        None => Writable::open_for(file, keeper)?,
+        None => match Writable::open_for(file, keeper) {
+            // Frozen by somebody's snapshot since it was looked at: the name leads to the new top now.
+            Err(error)
+                if error.kind() == ErrorKind::ReadOnly
+                    && !matches!(header.state, State::Frozen(_)) =>
+            {
+                return open_writable(folder, name, layers, keeper);
+            }
+            opened => opened?,
+        },
     };
     // Under the lock the header counts that is on the disk: another process may have relinked the
     // layer before, or a sync that failed have left in the cache what never came there.

@@ -1,13 +1,13 @@
 //! The disks that a front end's clients have had, for the flush at its end.
 
+use std::sync::Weak;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use super::{AnyServed, Lease};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::{guard, spawn};
+use crate::sync::{Mutex, guard, spawn};
 
 /// Disks that were used, as far as they are open still.
 #[derive(Default)]
