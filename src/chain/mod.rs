@@ -299,6 +299,10 @@ fn take(held: Vec<Kept>, header: &Header, path: &Path) -> Result<Option<Kept>> {
     Ok(taken)
 }
 
+fn is_frozen(header: &Header) -> bool {
+    matches!(header.state, State::Frozen(_))
+}
+
 fn open_writable(
     folder: &Arc<dyn Folder>,
     name: &str,
@@ -313,7 +317,7 @@ fn open_writable(
         return Err(error.in_file(path));
     }
     let mut header = newest_header(&*file)?;
-    if matches!(header.state, State::Frozen(_))
+    if is_frozen(&header)
         && snapshot::finish(&**folder, name, header.identity(), &held)? == CutOff::Finished
     {
         file = open_in(&**folder, name, Access::Write)?;
@@ -328,12 +332,11 @@ fn open_writable(
     sync_folder(&**folder)?;
     let top = match kept {
         Some(kept) => Writable::go_on(kept)?,
-        None => match Writable::open_for(file, keeper) {
-            // Frozen by somebody's snapshot since it was looked at: the name leads to the new top now.
-            Err(error)
-                if error.kind() == ErrorKind::ReadOnly
-                    && !matches!(header.state, State::Frozen(_)) =>
-            {
+        None => match Writable::open_for(file.clone(), keeper) {
+            // By somebody's snapshot since it was looked at: the name leads to the new top now.
+            Err(_) if !is_frozen(&header) && newest_header(&*file).is_ok_and(|h| is_frozen(&h)) => {
+                // With its lock, which the new top's parent must not meet.
+                drop(file);
                 return open_writable(folder, name, layers, keeper);
             }
             opened => opened?,

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use testkit::bench::{BLOCK, Bench, Disk};
 use testkit::hooked::{Call, Hooked};
-use thinply::chain::{Chain, Gate, Kind, MAX_DEPTH, MapExtent, seal};
+use thinply::chain::{Chain, Gate, Kind, MAX_DEPTH, MapExtent, create, seal};
 use thinply::device::{Detail, Device, Prefetch, ZeroMode};
 use thinply::error::ErrorKind;
 use thinply::format::geometry::{bitmap_offset, block_offset, file_length};
@@ -600,6 +600,34 @@ fn what_is_cached_is_read_and_what_is_settled_written_without_waiting() {
     // Named by the last record, so it has to wait for another one.
     assert_eq!(top.try_write(100 * MIB, (&[6; 512]).into(), Wait::Never).unwrap(), 0);
     assert_eq!(read(&top, 100 * MIB, 512), [7; 512]);
+}
+
+/// Somebody else's snapshot, between the look at a layer and its lock.
+#[test]
+fn a_layer_that_was_frozen_while_it_was_opened_is_followed_by_its_new_top() {
+    let memory: Arc<dyn Folder> = Arc::new(MemoryFolder::new("m"));
+    let hooked = Arc::new(Hooked::new(memory.clone()));
+    create(&memory, "base", Some(MIB), None, &Gate::default()).unwrap();
+    let base = seal(&*memory, "base").unwrap();
+    create(&memory, "disk", None, Some(&base), &Gate::default()).unwrap();
+    let opened = AtomicUsize::new(0);
+    hooked.on_calls(move |call| {
+        // The parent is opened in between.
+        let parent = matches!(call, Call::Open { name: "base" });
+        if parent && opened.fetch_add(1, Ordering::Relaxed) == 0 {
+            let open = Chain::open(memory.clone(), "disk", Access::Write, Arc::default());
+            let other = open.unwrap();
+            other.write(0, &[1; 512]).unwrap();
+            other.snapshot("first").unwrap();
+            other.close().unwrap();
+        }
+        Ok(usize::MAX)
+    });
+    let folder: Arc<dyn Folder> = hooked;
+    let chain = Chain::open(folder, "disk", Access::Write, Arc::default()).unwrap();
+    assert_eq!(chain.paths().len(), 3);
+    assert_eq!(read(&chain, 0, 512), [1; 512]);
+    chain.close().unwrap();
 }
 
 /// A disk whose calls a try may not make: maps of any layout and copy-up included.
