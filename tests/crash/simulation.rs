@@ -30,7 +30,7 @@ const BUGS: [(Bug, u64); 19] = [
     (Bug::FlushJoinsTheRunningOne, 100),
     (Bug::JoinedFlushAlwaysSucceeds, 1000),
     (Bug::RingPlaceReusedEarly, 100),
-    (Bug::FailedAttemptKeepsItsNumber, 2000),
+    (Bug::FailedAttemptKeepsItsNumber, 6000),
     (Bug::FailedSyncRetried, 1000),
     (Bug::FailedSyncForgotten, 1000),
     (Bug::FailedRecordKeepsItsBlocks, 1000),
