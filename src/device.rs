@@ -1,6 +1,6 @@
 //! The block device seen by its users: what an NBD export, a benchmark or a test needs of a chain.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::fstat;
@@ -165,11 +165,12 @@ impl Facts {
         Self { size, space: size, mode: 0o600, owner, modified: (0, 0) }
     }
 
-    /// Of a disk of `size` bytes whose layer is this file.
+    /// Of a disk of `size` bytes whose layer is this file, if it is one of the host's.
     ///
     /// # Errors
     /// Host errors.
-    pub fn of_layer(size: u64, file: impl AsFd) -> Result<Self> {
+    pub fn of_layer(size: u64, file: Option<BorrowedFd<'_>>) -> Result<Self> {
+        let Some(file) = file else { return Ok(Self::without_layer(size)) };
         let found = fstat(file).map_err(|error| Error::io(error.into(), "looking at the layer"))?;
         Ok(Self {
             size,

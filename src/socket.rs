@@ -15,6 +15,11 @@ use rustix::net::sockopt::{
     set_tcp_user_timeout,
 };
 
+#[cfg(not(simulation))]
+mod descriptors;
+#[cfg(not(simulation))]
+pub use descriptors::{receive_descriptors, send_descriptors};
+
 /// Longest path of a Unix socket that the kernel takes, in bytes.
 pub const MAX_PATH: usize = 107;
 

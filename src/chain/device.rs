@@ -198,10 +198,7 @@ impl Disk for Chain {
     fn facts(&self) -> Result<Facts> {
         let levels = self.levels();
         let newest = levels.files().next().flatten().and_then(Storage::descriptor);
-        match newest {
-            Some(file) => Facts::of_layer(levels.size, file),
-            None => Ok(Facts::without_layer(levels.size)),
-        }
+        Facts::of_layer(levels.size, newest)
     }
 
     fn close(&self) -> Result<()> {

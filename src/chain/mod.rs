@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::{Header, ParentLink, State};
+use crate::format::header::{Header, ParentLink};
 use crate::live::{Keeper, Kept, Writable, newest_header, survivors};
 use crate::packed::Packed;
 use crate::storage::{Access, Folder, Rights, Storage, open_in, sync_folder};
@@ -299,10 +299,6 @@ fn take(held: Vec<Kept>, header: &Header, path: &Path) -> Result<Option<Kept>> {
     Ok(taken)
 }
 
-fn is_frozen(header: &Header) -> bool {
-    matches!(header.state, State::Frozen(_))
-}
-
 fn open_writable(
     folder: &Arc<dyn Folder>,
     name: &str,
@@ -317,7 +313,7 @@ fn open_writable(
         return Err(error.in_file(path));
     }
     let mut header = newest_header(&*file)?;
-    if is_frozen(&header)
+    if header.is_frozen()
         && snapshot::finish(&**folder, name, header.identity(), &held)? == CutOff::Finished
     {
         file = open_in(&**folder, name, Access::Write)?;
@@ -334,7 +330,7 @@ fn open_writable(
         Some(kept) => Writable::go_on(kept)?,
         None => match Writable::open_for(file.clone(), keeper) {
             // By somebody's snapshot since it was looked at: the name leads to the new top now.
-            Err(_) if !is_frozen(&header) && newest_header(&*file).is_ok_and(|h| is_frozen(&h)) => {
+            Err(_) if !header.is_frozen() && newest_header(&*file).is_ok_and(|h| h.is_frozen()) => {
                 // With its lock, which the new top's parent must not meet.
                 drop(file);
                 return open_writable(folder, name, layers, keeper);

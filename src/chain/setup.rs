@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::Gate;
 use super::snapshot::{self, CutOff};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::{ParentLink, State};
+use crate::format::header::ParentLink;
 use crate::live::{self, NewLayer, Sealed, Writable, durable_header};
 use crate::packed::Packed;
 use crate::storage::{Access, Folder, failed, open_in, sync_folder};
@@ -42,13 +42,13 @@ pub fn seal(folder: &dyn Folder, name: &str) -> Result<Parent> {
         });
     }
     let mut header = durable_header(&*file)?;
-    if matches!(header.state, State::Frozen(_))
+    if header.is_frozen()
         && snapshot::finish(folder, name, header.identity(), &[])? == CutOff::Finished
     {
         file = open_in(folder, name, Access::Read)?;
         header = durable_header(&*file)?;
     }
-    let newly_frozen = !matches!(header.state, State::Frozen(_));
+    let newly_frozen = !header.is_frozen();
     let sealed = if newly_frozen {
         let mut layer = Writable::open(open_in(folder, name, Access::Write)?)?;
         let (id, _) = layer.plan_freeze()?;
@@ -76,7 +76,7 @@ pub fn seal(folder: &dyn Folder, name: &str) -> Result<Parent> {
 /// [`ErrorKind::InUse`] where somebody is making it just now; host errors.
 pub fn finish_snapshot(folder: &dyn Folder, name: &str) -> Result<()> {
     let header = durable_header(&*open_in(folder, name, Access::Read)?)?;
-    if matches!(header.state, State::Frozen(_)) {
+    if header.is_frozen() {
         snapshot::finish(folder, name, header.identity(), &[])?;
     }
     Ok(())
@@ -110,6 +110,7 @@ pub fn create(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::header::State;
     use crate::storage::MemoryFolder;
 
     /// A layer `a` with all of a snapshot but its last step, and what its name led to.

@@ -154,6 +154,11 @@ impl Header {
         }
     }
 
+    /// Whether the layer never changes again.
+    pub fn is_frozen(&self) -> bool {
+        matches!(self.state, State::Frozen(_))
+    }
+
     /// The bytes for slot 0 or 1. The hint must have passed [`check_hint`].
     pub fn encode(&self, slot: usize) -> Box<SlotBytes> {
         let mut raw = RawHeader::new_zeroed();

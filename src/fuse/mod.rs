@@ -30,8 +30,8 @@ use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind};
 
-pub use mount::Mount;
-pub use server::{Handle, KEPT, Server, ServerConfig, mount_of};
+pub use mount::{KEPT, Mount};
+pub use server::{Handle, Server, ServerConfig};
 
 /// How an error of a disk is told to whoever called.
 fn errno(error: &Error) -> Errno {

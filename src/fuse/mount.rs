@@ -1,8 +1,7 @@
 //! How a file system of ours comes to be mounted, and goes.
 
 use std::ffi::CString;
-use std::io::{self, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -11,17 +10,21 @@ use std::process::{Command, Stdio};
 use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, open, statx};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::{getegid, geteuid};
 
 use super::proto::MAX_IO;
 use crate::error::{Error, ErrorKind, Result};
+use crate::serve::socket::receive_descriptors;
 
 const DEVICE: &str = "/dev/fuse";
 const HELPER: &str = "fusermount3";
 /// What the mount is called in lists of mounts.
 const SOURCE: &str = "thinply";
 const KIND: &str = "fuse.thinply";
+
+/// Begin of the keys of what is kept of mounts, before the mount's id and its folder, a line each.
+/// With it are the devices, and behind them the memory of what is open and of tries.
+pub const KEPT: &str = "fuse\n";
 
 /// A mounted folder.
 #[derive(Clone, Debug)]
@@ -56,9 +59,15 @@ impl Mount {
         Ok((Self { folder, id }, device))
     }
 
-    /// One that another process made.
-    pub fn known(folder: PathBuf, id: u64) -> Self {
-        Self { folder, id }
+    /// What it is kept under.
+    pub fn key(&self) -> String {
+        format!("{KEPT}{}\n{}", self.id, self.folder.display())
+    }
+
+    /// The mount that is kept under a key.
+    pub fn of_key(key: &str) -> Option<Self> {
+        let (id, folder) = key.strip_prefix(KEPT)?.split_once('\n')?;
+        Some(Self { folder: folder.into(), id: id.parse().ok()? })
     }
 
     /// Where it is.
@@ -66,13 +75,8 @@ impl Mount {
         &self.folder
     }
 
-    /// What tells it from another one at the same place.
-    pub fn id(&self) -> u64 {
-        self.id
-    }
-
     /// Whether it is still there.
-    pub fn is_there(&self) -> bool {
+    fn is_there(&self) -> bool {
         mount_id(&self.folder).is_ok_and(|id| id == self.id)
     }
 
@@ -153,15 +157,8 @@ fn run(command: &mut Command, folder: &Path) -> Result<()> {
 
 /// The descriptor that comes with a byte.
 fn received(stream: &UnixStream) -> io::Result<OwnedFd> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut byte = [0];
-    recvmsg(stream, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
-    let rights = ancillary.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
-        _ => None,
-    });
-    rights.ok_or_else(|| io::Error::other("no descriptor came"))
+    let (_, descriptors) = receive_descriptors(stream, &mut [0])?;
+    descriptors.into_iter().next().ok_or_else(|| io::Error::other("no descriptor came"))
 }
 
 /// Another descriptor of the same device, with requests of its own.

@@ -11,9 +11,8 @@ use super::handles::Open;
 use super::proto::{self, Space};
 use super::server::{Shared, Ticket};
 use super::tree::Entry;
-use super::{errno, work};
+use super::work;
 use crate::device::Device;
-use crate::error::Error;
 use crate::serve::{Lease, guard};
 
 /// Handles of folders, which no file has.
@@ -34,15 +33,6 @@ fn later(ticket: Ticket, act: impl FnOnce(&Arc<Shared>, u64) -> Outcome + Send +
 }
 
 type Outcome = Result<Vec<u8>, Errno>;
-
-/// The errno of a disk's error, which is logged as a whole unless it says what is no news.
-fn told(shared: &Shared, what: &str, error: &Error) -> Errno {
-    let errno = errno(error);
-    if !matches!(errno, Errno::BUSY | Errno::NOENT) {
-        shared.log(&format!("{what} failed: {error}"));
-    }
-    errno
-}
 
 pub(super) fn lookup(ticket: Ticket, folder: u64, name: Vec<u8>) {
     later(ticket, move |shared, _| {
@@ -71,7 +61,7 @@ pub(super) fn cut(ticket: Ticket, node: u64, handle: Option<u64>, size: u64) {
             // `thinply resize` does that.
             return Err(Errno::PERM);
         }
-        work::cut(&disk, size).map_err(|error| told(shared, "cutting", &error))?;
+        work::cut(&disk, size).map_err(|error| shared.told("cutting", &error))?;
         drop(disk);
         shared.tree.attributes(node).map(|found| proto::attributes(&found))
     });
@@ -82,7 +72,7 @@ pub(super) fn leased(shared: &Shared, node: u64, writes: bool) -> Result<Lease, 
     let name = shared.tree.disk_of(node)?;
     let disk = shared.tree.open(&name, writes).map_err(|error| {
         let name = if name.is_empty() { "the disk" } else { &name };
-        told(shared, &format!("opening {name}"), &error)
+        shared.told(&format!("opening {name}"), &error)
     })?;
     shared.used.note(&disk);
     Ok(disk)

@@ -409,6 +409,11 @@ pub fn parse(bytes: &[u8]) -> Result<Request<'_>, Violation> {
     Ok(Request { unique: header.unique.get(), node: header.node.get(), command })
 }
 
+/// The number of what [`parse`] refused, if it has one.
+pub fn number(bytes: &[u8]) -> Option<u64> {
+    head::<RawHeader>(bytes).ok().map(|(header, _)| header.unique.get())
+}
+
 fn command(opcode: u32, bytes: &[u8]) -> Result<Command<'_>, Violation> {
     Ok(match opcode {
         opcodes::INIT => Command::Init(kernel(bytes)?),

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use super::handles::{Handles, Open};
 use super::mount::{Mount, another};
-use super::proto::{self, ANSWER_HEADER, Command, HEADER, MAX_IO, WRITE_HEADER};
+use super::proto::{self, Command, MAX_IO, WRITE_HEADER};
 use super::tree::{Entry, Tree};
 use super::tries::Tries;
 use super::{names, work};
@@ -64,10 +64,6 @@ impl Default for ServerConfig {
         }
     }
 }
-
-/// Begin of the keys of what is kept of mounts, before the mount's id and its folder, a line each.
-/// With it are the devices, and behind them the memory of what is open and of tries.
-pub const KEPT: &str = "fuse\n";
 
 /// A mounted file system of disks. [`Server::run`] serves.
 pub struct Server {
@@ -138,7 +134,7 @@ impl Server {
             let devices = server.channels.iter().map(|channel| channel.device.as_fd());
             let memory = [server.shared.handles.memory(), server.shared.tries.memory()];
             let all: Vec<_> = devices.chain(memory).collect();
-            keep.keep(&server.key(), &all).inspect_err(|_| drop(server.mount.remove()))?;
+            keep.keep(&server.mount.key(), &all).inspect_err(|_| drop(server.mount.remove()))?;
         }
         Ok(server)
     }
@@ -154,7 +150,7 @@ impl Server {
         disks: Arc<dyn Leases>,
         config: ServerConfig,
     ) -> Result<Self> {
-        let mount = mount_of(key).ok_or_else(|| nonsense(key))?;
+        let mount = Mount::of_key(key).ok_or_else(|| nonsense(key))?;
         let mut devices = kept;
         let (Some(tries), Some(handles)) = (devices.pop(), devices.pop()) else {
             return Err(nonsense(key));
@@ -215,10 +211,6 @@ impl Server {
         Ok(())
     }
 
-    fn key(&self) -> String {
-        format!("{KEPT}{}\n{}", self.mount.id(), self.folder().display())
-    }
-
     /// Where it is mounted, without links.
     pub fn folder(&self) -> &Path {
         self.mount.folder()
@@ -234,7 +226,6 @@ impl Server {
     /// away; who has files open still gets `EIO` from then on. Fails with the first flush's error, or
     /// with [`ErrorKind::Io`] if requests or flushes were still running at the end.
     pub fn run(self) -> Result<()> {
-        let key = self.key();
         let Self { mount, channels, shared } = self;
         for channel in channels {
             guard(&shared.state).readers += 1;
@@ -249,16 +240,10 @@ impl Server {
         shared.names.close();
         let removed = mount.remove();
         if let Some(keep) = &shared.config.keep {
-            keep.release(&key);
+            keep.release(&mount.key());
         }
         failed.and(flushed).and(drained).and(removed)
     }
-}
-
-/// The mount that is kept under a key.
-pub fn mount_of(key: &str) -> Option<Mount> {
-    let (id, folder) = key.strip_prefix(KEPT)?.split_once('\n')?;
-    Some(Mount::known(folder.into(), id.parse().ok()?))
 }
 
 fn nonsense(kept: &str) -> Error {
@@ -309,18 +294,16 @@ impl Reader {
     /// Answers a request, or hands it on.
     fn handle(&self, channel: &Arc<Channel>, buffer: &mut Buffer, length: usize) {
         let shared = &self.0;
-        let (Some(bytes), true) =
-            (buffer.get(DATA - WRITE_HEADER..DATA - WRITE_HEADER + length), length >= HEADER)
-        else {
+        let Some(bytes) = buffer.get(DATA - WRITE_HEADER..DATA - WRITE_HEADER + length) else {
             return;
         };
         let request = match proto::parse(bytes) {
             Ok(request) => request,
             Err(violation) => {
                 shared.log(&format!("the kernel sent what is no request: {}", violation.0));
-                let mut unique = [0; 8];
-                unique.iter_mut().zip(bytes.iter().skip(8)).for_each(|(to, from)| *to = *from);
-                channel.answer(u64::from_ne_bytes(unique), Err(Errno::INVAL));
+                if let Some(unique) = proto::number(bytes) {
+                    channel.answer(unique, Err(Errno::INVAL));
+                }
                 return;
             }
         };
@@ -392,6 +375,15 @@ impl Shared {
         may
     }
 
+    /// The errno of a disk's error, which is logged as a whole unless it says what is no news.
+    pub(super) fn told(&self, what: &str, error: &Error) -> Errno {
+        let errno = super::errno(error);
+        if !matches!(errno, Errno::BUSY | Errno::NOENT) {
+            self.log(&format!("{what} failed: {error}"));
+        }
+        errno
+    }
+
     fn wait_for_the_end(&self) -> Result<()> {
         let state = guard(&self.state);
         let waited = self.changed.wait_while(state, |state| !state.stop && state.readers > 0);
@@ -428,7 +420,6 @@ impl Channel {
     fn answer(&self, unique: u64, result: std::result::Result<&[u8], Errno>) {
         let header = proto::answer_header(unique, result.map(<[u8]>::len));
         let parts = [IoSlice::new(&header), IoSlice::new(result.unwrap_or_default())];
-        debug_assert_eq!(header.len(), ANSWER_HEADER);
         let _ = rustix::io::writev(&self.device, &parts);
     }
 }
@@ -465,10 +456,10 @@ impl Ticket {
         }
     }
 
-    /// Answers with the error of a disk, which is logged as a whole.
+    /// Answers with the error of a disk.
     pub fn fail_with(self, what: &str, error: &Error) {
-        self.shared.log(&format!("{what} failed: {error}"));
-        self.fail(super::errno(error));
+        let errno = self.shared.told(what, error);
+        self.fail(errno);
     }
 }
 

@@ -124,13 +124,10 @@ impl Tree {
 
     fn attributes_of(&self, path: &str) -> Result<Attributes, Errno> {
         let node = node_of(path);
-        let folder = |node| Attributes {
-            node,
-            folder: true,
-            facts: Facts { space: 0, mode: 0o555, ..Facts::without_layer(0) },
-        };
+        let facts = Facts { space: 0, mode: 0o555, ..Facts::without_layer(0) };
+        let folder = Attributes { node, folder: true, facts };
         if path.is_empty() || self.folders.iter().any(|known| known == path) {
-            return Ok(folder(node));
+            return Ok(folder);
         }
         match self.disks.facts(self.disk(path)) {
             Ok(facts) => return Ok(Attributes { node, folder: false, facts }),
@@ -141,7 +138,7 @@ impl Tree {
         }
         let inside = format!("{path}/");
         let is_folder = self.disks().any(|disk| disk.starts_with(&inside));
-        if is_folder { Ok(folder(node)) } else { Err(Errno::NOENT) }
+        if is_folder { Ok(folder) } else { Err(Errno::NOENT) }
     }
 
     /// What is in a folder, in the order of nodes, which never changes.

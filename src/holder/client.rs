@@ -73,11 +73,6 @@ impl Holder {
         Ok(Arc::new(Self { socket, inherited, number, log }))
     }
 
-    /// Whether there was a server before this one.
-    pub fn follows(&self) -> bool {
-        !guard(&self.inherited).is_empty()
-    }
-
     /// The names of disks that the server before has left open.
     pub fn disks(&self) -> Vec<String> {
         let inherited = guard(&self.inherited);
@@ -254,7 +249,7 @@ mod tests {
         std::fs::write(&path, b"layer").unwrap();
         let mut vault = Vault::default();
         let came = lives(&mut vault, |holder| {
-            assert!(!holder.follows());
+            assert!(guard(&holder.inherited).is_empty());
             let file = File::options().read(true).write(true).open(&path).unwrap();
             let file = opened(path.clone(), file).unwrap();
             for disk in ["container/a", "container/b", ""] {
@@ -270,7 +265,7 @@ mod tests {
         assert_eq!(came, Came::Nowhere);
         let came = lives(&mut vault, |holder| {
             holder.ready().unwrap();
-            assert!(holder.follows());
+            assert!(!guard(&holder.inherited).is_empty());
             assert_eq!(holder.disks(), ["container/a", ""]);
             assert_eq!(holder.inherit("desk").len(), 1);
             assert_eq!(holder.inherit("desk").len(), 0);

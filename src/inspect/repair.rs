@@ -409,7 +409,7 @@ fn clear(bits: &mut Bits, index: u64) {
 
 /// Identity stands for content: only what is the same may bear the same one.
 fn new_identity(repaired: &mut Repaired) -> Result<()> {
-    let keep = repaired.is_complete() && matches!(repaired.header.state, State::Frozen(_));
+    let keep = repaired.is_complete() && repaired.header.is_frozen();
     let header = &mut repaired.header;
     if !keep {
         (header.uuid, header.state) = (Uuid(random()?), State::Writable);

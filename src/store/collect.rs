@@ -14,7 +14,6 @@ use super::index::Index;
 use super::{Costs, Finding, Guard, Image, Store, Survey, files};
 use crate::chain::finish_snapshot;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::State;
 use crate::live::newest_header;
 use crate::packed::Packed;
 use crate::storage::{
@@ -385,7 +384,7 @@ impl Store {
             return Ok(Vec::new());
         }
         let file = open_in(folder, &disk.file(), Access::Read)?;
-        let frozen = matches!(newest_header(&*file)?.state, State::Frozen(_));
+        let frozen = newest_header(&*file)?.is_frozen();
         let mut names = self.unneeded(disk, &record)?;
         // The frozen layer's new top is still to take its name.
         names.retain(|_| !frozen);

@@ -13,7 +13,7 @@ use super::{
 use crate::chain::{Chain, Parent, create, seal};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::{ParentLink, State};
+use crate::format::header::ParentLink;
 use crate::live::{durable_header, newest_header};
 use crate::storage::{Access, open_in, sync_folder};
 
@@ -269,7 +269,7 @@ impl Store {
         // Not all file systems show that two names are those of one file.
         let file = open_in(&**folder, &frozen.file, Access::Read)?;
         // What can't be read is no name of a layer that is being written; `check` tells of it.
-        Ok(newest_header(&*file).map_or(true, |header| matches!(header.state, State::Frozen(_))))
+        Ok(newest_header(&*file).map_or(true, |header| header.is_frozen()))
     }
 
     /// The image that a container stands on: its record may be behind its layer.

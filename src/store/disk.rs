@@ -410,11 +410,7 @@ impl Store {
             return Err(disk.missing());
         }
         let file = open_in(&**self.folder(disk.kind), &disk.file(), Access::Read)?;
-        let size = newest_header(&*file)?.virtual_size;
-        match file.descriptor() {
-            Some(descriptor) => Facts::of_layer(size, descriptor),
-            None => Ok(Facts::without_layer(size)),
-        }
+        Facts::of_layer(newest_header(&*file)?.virtual_size, file.descriptor())
     }
 
     /// Locks a disk's layer against everybody, under the store's lock.

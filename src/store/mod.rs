@@ -96,7 +96,7 @@ impl Store {
     /// [`ErrorKind::NotFound`] where there is none; those of [`Store::over`].
     pub fn open(path: &Path) -> Result<Self> {
         if is_store(path)? {
-            return Self::open_or_make(path);
+            return Self::at(path);
         }
         let detail = "there is no store in this folder; the first image or volume makes one";
         Err(Error::new(ErrorKind::NotFound, detail).in_file(path))
@@ -111,6 +111,11 @@ impl Store {
             let detail = "no store is made in this folder: it is not empty, and no store";
             return Err(Error::new(ErrorKind::InvalidInput, detail).in_file(path));
         }
+        Self::at(path)
+    }
+
+    /// Makes what is missing of the store in a folder.
+    fn at(path: &Path) -> Result<Self> {
         let fail = |error| Error::io(error, "making the store's folders").in_file(path);
         // In a store that is there a folder may be missing that nobody here may make: it is empty.
         let is_there = path.join(LAYOUT_FILE).exists();

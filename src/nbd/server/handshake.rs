@@ -40,10 +40,8 @@ impl Catalog for View<'_> {
     }
 
     fn look(&self, name: &str) -> Result<Description, Refused> {
-        match self.shared.leases.look(name) {
-            Ok(disk) => Ok(self.describe(&disk)),
-            Err(error) => Err(self.refused(name, &error)),
-        }
+        let looked = self.shared.leases.look(name);
+        looked.map(|disk| self.describe(&disk)).map_err(|error| self.refused(name, &error))
     }
 
     fn describe(&self, export: &Self::Export) -> Description {

@@ -72,9 +72,9 @@ impl Listener {
         }
     }
 
-    /// The sockets that systemd (or `systemd-socket-activate`) opened for the process `pid`, which is this
-    /// one or the one that started it, as `LISTEN_PID` and `LISTEN_FDS` say; none if it wasn't started
-    /// that way. They can be taken once.
+    /// The sockets that systemd (or `systemd-socket-activate`) opened for the process `pid`, which is
+    /// this one or the one that started it, as `LISTEN_PID` and `LISTEN_FDS` say; none if it wasn't
+    /// started that way. They can be taken once.
     pub fn activated(pid: u32) -> Result<Vec<Self>> {
         static TAKEN: AtomicBool = AtomicBool::new(false);
         let number = |name| env::var(name).ok().and_then(|value| value.parse::<u32>().ok());
@@ -84,8 +84,8 @@ impl Listener {
             return Ok(Vec::new());
         }
         let fds = (FIRST_ACTIVATED..FIRST_ACTIVATED + count).map(|fd| {
-            // SAFETY: whoever set LISTEN_PID to this process, or to the one that started it, opened these descriptors for it to
-            // own; TAKEN makes sure that nothing else of this process takes them too.
+            // SAFETY: whoever set LISTEN_PID to this process, or to the one that started it, opened these
+            // descriptors for it to own; TAKEN makes sure that nothing else of this process takes them too.
             unsafe { OwnedFd::from_raw_fd(fd) }
         });
         // All of them first: an error must not leave some without an owner.

@@ -91,6 +91,18 @@ def wait_for(condition, what, seconds=PATIENCE):
     return value
 
 
+def insist(*command, seconds=30):
+    """Undoes a mount or the like, again and again while the kernel says that it is busy."""
+    end = time.monotonic() + seconds
+    while True:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+        if time.monotonic() > end:
+            raise AssertionError(f"{' '.join(map(str, command))}: {done.stderr}")
+        time.sleep(0.1)
+
+
 def die_with_parent():
     """No server outlives a test runner that was killed (PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)

@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "interop"))
 
 from support import (  # noqa: E402
-    BLOCK, MiB, Case, Server, die_with_parent, missing, need, pattern, run, thinply, wait_for)
+    BLOCK, MiB, Case, Server, die_with_parent, insist, missing, need, pattern, run, thinply, wait_for)
 
 # There wherever these tests can run: this interpreter's library, and links and modes in /etc.
 SOURCES = [Path(os.__file__).parent, Path("/etc")]
@@ -34,18 +33,6 @@ def setUpModule():
     for device in ("/dev/fuse", "/dev/loop-control"):
         if not os.path.exists(device):
             missing(f"this kernel has no {device}")
-
-
-def insist(*command, seconds=30):
-    """Undoes a mount or the like, again and again while the kernel says that it is busy."""
-    end = time.monotonic() + seconds
-    while True:
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
-            return
-        if time.monotonic() > end:
-            raise AssertionError(f"{' '.join(map(str, command))}: {done.stderr}")
-        time.sleep(0.1)
 
 
 @contextmanager

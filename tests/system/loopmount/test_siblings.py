@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "interop"))
 
-from support import MiB, Case, Server, need, run, thinply  # noqa: E402
-from test_loopmount import as_file, as_loop_device, insist  # noqa: E402
+from support import MiB, Case, Server, insist, need, run, thinply  # noqa: E402
+from test_loopmount import as_file, as_loop_device  # noqa: E402
 from test_loopmount import setUpModule as need_mounts  # noqa: E402
 
 

@@ -5,13 +5,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "interop"))
 
-from support import THINPLY, die_with_parent, missing, need, run, wait_for  # noqa: E402
+from support import (  # noqa: E402
+    THINPLY, die_with_parent, insist, missing, need, run, wait_for)
 
 
 def need_mounts(*tools):
@@ -27,15 +27,6 @@ def is_mounted(folder):
     """Whether something is mounted there, dead or alive."""
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     return any(line.split()[4] == str(folder) for line in lines)
-
-
-def insist(*command, seconds=30):
-    """Undoes a mount or the like, again and again while the kernel says that it is busy."""
-    end = time.monotonic() + seconds
-    while (done := subprocess.run(command, capture_output=True, text=True)).returncode:
-        if time.monotonic() > end:
-            raise AssertionError(f"{' '.join(map(str, command))}: {done.stderr}")
-        time.sleep(0.05)
 
 
 class Files:

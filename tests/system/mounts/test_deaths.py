@@ -14,10 +14,10 @@ import threading
 import time
 import unittest
 
-from files import Files, insist, is_mounted, loop_device, mounted, need_mounts
+from files import Files, is_mounted, loop_device, mounted, need_mounts
 
 from support import (
-    BLOCK, THINPLY, GiB, MiB, Case, missing, pattern, run, thinply, wait_for)
+    BLOCK, THINPLY, GiB, MiB, Case, insist, missing, pattern, run, thinply, wait_for)
 
 DEATHS = int(os.environ.get("THINPLY_DEATHS", "7"))
 

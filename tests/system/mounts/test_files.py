@@ -10,10 +10,10 @@ import subprocess
 import unittest
 from pathlib import Path
 
-from files import Files, insist, is_mounted, loop_device, mounted, need_mounts
+from files import Files, is_mounted, loop_device, mounted, need_mounts
 
 from support import (
-    BLOCK, THINPLY, GiB, MiB, Case, pattern, run, thinply, used, wait_for)
+    BLOCK, THINPLY, GiB, MiB, Case, insist, pattern, run, thinply, used, wait_for)
 
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16
 LIBC = ctypes.CDLL(None, use_errno=True)

@@ -6,7 +6,7 @@ use thinply::chain::{Chain, Layer, Parent, seal};
 use thinply::derive::Plan;
 use thinply::device::Device;
 use thinply::error::{Error, ErrorKind, Result};
-use thinply::format::header::{ParentLink, State, check_hint};
+use thinply::format::header::{ParentLink, check_hint};
 use thinply::packed::Compression;
 use thinply::storage::Access;
 use thinply::types::Identity;
@@ -34,7 +34,7 @@ impl Form {
     pub fn of(place: &Place, packing: &PackingArgs) -> Result<Self> {
         Ok(match Layer::open(place.open(Access::Read)?)? {
             Layer::Packed(_) => Self::Packed(packing.compression()),
-            Layer::Live(layer) if matches!(layer.header().state, State::Frozen(_)) => Self::Frozen,
+            Layer::Live(layer) if layer.header().is_frozen() => Self::Frozen,
             Layer::Live(_) => Self::Writable,
         })
     }

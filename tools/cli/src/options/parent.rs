@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use thinply::chain::{Gate, Parent, seal};
 use thinply::error::{Error, ErrorKind, Result};
-use thinply::format::header::{State, check_hint};
+use thinply::format::header::check_hint;
 use thinply::live::newest_header;
 use thinply::packed::Packed;
 use thinply::storage::{Access, Rights};
@@ -38,7 +38,7 @@ impl ParentArg {
         let file = place.open(Access::Read)?;
         if !Packed::is_packed(&*file)? {
             let header = newest_header(&*file)?;
-            if !matches!(header.state, State::Frozen(_)) {
+            if !header.is_frozen() {
                 self.check_found(&place, child)?;
                 if let Some(link) = &header.parent {
                     layers.stack(link, &place.folder)?;

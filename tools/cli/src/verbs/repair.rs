@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 use thinply::error::{Error, Result};
-use thinply::format::header::State;
 use thinply::inspect::{self, Fate, Repaired};
 use thinply::storage::{Access, Lock, Rights, take_lock};
 
@@ -110,7 +109,7 @@ impl Answered {
             virtual_size: repaired.header.virtual_size,
             blocks: repaired.blocks,
             uuid: repaired.header.uuid.to_string(),
-            frozen: matches!(repaired.header.state, State::Frozen(_)),
+            frozen: repaired.header.is_frozen(),
             losses: ranges.collect(),
             doubts: repaired.doubts,
         }

@@ -89,10 +89,10 @@ impl Serve {
     /// Serves until told to stop.
     pub fn run(&self) -> Outcome {
         let holder = held::holder()?;
-        if self.fuse.is_some() && holder.is_none() {
-            std::process::exit(held::hold()?);
-        }
         if self.fuse.is_some() {
+            if holder.is_none() {
+                std::process::exit(held::hold()?);
+            }
             held::stand_in_the_way_out();
         }
         match &self.file {
@@ -171,16 +171,7 @@ impl Serve {
             log: say(),
             ..ServerConfig::default()
         };
-        let keep = holder.clone().map(|holder| holder as Arc<dyn Keep>);
-        let shown = fuse::ServerConfig { keep, log: say(), ..shown };
-        let pid = holder.as_ref().map_or_else(std::process::id, |_| held::pid());
-        let kept = holder.as_ref().and_then(|holder| holder.inherit(fuse::KEPT).pop());
-        let goes_on = kept.is_some();
-        let files = match (&self.fuse, kept) {
-            (_, Some((key, kept))) => Some(fuse::Server::resume(&key, kept, disks.clone(), shown)?),
-            (Some(folder), None) => Some(fuse::Server::mount(folder, disks.clone(), shown)?),
-            (None, None) => None,
-        };
+        let (files, goes_on) = self.files(disks.clone(), shown, holder.as_ref())?;
         // What nobody has open any more is opened once and closed, as it would have been.
         for disk in holder.iter().flat_map(|holder| holder.disks()) {
             if let Err(error) = disks.look(&disk) {
@@ -188,11 +179,11 @@ impl Serve {
             }
         }
         let sockets = !listeners.is_empty();
-        let server = Server::new(listeners, disks.clone(), config)?;
+        let server = Server::new(listeners, disks, config)?;
         let doors = Doors { nbd: server.handle(), fuse: files.as_ref().map(fuse::Server::handle) };
         stop_on_signals(doors.clone())?;
         if let Some(path) = &self.pid_file {
-            std::fs::write(path, format!("{pid}\n"))
+            std::fs::write(path, format!("{}\n", pid(holder.as_deref())))
                 .map_err(|error| Error::io(error, "writing the pid file").in_file(path))?;
         }
         for length in server.listeners().iter().filter_map(Listener::overlong_path) {
@@ -201,25 +192,17 @@ impl Serve {
                  to: give them a symbolic link to its folder"
             ));
         }
-        let uris = server.listeners().iter().map(|listener| listener.uri(&self.name) + "\n");
-        let folder = files.as_ref().map(|files| format!("{}\n", files.folder().display()));
-        let ready: String = uris.chain(folder).collect();
         // Whoever started the server may not care for the line, and have closed the pipe or not read
         // it.
         let stdout = log::stdout();
         if !goes_on {
-            stdout.line(ready.trim_end());
+            stdout.line(self.places(&server, files.as_ref()).trim_end());
         }
         if let Some(holder) = &holder {
             holder.ready()?;
         }
         let served = match files {
-            Some(files) if sockets => std::thread::scope(|scope| {
-                let files = scope.spawn(|| files.run());
-                let served = server.run();
-                doors.shut();
-                served.and(files.join().unwrap_or_else(|_| Err(panicked())))
-            }),
+            Some(files) if sockets => run_both(server, files, &doors),
             Some(files) => files.run(),
             None => server.run(),
         };
@@ -230,10 +213,32 @@ impl Serve {
         served
     }
 
+    /// The disks as files, if that is asked for, and whether they are those of a server that died.
+    fn files(
+        &self,
+        disks: Arc<dyn Leases>,
+        shown: fuse::ServerConfig,
+        holder: Option<&Arc<Holder>>,
+    ) -> Result<(Option<fuse::Server>, bool)> {
+        let keep = holder.map(|holder| holder.clone() as Arc<dyn Keep>);
+        let shown = fuse::ServerConfig { keep, log: say(), ..shown };
+        if let Some((key, kept)) = holder.and_then(|holder| holder.inherit(fuse::KEPT).pop()) {
+            return Ok((Some(fuse::Server::resume(&key, kept, disks, shown)?), true));
+        }
+        let mount = |folder| fuse::Server::mount(folder, disks, shown);
+        Ok((self.fuse.as_deref().map(mount).transpose()?, false))
+    }
+
+    /// Where the disks are to be found, a line each.
+    fn places(&self, server: &Server, files: Option<&fuse::Server>) -> String {
+        let uris = server.listeners().iter().map(|listener| listener.uri(&self.name) + "\n");
+        let folder = files.map(|files| format!("{}\n", files.folder().display()));
+        uris.chain(folder).collect()
+    }
+
     /// The sockets asked for, or those that a service manager has opened.
     fn listeners(&self, holder: Option<&Holder>) -> Result<Vec<Listener>> {
-        let mut listeners =
-            Listener::activated(holder.map_or_else(std::process::id, |_| held::pid()))?;
+        let mut listeners = Listener::activated(pid(holder))?;
         for path in &self.socket {
             listeners.push(Listener::unix(path)?);
         }
@@ -248,6 +253,21 @@ impl Serve {
         }
         Ok(listeners)
     }
+}
+
+/// The process that the user knows: the holder, where there is one.
+fn pid(holder: Option<&Holder>) -> u32 {
+    holder.map_or_else(std::process::id, |_| held::pid())
+}
+
+/// Serves both ways until the sockets are shut.
+fn run_both(server: Server, files: fuse::Server, doors: &Doors) -> Result<()> {
+    std::thread::scope(|scope| {
+        let files = scope.spawn(|| files.run());
+        let served = server.run();
+        doors.shut();
+        served.and(files.join().unwrap_or_else(|_| Err(panicked())))
+    })
 }
 
 /// The right to serve the store, which a server that died may have had.

@@ -193,7 +193,7 @@ impl State {
 
 /// Nobody goes on with the mounts: who has files in them open gets errors from then on.
 fn give_up(vault: &Vault) {
-    for mount in vault.keys().filter_map(fuse::mount_of) {
+    for mount in vault.keys().filter_map(fuse::Mount::of_key) {
         if let Err(error) = mount.remove() {
             output::say(error);
         }
