@@ -27,6 +27,7 @@ fn stocked() -> (tempfile::TempDir, Store) {
     let draft = store.draft(Some(SIZE), None, Rights::Usual).unwrap();
     draft.chain().write(0, &[1; 4096]).unwrap();
     let new = NewImage {
+        made_here: false,
         reference: "base".parse().unwrap(),
         created_by: "a test".into(),
         comment: String::new(),

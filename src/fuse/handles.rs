@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -42,8 +43,10 @@ const SIZE: u64 = size_of::<Kept>() as u64;
 pub struct Handles {
     open: RwLock<HashMap<u64, Arc<Open>>>,
     memory: File,
-    /// Numbers that are in use in that memory.
+    /// Numbers that are in use in that memory, by the request that each comes from.
     taken: Mutex<Vec<Option<u64>>>,
+    /// No more files are opened. Set under the lock of `taken`.
+    ended: AtomicBool,
 }
 
 impl Handles {
@@ -63,7 +66,7 @@ impl Handles {
         let taken =
             kept(&memory)?.into_iter().map(|kept| (kept.unique != 0).then_some(kept.unique));
         let taken = Mutex::new(taken.collect());
-        Ok(Self { open: RwLock::default(), memory, taken })
+        Ok(Self { open: RwLock::default(), memory, taken, ended: AtomicBool::new(false) })
     }
 
     /// What to keep.
@@ -89,11 +92,14 @@ impl Handles {
     /// A number for an open file. A request that was sent again has the one that it had before.
     ///
     /// # Errors
-    /// Host errors.
+    /// [`io::ErrorKind::NotConnected`] after [`Handles::end_with_none`]; host errors.
     pub fn add(&self, unique: u64, node: u64, open: Open) -> io::Result<u64> {
         let unique = unique & !SENT_AGAIN;
         let writes = open.writes.into();
         let mut taken = guard(&self.taken);
+        if self.ended.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
         let again = taken.iter().position(|&known| known == Some(unique));
         let place = again.or_else(|| taken.iter().position(Option::is_none));
         let place = place.unwrap_or(taken.len());
@@ -136,6 +142,14 @@ impl Handles {
             }
         }
         Ok(open)
+    }
+
+    /// Has no more files opened if none is open. Answers whether that is so.
+    pub fn end_with_none(&self) -> bool {
+        let taken = guard(&self.taken);
+        let none = taken.iter().all(Option::is_none);
+        self.ended.fetch_or(none, Ordering::Relaxed);
+        none
     }
 
     /// Lets go of all disks. The numbers stay known.

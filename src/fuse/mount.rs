@@ -1,8 +1,9 @@
 //! How a file system of ours comes to be mounted, and goes.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -18,9 +19,10 @@ use crate::serve::socket::receive_descriptors;
 
 const DEVICE: &str = "/dev/fuse";
 const HELPER: &str = "fusermount3";
-/// What the mount is called in lists of mounts.
-const SOURCE: &str = "thinply";
-const KIND: &str = "fuse.thinply";
+/// What lists of mounts tell ours by.
+pub const KIND: &str = "fuse.thinply";
+/// Its part that `fusermount3` is told.
+const SUBTYPE: &str = "thinply";
 
 /// Begin of the keys of what is kept of mounts, before the mount's id and its folder, a line each.
 /// With it are the devices, and behind them the memory of what is open and of tries.
@@ -36,19 +38,20 @@ pub struct Mount {
 }
 
 impl Mount {
-    /// Mounts on a folder, for its own user alone. Answers the device that its requests come from.
+    /// Mounts on a folder, for its own user alone; lists of mounts name `source` with it. Answers the
+    /// device that its requests come from.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`]; [`ErrorKind::Unsupported`] where the kernel has no FUSE, or there is no
     /// `fusermount3` for a user who may not mount; host errors.
-    pub fn make(folder: &Path) -> Result<(Self, OwnedFd)> {
+    pub fn make(folder: &Path, source: &Path) -> Result<(Self, OwnedFd)> {
         let fail = |error| Error::io(error, "mounting").in_file(folder);
         let folder = folder.canonicalize().map_err(fail)?;
         // What is mounted on is what was looked at, whatever its path leads to by then.
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let place = open(&folder, flags, Mode::empty()).map_err(|error| fail(error.into()))?;
-        let device = match mount_on(&place) {
-            Err(Errno::PERM | Errno::ACCESS) if !geteuid().is_root() => helped(&folder)?,
+        let device = match mount_on(&place, source) {
+            Err(Errno::PERM | Errno::ACCESS) if !geteuid().is_root() => helped(&folder, source)?,
             Err(Errno::NOENT | Errno::NODEV | Errno::NXIO) => {
                 let detail = "this kernel has no FUSE: there is no /dev/fuse (modprobe fuse)";
                 return Err(Error::new(ErrorKind::Unsupported, detail));
@@ -115,24 +118,29 @@ fn options(device: &str) -> String {
     )
 }
 
-fn mount_on(place: &OwnedFd) -> rustix::io::Result<OwnedFd> {
+fn mount_on(place: &OwnedFd, source: &Path) -> rustix::io::Result<OwnedFd> {
     let device = open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     let options = options(&format!("fd={},", device.as_raw_fd()));
     let options = CString::new(options).map_err(|_| Errno::INVAL)?;
     let target = format!("/proc/self/fd/{}", place.as_raw_fd());
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
-    mount(SOURCE, target, KIND, flags, options.as_c_str())?;
+    mount(source, target, KIND, flags, options.as_c_str())?;
     Ok(device)
 }
 
 /// Mounts by the helper that whoever may not mount has for it, which hands the device over.
-fn helped(folder: &Path) -> Result<OwnedFd> {
+fn helped(folder: &Path, source: &Path) -> Result<OwnedFd> {
     let fail = |error: io::Error| Error::io(error, "mounting by fusermount3").in_file(folder);
     let (ours, theirs) = UnixStream::pair().map_err(fail)?;
     let mut command = Command::new(HELPER);
-    let options = format!("default_permissions,fsname={SOURCE},subtype={SOURCE}");
+    let mut options = OsString::from(format!("default_permissions,subtype={SUBTYPE},fsname="));
+    // What would end the name there is escaped.
+    for &byte in source.as_os_str().as_bytes() {
+        options.push(if matches!(byte, b',' | b'\\') { "\\" } else { "" });
+        options.push(OsStr::from_bytes(&[byte]));
+    }
     // Its own end is standard input, which needs no descriptor to stay open that others inherit too.
-    command.env("_FUSE_COMMFD", "0").args(["-o", &options, "--"]).arg(folder);
+    command.env("_FUSE_COMMFD", "0").arg("-o").arg(&options).arg("--").arg(folder);
     command.stdin(Stdio::from(OwnedFd::from(theirs)));
     run(&mut command, folder)?;
     drop(command);

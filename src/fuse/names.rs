@@ -1,6 +1,7 @@
 //! Requests about names, attributes, and opening and closing. All may wait for a disk, and so have
 //! threads of their own.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -86,6 +87,9 @@ pub(super) fn open(ticket: Ticket, node: u64, writes: bool) {
         }
         let handle = shared.handles.add(unique, node, Open { disk, writes });
         handle.map(proto::opened).map_err(|error| {
+            if error.kind() == ErrorKind::NotConnected {
+                return Errno::NOTCONN;
+            }
             shared.log(&format!("noting an open file: {error}"));
             Errno::IO
         })
@@ -98,6 +102,7 @@ pub(super) fn release(ticket: Ticket, handle: u64) {
         if let Err(error) = shared.handles.release(handle).map(drop) {
             shared.log(&format!("noting a closed file: {error}"));
         }
+        shared.file_closed();
         Ok(Vec::new())
     });
 }
@@ -145,7 +150,7 @@ fn listed(shared: &Shared, node: u64, handle: u64, offset: u64) -> Result<Arc<Ve
 /// The space of the file system that the layers are in.
 pub(super) fn space(ticket: Ticket) {
     later(ticket, move |shared, _| {
-        let found = statvfs(&shared.config.space_of)?;
+        let found = statvfs(&shared.config.source)?;
         let blocks = |count: u64| (u128::from(count) * u128::from(found.f_frsize) / 4096) as u64;
         Ok(proto::space(&Space {
             blocks: blocks(found.f_blocks),

@@ -23,6 +23,8 @@ use crate::serve::{Buffer, Crew, Keep, Leases, Log, Used, guard, spawn};
 
 /// Most requests that the kernel sends in the background before it holds its callers back.
 const MAX_BACKGROUND: u16 = 128;
+/// How long a server that stops with the last file waits for the first.
+const FIRST_FILE: Duration = Duration::from_secs(60);
 /// Threads for what is about names.
 const NAMES: usize = 8;
 /// Where the arguments of a request that was read begin, so that the data of a write begins at a page.
@@ -35,10 +37,13 @@ pub struct ServerConfig {
     pub folders: Vec<String>,
     /// The file of the disk whose name is empty. Default `disk`.
     pub default_name: String,
-    /// Whose file system's space the mount shows as its own. Default the root folder's.
-    pub space_of: PathBuf,
+    /// Where the disks come from: lists of mounts name it, and the mount shows the space of its file
+    /// system. Default the root folder.
+    pub source: PathBuf,
     /// Threads that read requests. Default one a processor, two at least and eight at most.
     pub threads: usize,
+    /// Whether to come to the end once the last file is closed, or none was opened for a minute.
+    pub stop_with_last_file: bool,
     /// How long running requests have to finish at shutdown. Default 10 seconds.
     pub drain_timeout: Duration,
     /// How long the flushes at the end may take. Default 60 seconds.
@@ -55,8 +60,9 @@ impl Default for ServerConfig {
         Self {
             folders: Vec::new(),
             default_name: "disk".into(),
-            space_of: "/".into(),
+            source: "/".into(),
             threads: processors.clamp(2, 8),
+            stop_with_last_file: false,
             drain_timeout: Duration::from_secs(10),
             flush_timeout: Duration::from_secs(60),
             keep: None,
@@ -124,7 +130,7 @@ impl Server {
         let fail = |error| Error::io(error, "mounting").in_file(folder);
         let memory =
             Memory { handles: Handles::new().map_err(fail)?, tries: Tries::new().map_err(fail)? };
-        let (mount, device) = Mount::make(folder)?;
+        let (mount, device) = Mount::make(folder, &config.source)?;
         // Where there are fewer, those do as well.
         let clones: Vec<_> = (1..config.threads).map_while(|_| another(&device).ok()).collect();
         let devices = std::iter::once(device).chain(clones);
@@ -253,9 +259,7 @@ fn nonsense(kept: &str) -> Error {
 impl Handle {
     /// Has [`Server::run`] come to its end; doesn't wait for it. From now on requests fail with `EIO`.
     pub fn shutdown(&self) {
-        self.0.stopping.store(true, Ordering::Relaxed);
-        guard(&self.0.state).stop = true;
-        self.0.changed.notify_all();
+        self.0.stop();
     }
 }
 
@@ -363,6 +367,19 @@ impl Shared {
         let _ = catch_unwind(AssertUnwindSafe(|| (self.config.log)(line)));
     }
 
+    fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        guard(&self.state).stop = true;
+        self.changed.notify_all();
+    }
+
+    /// A file was closed, which may have been the last.
+    pub(super) fn file_closed(&self) {
+        if self.config.stop_with_last_file && self.handles.end_with_none() {
+            self.stop();
+        }
+    }
+
     /// Whether a request may be carried out: not where several servers have died at it.
     fn may_try(&self, unique: u64) -> bool {
         let may = self.tries.begin(unique).unwrap_or_else(|error| {
@@ -385,8 +402,14 @@ impl Shared {
     }
 
     fn wait_for_the_end(&self) -> Result<()> {
-        let state = guard(&self.state);
-        let waited = self.changed.wait_while(state, |state| !state.stop && state.readers > 0);
+        let goes_on = |state: &mut State| !state.stop && state.readers > 0;
+        let mut state = guard(&self.state);
+        if self.config.stop_with_last_file {
+            let waited = self.changed.wait_timeout_while(state, FIRST_FILE, goes_on);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state.stop |= self.handles.end_with_none();
+        }
+        let waited = self.changed.wait_while(state, goes_on);
         let failed = waited.unwrap_or_else(PoisonError::into_inner).failed.take();
         self.stopping.store(true, Ordering::Relaxed);
         failed.map_or(Ok(()), Err)

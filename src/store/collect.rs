@@ -310,6 +310,7 @@ impl Store {
         ] {
             sync_folder(&**folder)?;
         }
+        self.forget_made(&guard)?;
         self.keep_reserve();
         drop::<Guard>(guard);
         Ok(found)

@@ -448,6 +448,7 @@ impl OpenDisk {
             reference: reference.clone(),
             created_by: format!("commit {}", disk.name),
             comment: comment.to_owned(),
+            made_here: store.is_made_here(&format!("container/{}", disk.name))?,
             created: clock(),
         };
         let made = store.publish_blob(blob, Some(&image), &new)?;

@@ -19,6 +19,7 @@ mod files;
 mod image;
 mod index;
 mod json;
+mod made;
 mod name;
 mod publish;
 mod strays;

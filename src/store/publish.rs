@@ -37,6 +37,8 @@ pub struct NewImage {
     pub created_by: String,
     /// A remark for its history, possibly empty.
     pub comment: String,
+    /// Whether the file system in it is one that this host made ([`Store::is_made_here`]).
+    pub made_here: bool,
     /// When it was made: from 1970 to 9999, kept in whole seconds.
     pub created: SystemTime,
 }
@@ -81,12 +83,16 @@ impl Store {
             }
         }
         let id = digest::sha256(&manifest);
-        let blobs = vec![blob.digest.clone(), digest::sha256(&config), id.clone()];
+        let layer = blob.digest.clone();
+        let blobs = vec![layer.clone(), digest::sha256(&config), id.clone()];
         let publish = || {
             blob.publish()?;
             sync_folder(self.blobs())?;
             self.put(&config)?;
             self.put(&manifest)?;
+            if new.made_here {
+                self.note_made_layer(&layer, &guard)?;
+            }
             let mut index = Index::read(self)?;
             index.set(&new.reference, manifest_descriptor(&id, manifest.len()));
             index.write(self)

@@ -5,11 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Level of each room; a module may name rooms of lower levels, and modules of its own room.
-const LEVELS: [(&str, u32); 7] = [
+const LEVELS: [(&str, u32); 9] = [
     ("io", 0),
     ("options", 1),
     ("derive", 2),
     ("import", 2),
+    ("mounting", 2),
+    ("helper", 3),
     ("verbs", 3),
     ("cli", 4),
     ("main", 5),

@@ -18,7 +18,7 @@ pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;
 
 /// Every subcommand, as the help lists them.
-pub const VERBS: [&str; 27] = [
+pub const VERBS: [&str; 32] = [
     "create",
     "snapshot",
     "info",
@@ -37,6 +37,11 @@ pub const VERBS: [&str; 27] = [
     "compare",
     "resize",
     "serve",
+    "mount",
+    "umount",
+    "attach",
+    "detach",
+    "mounts",
     "image",
     "container",
     "volume",

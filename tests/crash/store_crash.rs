@@ -66,6 +66,7 @@ fn import(store: &Store, name: &str, base: Option<&str>, fill: u8) -> Result<()>
     let draft = store.draft(Some(SIZE), base.as_ref(), Rights::Usual)?;
     draft.chain().write(u64::from(fill) * BLOCK as u64, &[fill; BLOCK])?;
     let new = NewImage {
+        made_here: false,
         reference: reference(name),
         created_by: format!("import {fill}"),
         comment: String::new(),

@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 
 use clap::{Arg, ArgAction, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use crate::helper;
 use crate::verbs::{self, Outcome};
 
 const AFTER_HELP: &str = "\
@@ -45,7 +46,9 @@ impl Cli {
     /// Reads the arguments of this process, or ends it with what is wrong with them.
     pub fn from_arguments() -> Self {
         let command = command();
-        let arguments = behind_the_verb(&command, std::env::args_os().collect());
+        let arguments: Vec<_> = std::env::args_os().collect();
+        let arguments = helper::arguments(&arguments).unwrap_or(arguments);
+        let arguments = behind_the_verb(&command, arguments);
         let matches = command.get_matches_from(arguments);
         Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
     }
@@ -123,6 +126,11 @@ pub enum Verb {
     Compare(verbs::compare::Compare),
     Resize(verbs::resize::Resize),
     Serve(verbs::serve::Serve),
+    Mount(verbs::mount::Mount),
+    Umount(verbs::mount::Umount),
+    Attach(verbs::attach::Attach),
+    Detach(verbs::attach::Detach),
+    Mounts(verbs::mounts::Mounts),
     Image(verbs::image::ImageVerbs),
     Container(verbs::container::ContainerVerbs),
     Volume(verbs::volume::VolumeVerbs),
@@ -156,6 +164,11 @@ impl Verb {
             Self::Compare(verb) => verb.run(),
             Self::Resize(verb) => verb.run(),
             Self::Serve(verb) => verb.run(),
+            Self::Mount(verb) => verb.run(),
+            Self::Umount(verb) => verb.run(),
+            Self::Attach(verb) => verb.run(),
+            Self::Detach(verb) => verb.run(),
+            Self::Mounts(verb) => verb.run(),
             Self::Image(verbs) => verbs.run(),
             Self::Container(verbs) => verbs.run(),
             Self::Volume(verbs) => verbs.run(),

@@ -2,8 +2,10 @@
 
 mod cli;
 mod derive;
+mod helper;
 mod import;
 mod io;
+mod mounting;
 mod options;
 mod verbs;
 

@@ -23,8 +23,7 @@ pub struct Place {
 impl Place {
     /// A file that is there. A symbolic link is followed: the user named it, not a layer.
     pub fn existing(path: &Path) -> Result<Self> {
-        let real = fs::canonicalize(path)
-            .map_err(|error| Error::io(error, "opening the file").in_file(path))?;
+        let real = real(path)?;
         let name = utf8(real.file_name().unwrap_or(OsStr::new("/")), path)?;
         let directory = real.parent().unwrap_or(&real).to_owned();
         Ok(Self::new(directory, name))
@@ -62,6 +61,11 @@ impl Place {
             _ => error,
         })
     }
+}
+
+/// The canonical path of what is there.
+pub fn real(path: &Path) -> Result<PathBuf> {
+    fs::canonicalize(path).map_err(|error| Error::io(error, "opening the file").in_file(path))
 }
 
 /// The canonical folder and the name of a file that is still to be made.

@@ -35,6 +35,11 @@ pub fn short_id(id: &str) -> String {
     id.chars().take(12).collect()
 }
 
+/// The present time, RFC 3339.
+pub fn now() -> String {
+    humantime::format_rfc3339_seconds(SystemTime::now()).to_string()
+}
+
 /// How long ago an RFC 3339 time is; the text itself where it is none.
 pub fn ago(created: &str) -> String {
     let Ok(then) = humantime::parse_rfc3339_weak(created) else { return created.to_owned() };

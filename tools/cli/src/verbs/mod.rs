@@ -1,5 +1,6 @@
 //! The verbs, a file or folder each.
 
+pub mod attach;
 pub mod check;
 pub mod compact;
 pub mod compare;
@@ -17,6 +18,8 @@ pub mod import;
 pub mod info;
 pub mod man;
 pub mod map;
+pub mod mount;
+pub mod mounts;
 pub mod pack;
 pub mod rebase;
 pub mod repair;

@@ -18,7 +18,7 @@ use thinply::serve::{Keep, Leases, Log, Opened, Served, Table};
 use thinply::storage::{self, Access, Storage};
 use thinply::store::Store;
 
-use crate::io::paths::Place;
+use crate::io::paths::{self, Place};
 use crate::io::{log, output, signals};
 use crate::options::LayersArg;
 use crate::options::StoreArg;
@@ -78,7 +78,7 @@ pub struct Serve {
     /// Write the process id to a file once clients can connect.
     #[arg(long, value_name = "PATH")]
     pid_file: Option<PathBuf>,
-    /// End when the last client has hung up.
+    /// End when the last client has hung up, or the last file is closed (none was opened for a minute).
     #[arg(long)]
     once: bool,
     #[command(flatten)]
@@ -88,6 +88,8 @@ pub struct Serve {
 impl Serve {
     /// Serves until told to stop.
     pub fn run(&self) -> Outcome {
+        // One that another process started has the name of what it was started by.
+        let _ = rustix::thread::set_name(c"thinply");
         let holder = held::holder()?;
         if self.fuse.is_some() {
             if holder.is_none() {
@@ -117,7 +119,7 @@ impl Serve {
         let name = file.file_name().map(|name| name.to_string_lossy().into_owned());
         let shown = fuse::ServerConfig {
             default_name: name.unwrap_or_default(),
-            space_of: file.to_owned(),
+            source: place.path(),
             ..fuse::ServerConfig::default()
         };
         if let Err(error) = self.serve(listeners, table.clone(), shown, holder) {
@@ -138,7 +140,7 @@ impl Serve {
         }
         let shown = fuse::ServerConfig {
             folders: ["container", "image", "volume"].map(str::to_owned).to_vec(),
-            space_of: store.path().to_owned(),
+            source: paths::real(store.path())?,
             ..fuse::ServerConfig::default()
         };
         let (control, asked) = match desk(&store, holder.as_deref()) {
@@ -221,7 +223,8 @@ impl Serve {
         holder: Option<&Arc<Holder>>,
     ) -> Result<(Option<fuse::Server>, bool)> {
         let keep = holder.map(|holder| holder.clone() as Arc<dyn Keep>);
-        let shown = fuse::ServerConfig { keep, log: say(), ..shown };
+        let stop_with_last_file = self.once;
+        let shown = fuse::ServerConfig { keep, stop_with_last_file, log: say(), ..shown };
         if let Some((key, kept)) = holder.and_then(|holder| holder.inherit(fuse::KEPT).pop()) {
             return Ok((Some(fuse::Server::resume(&key, kept, disks, shown)?), true));
         }
@@ -250,6 +253,10 @@ impl Serve {
                 ErrorKind::InvalidInput,
                 "nowhere to serve: give --socket PATH, --listen ADDR or --fuse DIR",
             ));
+        }
+        if self.once && self.fuse.is_some() && !listeners.is_empty() {
+            let detail = "--once is for --fuse or for sockets, not for both";
+            return Err(Error::new(ErrorKind::InvalidInput, detail));
         }
         Ok(listeners)
     }

@@ -1,9 +1,19 @@
 //! `thinply volume`
 
-use clap::{Args, Subcommand};
-use serde::Serialize;
-use thinply::store::{DiskKind, Survey, Volume};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 
+use clap::{Args, Subcommand};
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+use serde::Serialize;
+use thinply::device::Device;
+use thinply::error::{Error, Result};
+use thinply::storage::Access;
+use thinply::store::{DiskKind, DiskName, OpenDisk, Store, Survey, Volume};
+
+use crate::io::ext4::make_empty_ext4;
 use crate::io::output::Output;
 use crate::io::size;
 use crate::io::table::{self, ago, short};
@@ -45,15 +55,21 @@ impl VolumeVerbs {
     }
 }
 
-/// Make an empty volume.
+/// Make an empty volume, or one with an empty file system.
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  thinply volume create --size 10G data")]
+#[command(after_help = "\
+Example:
+  thinply volume create --size 10G --fs ext4 data
+  thinply mount volume/data /mnt")]
 struct CreateVolume {
     #[command(flatten)]
     store: StoreArg,
     /// Size of the disk
     #[arg(long, value_name = "S", value_parser = size::parse)]
     size: u64,
+    /// Make a file system on it (needs mke2fs)
+    #[arg(long, value_name = "TYPE", value_parser = ["ext4"])]
+    fs: Option<String>,
     /// Its name
     name: String,
 }
@@ -61,11 +77,50 @@ struct CreateVolume {
 impl CreateVolume {
     fn run(&self) -> Outcome {
         size::check(Some(self.size))?;
-        self.store.open_or_make()?.create_volume(&self.name, self.size)?;
+        let store = self.store.open_or_make()?;
+        store.create_volume(&self.name, self.size)?;
+        if self.fs.is_some() {
+            let disk = DiskName::new(DiskKind::Volume, &self.name)?;
+            // One without what was asked for is no use.
+            fill(&store, &disk).inspect_err(|_| drop(store.remove_disk(&disk)))?;
+        }
         let mut output = Output::new();
         output.line(&self.name)?;
         output.print()?;
         Ok(Answer::Yes)
+    }
+}
+
+/// Makes an empty file system on a new volume.
+fn fill(store: &Store, disk: &DiskName) -> Result<()> {
+    let fail = |error| Error::io(error, "making a temporary file");
+    let raw = tempfile::Builder::new().prefix(".draft-").tempfile_in(store.path()).map_err(fail)?;
+    let volume = store.open_disk(disk, Access::Write)?;
+    raw.as_file().set_len(volume.size()).map_err(fail)?;
+    let copied = make_empty_ext4(raw.path()).and_then(|()| copy_data(raw.as_file(), &volume));
+    let closed = volume.close();
+    copied.and(closed)?;
+    store.note_made_volume(&disk.name)
+}
+
+/// Copies what is no hole in a file.
+fn copy_data(from: &File, to: &OpenDisk) -> Result<()> {
+    let fail = |error: io::Error| Error::io(error, "reading a temporary file");
+    let mut buffer = vec![0; 1 << 20];
+    let mut at = 0;
+    loop {
+        at = match seek(from, SeekFrom::Data(at)) {
+            Err(Errno::NXIO) => return Ok(()),
+            found => found.map_err(|error| fail(error.into()))?,
+        };
+        let end = seek(from, SeekFrom::Hole(at)).map_err(|error| fail(error.into()))?;
+        while at < end {
+            let length = (end - at).min(buffer.len() as u64) as usize;
+            let part = &mut buffer[..length];
+            from.read_exact_at(part, at).map_err(fail)?;
+            to.write(at, part)?;
+            at += length as u64;
+        }
     }
 }
 

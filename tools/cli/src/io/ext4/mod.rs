@@ -53,6 +53,20 @@ pub fn make_ext4(raw: &Path, path: &Path, latest: Option<i64>) -> Result<Vec<Str
     Ok(tree.lost())
 }
 
+/// Makes an empty ext4 file system of a sparse file, with little in it: tables that are zeros are left as
+/// holes, and there is none for a later growth.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] if mke2fs is missing or too old; host errors.
+pub fn make_empty_ext4(raw: &Path) -> Result<()> {
+    let mut command = Command::new("mke2fs");
+    command.args(["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-J", "size=8"]);
+    command.args(["-O", &format!("{FEATURES},^resize_inode,^sparse_super,sparse_super2")]);
+    let extended = "lazy_itable_init=0,lazy_journal_init=0,assume_storage_prezeroed=1,nodiscard";
+    command.args(["-E", extended]).arg(raw);
+    run(&mut command, raw)
+}
+
 /// How many blocks and inodes the file system gets.
 fn plan(tree: &Tree) -> (u64, u64) {
     let bytes = tree.blocks * BLOCK * 3 / 2 + ROOM;
@@ -72,9 +86,16 @@ fn run_mke2fs(raw: &Path, path: &Path, tree: &Tree) -> Result<()> {
     let extended = format!("hash_seed={seed},lazy_itable_init=0,lazy_journal_init=0");
     command.arg("-U").arg(uuid).arg("-E").arg(extended);
     command.arg("-d").arg(path).arg(absolute(raw).map_err(host)?).arg(blocks.to_string());
-    // From 1.47.1 on mke2fs would take that, and not for all times. Zero would mean the present time.
-    command.env_remove("SOURCE_DATE_EPOCH");
+    // Zero would mean the present time.
     command.env("E2FSPROGS_FAKE_TIME", tree.time().clamp(1, u32::MAX.into()).to_string());
+    run(&mut command, path)
+}
+
+/// Runs mke2fs, which takes nothing from its configuration.
+fn run(command: &mut Command, about: &Path) -> Result<()> {
+    let host = |error| Error::io(error, "starting mke2fs");
+    // From 1.47.1 on mke2fs would take that, and not for all times.
+    command.env_remove("SOURCE_DATE_EPOCH");
     command.env("MKE2FS_CONFIG", "/dev/null").env("LC_ALL", "C");
     // Debian keeps it where ordinary users don't look.
     command.env("PATH", std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin");
@@ -93,7 +114,7 @@ fn run_mke2fs(raw: &Path, path: &Path, tree: &Tree) -> Result<()> {
     let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let last = lines[lines.len().saturating_sub(LAST_LINES)..].join("; ");
     let detail = format!("mke2fs failed ({}): {last}", output.status);
-    Err(Error::new(ErrorKind::Io, detail).in_file(path))
+    Err(Error::new(ErrorKind::Io, detail).in_file(about))
 }
 
 /// Bytes of others for people; what controls a terminal is not among them, but what `kept` has.

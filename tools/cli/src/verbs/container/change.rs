@@ -5,6 +5,7 @@ use thinply::control::{self, Request};
 use thinply::store::Reference;
 
 use crate::io::output::Output;
+use crate::mounting::uses;
 use crate::options::StoreArg;
 use crate::verbs::serve::say;
 use crate::verbs::{Answer, Outcome};
@@ -12,8 +13,8 @@ use crate::verbs::{Answer, Outcome};
 /// Make an image of what a container holds.
 ///
 /// The container goes on over the new image, so that no block is kept twice. One that `serve --all`
-/// serves is committed by that process, as of one moment, while its clients go on. Prints the
-/// image's id.
+/// serves is committed by that process, as of one moment, while its clients go on. A file system of
+/// it that is mounted is synced before. Prints the image's id.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  thinply container commit web web:1 -m 'with nginx'")]
 pub struct Commit {
@@ -33,6 +34,7 @@ impl Commit {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
         let store = self.store.open()?;
+        uses::sync(&store, &self.container)?;
         let request = Request::Commit {
             container: self.container.clone(),
             image: self.image.to_string(),
@@ -68,6 +70,7 @@ impl SnapshotContainer {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
         let store = self.store.open()?;
+        uses::sync(&store, &self.container)?;
         let request =
             Request::Snapshot { container: self.container.clone(), name: self.name.clone() };
         control::carry_out(&store, &request, say())?;

@@ -30,6 +30,13 @@ struct New {
     message: String,
 }
 
+/// Where an image comes from.
+struct Origin {
+    created_by: String,
+    /// This host made its file system.
+    made_here: bool,
+}
+
 /// The variable of <https://reproducible-builds.org/specs/source-date-epoch/>.
 const EPOCH: &str = "SOURCE_DATE_EPOCH";
 /// The end of the year 9999.
@@ -62,8 +69,9 @@ impl New {
         size: Option<u64>,
         rights: Rights,
         name: &Reference,
-        created_by: String,
+        origin: Origin,
     ) -> Outcome {
+        let Origin { created_by, made_here } = origin;
         let created = match source_date()? {
             Some(seconds) => UNIX_EPOCH + Duration::from_secs(seconds),
             None => SystemTime::now(),
@@ -77,7 +85,7 @@ impl New {
         let draft = store.draft(first, base.as_ref(), rights)?;
         source.copy_to(draft.chain(), size, visible)?;
         let (reference, comment) = (name.clone(), self.message.clone());
-        let new = NewImage { reference, created_by, comment, created };
+        let new = NewImage { reference, created_by, comment, made_here, created };
         let image = store.publish(draft, base.as_ref(), &new)?;
         print_id(&image)?;
         Ok(Answer::Yes)
@@ -120,8 +128,9 @@ impl ImportImage {
         size::check(self.size)?;
         let source = self.source.open(&self.src)?;
         let created_by = format!("import {}", self.src.display());
+        let origin = Origin { created_by, made_here: false };
         let (opened, rights) = (self.new.open()?, source.rights());
-        self.new.import(opened, &source, self.size, rights, &self.name, created_by)
+        self.new.import(opened, &source, self.size, rights, &self.name, origin)
     }
 }
 
@@ -160,7 +169,7 @@ impl BuildImage {
         let source = open_raw(raw.path())?;
         // Where the tree lies is no part of it. The temporary file is nobody's; who may read the tree
         // can't be said in one mode.
-        let created_by = "build-from".to_owned();
-        self.new.import(opened, &source, None, Rights::Usual, &self.name, created_by)
+        let origin = Origin { created_by: "build-from".to_owned(), made_here: true };
+        self.new.import(opened, &source, None, Rights::Usual, &self.name, origin)
     }
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{
     Pid, PidfdFlags, Signal, configure_io_flusher_behavior, getppid, pidfd_open, pidfd_send_signal,
+    setsid,
 };
 use thinply::error::{Error, Result};
 use thinply::fuse;
@@ -19,6 +20,7 @@ use thinply::holder::{Came, Holder, Vault};
 
 use super::say;
 use crate::io::{output, signals};
+use crate::mounting::served::DETACHED;
 
 /// Says to a server that standard input leads to its holder, which has this process id.
 const HOLDER: &str = "THINPLY_HOLDER";
@@ -75,6 +77,10 @@ struct State {
 pub fn hold() -> Result<i32> {
     let fail = |error| Error::io(error, "holding a server");
     let program = std::env::current_exe().map_err(fail)?;
+    if std::env::var_os(DETACHED).is_some() {
+        // Fails where it leads a session already.
+        let _ = setsid();
+    }
     let servers = Arc::new(Servers::default());
     let (to_end, to_renew) = (servers.clone(), servers.clone());
     signals::on_end(move || to_end.end()).map_err(fail)?;

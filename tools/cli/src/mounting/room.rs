@@ -1,0 +1,212 @@
+//! Where the run-time state is: a folder of the user's own, with a room in it for each store or layer
+//! that a server was started for.
+//!
+//! | in a room | what |
+//! | --- | --- |
+//! | `lock` | locked by whoever looks for the server, or starts it |
+//! | `files` | the folder that the server shows the disks in |
+//! | `pid` | the process that was started: the server's holder |
+//! | `log` | what the server said |
+//! | `uses/N` | who attached the device with the sequence number N, and when |
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::process::geteuid;
+use serde::{Deserialize, Serialize};
+use thinply::error::{Error, ErrorKind, Result};
+
+/// Names another folder than `/run/thinply`, or `thinply` in `XDG_RUNTIME_DIR`.
+const VARIABLE: &str = "THINPLY_RUN";
+/// How long somebody else may look for a server, or start it.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Longest file of the room that is read.
+const MOST: u64 = 64 << 10;
+/// How much of a log is shown.
+const LAST_BYTES: u64 = 2 << 10;
+
+/// A room.
+#[derive(Clone, Debug)]
+pub struct Room {
+    folder: PathBuf,
+}
+
+/// Who attached a device, and when.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Note {
+    /// User id.
+    pub user: u32,
+    /// RFC 3339.
+    pub since: String,
+}
+
+/// The folder of all rooms.
+fn base() -> Result<PathBuf> {
+    let variable =
+        |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if let Some(named) = variable(VARIABLE) {
+        return Ok(named);
+    }
+    if geteuid().is_root() {
+        return Ok("/run/thinply".into());
+    }
+    variable("XDG_RUNTIME_DIR").map(|folder| folder.join("thinply")).ok_or_else(|| {
+        let detail =
+            format!("nowhere to keep what runs: XDG_RUNTIME_DIR is not set, nor {VARIABLE}");
+        Error::new(ErrorKind::NotFound, detail)
+    })
+}
+
+/// Makes a folder that nobody else may look into, or makes sure that it is one.
+fn private(folder: &Path) -> Result<()> {
+    let fail = |error| Error::io(error, "making a folder for what runs").in_file(folder);
+    match DirBuilder::new().mode(0o700).create(folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(fail(error)),
+        _ => {}
+    }
+    let found = fs::symlink_metadata(folder).map_err(fail)?;
+    if !found.is_dir() || found.uid() != geteuid().as_raw() || found.mode() & 0o077 != 0 {
+        let detail = "is not a folder of this user's that nobody else may look into (mode 0700)";
+        return Err(Error::new(ErrorKind::PermissionDenied, detail).in_file(folder));
+    }
+    Ok(())
+}
+
+fn name_of(served: &Path) -> String {
+    blake3::hash(served.as_os_str().as_bytes()).to_hex()[..16].to_owned()
+}
+
+impl Room {
+    /// The room of what is served at a path, which is made where it is missing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::PermissionDenied`] for a folder that is somebody else's or open to others; host errors.
+    pub fn of(served: &Path) -> Result<Self> {
+        let base = base()?;
+        private(&base)?;
+        let folder = base.join(name_of(served));
+        private(&folder)?;
+        for inner in ["files", "uses"] {
+            // One that is there may be mounted on.
+            match DirBuilder::new().mode(0o700).create(folder.join(inner)) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                    let error = Error::io(error, "making a folder for what runs");
+                    return Err(error.in_file(folder.join(inner)));
+                }
+                _ => {}
+            }
+        }
+        Ok(Self { folder })
+    }
+
+    /// The room of what is served at a path, if there is one.
+    pub fn find(served: &Path) -> Option<Self> {
+        let folder = base().ok()?.join(name_of(served));
+        let owned = |found: fs::Metadata| found.is_dir() && found.uid() == geteuid().as_raw();
+        fs::symlink_metadata(&folder).is_ok_and(owned).then_some(Self { folder })
+    }
+
+    /// Keeps all others from looking for the server, or starting it, for as long as the file is open.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] where somebody stays; host errors.
+    pub fn lock(&self) -> Result<File> {
+        let path = self.folder.join("lock");
+        let fail = |error| Error::io(error, "waiting for others who mount").in_file(&path);
+        let mut options = OpenOptions::new();
+        let flags = OFlags::NOFOLLOW.bits() as i32;
+        let file = options.create(true).append(true).mode(0o600).custom_flags(flags).open(&path);
+        let file = file.map_err(fail)?;
+        let start = Instant::now();
+        while let Err(error) = flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            if start.elapsed() > PATIENCE {
+                let detail = format!("somebody else has been mounting for long: {error}");
+                return Err(Error::new(ErrorKind::InUse, detail).in_file(path));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(file)
+    }
+
+    /// Where the server shows the disks.
+    pub fn files(&self) -> PathBuf {
+        self.folder.join("files")
+    }
+
+    /// Notes the process that was started for the room.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn set_pid(&self, pid: u32) -> Result<()> {
+        let path = self.folder.join("pid");
+        fs::write(&path, pid.to_string())
+            .map_err(|error| Error::io(error, "noting the server").in_file(path))
+    }
+
+    /// The process that was started for the room, where it still runs.
+    pub fn pid(&self) -> Option<u32> {
+        let pid: u32 = read(&self.folder.join("pid")).ok()?.trim().parse().ok()?;
+        // Another process may have the number by now.
+        let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        let files = self.files();
+        let mut arguments = command.split(|&byte| byte == 0);
+        arguments.any(|argument| argument == files.as_os_str().as_bytes()).then_some(pid)
+    }
+
+    /// A file for what a new server says.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn new_log(&self) -> Result<File> {
+        let path = self.folder.join("log");
+        let _ = fs::remove_file(&path);
+        let file = OpenOptions::new().create_new(true).append(true).mode(0o600).open(&path);
+        file.map_err(|error| Error::io(error, "making the server's log").in_file(&path))
+    }
+
+    /// The end of what the server said.
+    pub fn last_words(&self) -> String {
+        let read = || {
+            let mut log = File::open(self.folder.join("log"))?;
+            let length = log.metadata()?.len();
+            io::Seek::seek(&mut log, io::SeekFrom::Start(length.saturating_sub(LAST_BYTES)))?;
+            let mut bytes = Vec::new();
+            log.take(LAST_BYTES).read_to_end(&mut bytes)?;
+            Ok::<_, io::Error>(String::from_utf8_lossy(&bytes).trim().to_owned())
+        };
+        read().unwrap_or_default()
+    }
+
+    /// Notes who attached a device, and when. Those of devices that are gone are forgotten.
+    pub fn note(&self, sequence: &str, note: &Note, attached: impl Fn(&str) -> bool) {
+        let folder = self.folder.join("uses");
+        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+            if entry.file_name().to_str().is_none_or(|known| !attached(known)) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+        // It is for people: what it tells is unknown where it can't be written.
+        let mut options = OpenOptions::new();
+        let file = options.create_new(true).write(true).mode(0o600).open(folder.join(sequence));
+        let text = serde_json::to_vec(note).unwrap_or_default();
+        let _ = file.and_then(|mut file| file.write_all(&text));
+    }
+
+    /// Who attached a device.
+    pub fn noted(&self, sequence: &str) -> Option<Note> {
+        // It is a number that the kernel gave.
+        let number: u64 = sequence.parse().ok()?;
+        serde_json::from_str(&read(&self.folder.join(format!("uses/{number}"))).ok()?).ok()
+    }
+}
+
+fn read(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(MOST).read_to_string(&mut text)?;
+    Ok(text)
+}
