@@ -46,7 +46,9 @@ class Mounting(Case):
         shutil.rmtree(self.top, ignore_errors=True)
 
     def uses(self):
-        return json.loads(thinply("mounts", "--json"))
+        """What is mounted and attached, beside what others do meanwhile."""
+        uses = json.loads(thinply("mounts", "--json"))
+        return [use for use in uses if str(self.top) in (use["store"] or use["target"])]
 
     def nothing_stays(self):
         self.assertEqual(self.uses(), [])
@@ -287,6 +289,14 @@ class Mounts(Mounting):
         device = thinply("attach", target).strip()
         run("mount", device, self.dir)
         self.refused("detach", target, says="is mounted at")
+        # What is mounted is being written; what is mounted for reading is not.
+        out = self.top / "out.tply"
+        self.refused("import", device, out, says="is being written")
+        thinply("import", "-U", device, out)
+        run("umount", self.dir)
+        out.unlink()
+        run("mount", "-o", "ro", device, self.dir)
+        thinply("import", device, out)
         run("umount", self.dir)
         thinply("detach", device)
         self.nothing_stays()
@@ -411,6 +421,7 @@ class Users(Mounting):
         done = subprocess.run([THINPLY, "mount", "volume/data", self.dir], env=environment_of_root,
                               capture_output=True, text=True, timeout=60)
         self.assertIn("did not make its file system", done.stderr)
+        wait_for(lambda: not run("pgrep", "-f", f"--fuse {self.runs}", status=None), "the server's end")
         folder = home / "mnt"
         folder.mkdir()
         shutil.chown(folder, 65534, 65534)

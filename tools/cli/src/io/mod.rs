@@ -4,6 +4,7 @@ pub mod crew;
 pub mod draft;
 pub mod ext4;
 pub mod log;
+pub mod mountinfo;
 pub mod output;
 pub mod paths;
 pub mod progress;

@@ -8,7 +8,6 @@
 pub mod content;
 pub mod filesystem;
 pub mod loops;
-pub mod mountinfo;
 pub mod partitions;
 pub mod room;
 pub mod served;

@@ -138,19 +138,14 @@ impl Room {
         self.folder.join("files")
     }
 
-    /// Notes the process that was started for the room.
-    ///
-    /// # Errors
-    /// Host errors.
-    pub fn set_pid(&self, pid: u32) -> Result<()> {
-        let path = self.folder.join("pid");
-        fs::write(&path, pid.to_string())
-            .map_err(|error| Error::io(error, "noting the server").in_file(path))
+    /// Where the process that is started for the room notes its id.
+    pub fn pid_file(&self) -> PathBuf {
+        self.folder.join("pid")
     }
 
     /// The process that was started for the room, where it still runs.
     pub fn pid(&self) -> Option<u32> {
-        let pid: u32 = read(&self.folder.join("pid")).ok()?.trim().parse().ok()?;
+        let pid: u32 = read(&self.pid_file()).ok()?.trim().parse().ok()?;
         // Another process may have the number by now.
         let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         let files = self.files();

@@ -14,13 +14,14 @@ use thinply::error::{Error, ErrorKind, Result, shown};
 use thinply::fuse;
 
 use super::filesystem::unmount_at;
-use super::mountinfo::{self, Mounted};
 use super::room::Room;
 use super::target::Target;
+use crate::io::mountinfo::{self, Mounted};
 use crate::io::paths;
 use crate::options::LayersArg;
 
-/// Has a server that is started leave the session of whoever starts it.
+/// Has a server that is started leave the session of whoever starts it, and note its process id in the file
+/// that this names.
 pub const DETACHED: &str = "THINPLY_DETACHED";
 /// How long a server that is just coming to its end may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -70,7 +71,7 @@ pub fn open(target: &Target, purpose: Purpose, layers: &LayersArg) -> Result<Dis
                 thread::sleep(PAUSE);
                 continue;
             }
-            None => started(target, &served, purpose, layers, &room)?,
+            None => started(target, &served, purpose, layers, (&room, &lock))?,
         };
         let path = folder.join(target.file());
         let file = OpenOptions::new()
@@ -142,7 +143,7 @@ fn started(
     served: &Path,
     purpose: Purpose,
     layers: &LayersArg,
-    room: &Room,
+    (room, lock): (&Room, &File),
 ) -> Result<PathBuf> {
     let fail = |error| Error::io(error, "starting a server");
     let files = room.files();
@@ -159,10 +160,11 @@ fn started(
             command.arg("--all").arg("--root").arg(served);
         }
     }
-    // It outlives this process, and the session that this one is in.
-    command.env(DETACHED, "1").current_dir("/").stdin(Stdio::null());
+    // It outlives this process, and the session that this one is in. Should this process die, others go on
+    // to wait for the lock until there are files.
+    command.env(DETACHED, room.pid_file()).current_dir("/");
+    command.stdin(lock.try_clone().map_err(fail)?);
     let child = command.stdout(Stdio::piped()).stderr(room.new_log()?).spawn().map_err(fail)?;
-    room.set_pid(child.id())?;
     await_start(child, room)?;
     Ok(files)
 }

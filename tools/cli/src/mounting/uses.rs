@@ -14,9 +14,9 @@ use thinply::storage::{Access, Lock};
 use thinply::store::Store;
 
 use super::loops::{self, Attached};
-use super::mountinfo::{self, Mounted};
 use super::room::Room;
 use super::served::is_ours;
+use crate::io::mountinfo::{self, Mounted};
 use crate::io::paths::{self, Place};
 
 /// How long the end of a use is waited for.

@@ -1,6 +1,7 @@
 //! A server and its holder: the process that the user starts holds, and starts the one that serves.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
@@ -14,6 +15,7 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, configure_io_flusher_behavior, getppid, pidfd_open, pidfd_send_signal,
     setsid,
 };
+use rustix::stdio::dup2_stdin;
 use thinply::error::{Error, Result};
 use thinply::fuse;
 use thinply::holder::{Came, Holder, Vault};
@@ -77,9 +79,10 @@ struct State {
 pub fn hold() -> Result<i32> {
     let fail = |error| Error::io(error, "holding a server");
     let program = std::env::current_exe().map_err(fail)?;
-    if std::env::var_os(DETACHED).is_some() {
+    if let Some(pid_file) = std::env::var_os(DETACHED) {
         // Fails where it leads a session already.
         let _ = setsid();
+        std::fs::write(pid_file, std::process::id().to_string()).map_err(fail)?;
     }
     let servers = Arc::new(Servers::default());
     let (to_end, to_renew) = (servers.clone(), servers.clone());
@@ -165,6 +168,12 @@ impl Servers {
     fn is_ready(&self) {
         let mut state = self.state();
         state.ready = true;
+        if std::env::var_os(DETACHED).is_some()
+            && let Ok(nothing) = File::open("/dev/null")
+        {
+            // It is a lock that keeps others from starting a server too.
+            let _ = dup2_stdin(nothing);
+        }
         if state.ending {
             state.signal(Signal::TERM);
         }

@@ -26,6 +26,8 @@ pub struct Mounted {
     pub source: PathBuf,
     /// Whether it may only be read.
     pub read_only: bool,
+    /// Whether its file system may only be read, by whatever mount.
+    pub all_read_only: bool,
     /// Whose it is, of those that users may mount.
     pub user: Option<u32>,
 }
@@ -54,8 +56,9 @@ fn parse(line: &[u8]) -> Option<Mounted> {
     let kind = text(fields.next()?)?;
     let source = path(fields.next()?);
     let options = text(fields.next()?)?;
+    let all_read_only = options.split(',').any(|option| option == "ro");
     let user = options.split(',').find_map(|option| option.strip_prefix("user_id=")?.parse().ok());
-    Some(Mounted { id, device, root, folder, kind, source, read_only, user })
+    Some(Mounted { id, device, root, folder, kind, source, read_only, all_read_only, user })
 }
 
 /// A path whose white space and backslashes are octal numbers behind a backslash.
@@ -95,6 +98,7 @@ mod tests {
             kind: "ext4".into(),
             source: "/dev/loop0".into(),
             read_only: true,
+            all_read_only: false,
             user: None,
         };
         assert_eq!(found, wanted);
