@@ -93,19 +93,22 @@ pub(super) fn sync(ticket: Ticket, handle: u64) {
 
 pub(super) fn allocate(ticket: Ticket, handle: u64, (offset, length): (u64, u64), mode: u32) {
     let Some((ticket, disk)) = find_writable(ticket, handle) else { return };
-    let allocate = match mode & !KEEP_SIZE {
-        PUNCH_HOLE => false,
-        ZERO_RANGE => true,
-        _ => return ticket.fail(Errno::OPNOTSUPP),
-    };
     let inside = within(&disk, offset, length);
     if inside < length && mode & KEEP_SIZE == 0 {
         // The file would have to grow.
         return ticket.fail(Errno::NOSPC);
     }
-    let answer = Answer { ticket, what: "fallocate", of: Of::Nothing };
-    let mode = ZeroMode { allocate, fast_only: false };
-    disk.submit(Op::Zero { offset, length: inside, mode }, false, answer);
+    let zero = |allocate| {
+        let mode = ZeroMode { allocate, fast_only: false };
+        Op::Zero { offset, length: inside, mode }
+    };
+    let op = match mode & !KEEP_SIZE {
+        0 => Op::Allocate { offset, length: inside },
+        PUNCH_HOLE => zero(false),
+        ZERO_RANGE => zero(true),
+        _ => return ticket.fail(Errno::OPNOTSUPP),
+    };
+    disk.submit(op, false, Answer { ticket, what: "fallocate", of: Of::Nothing });
 }
 
 /// Makes the disk read as zeros from `size` on.
