@@ -75,7 +75,7 @@ pub trait Device: Send + Sync {
     /// Virtual size in bytes.
     fn size(&self) -> u64;
 
-    /// Whether every write, zero and trim fails with [`ErrorKind::ReadOnly`].
+    /// Whether every write, zero, trim and allocation fails with [`ErrorKind::ReadOnly`].
     fn read_only(&self) -> bool;
 
     /// Fills `into` from `offset`.
@@ -109,6 +109,15 @@ pub trait Device: Send + Sync {
     /// Gives the whole blocks inside a range back to the host; they read as zeros afterwards. The
     /// bytes of a partial block at either end stay as they are.
     fn trim(&self, offset: u64, length: u64) -> Result<()>;
+
+    /// Takes space for all blocks that a range touches, so that no later write to them fails for lack
+    /// of it, nor a flush because of such writes; what they hold stays. As far as the host keeps that
+    /// promise for a file of its own, and until the range is trimmed or a snapshot freezes the layer
+    /// that has the space. After an error a part may have it. [`ErrorKind::Unsupported`] where space
+    /// can't be promised.
+    fn allocate(&self, _offset: u64, _length: u64) -> Result<()> {
+        Err(Error::new(ErrorKind::Unsupported, "this disk can't promise space"))
+    }
 
     /// Returns once every call that completed before this one began survives a power loss.
     fn flush(&self) -> Result<()>;
@@ -226,6 +235,10 @@ impl<D: Device + ?Sized> Device for Arc<D> {
 
     fn trim(&self, offset: u64, length: u64) -> Result<()> {
         (**self).trim(offset, length)
+    }
+
+    fn allocate(&self, offset: u64, length: u64) -> Result<()> {
+        (**self).allocate(offset, length)
     }
 
     fn flush(&self) -> Result<()> {

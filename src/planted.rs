@@ -34,6 +34,7 @@ pub enum Bug {
     SettledBeforeItsSync,
     ResentOverANewerOne,
     LockFreeInTheGap,
+    CopyUpWithoutStripe,
 }
 
 #[cfg(simulation)]

@@ -17,6 +17,9 @@ use crate::storage::{Storage, read_blocks};
 use crate::types::{BLOCK_SIZE, Block};
 use crate::wait::{Attempt, Wait, unless_waiting, waited};
 
+/// Bytes that are allocated before others get their turn.
+const ALLOCATED_AT_A_TIME: usize = 16 << 20;
+
 impl Levels {
     /// Who answers for the bytes of a range that lies inside the device.
     pub(super) fn walk(&self, offset: u64, length: u64, wait: Wait) -> Walk<'_> {
@@ -98,6 +101,12 @@ impl Levels {
         self.zero_part(top, end.min(stop), stop, kind)
     }
 
+    fn allocate(&self, offset: u64, length: u64) -> Result<()> {
+        let top = self.top()?;
+        check_range(self.size, offset, length)?;
+        top.allocate_blocks(offset, length, &self.view())
+    }
+
     /// Writes zeros over bytes that begin and end in the middle of blocks, unless they are zeros
     /// already because nobody owns the block.
     fn zero_part(&self, top: &Writable, from: u64, to: u64, kind: ZeroKind) -> Result<()> {
@@ -149,6 +158,18 @@ impl Device for Chain {
         check_range(levels.size, offset, length)?;
         let (first, end) = levels.whole_blocks(offset, length);
         top.zero_blocks(first, end - first, ZeroKind::Punch, &levels.view())
+    }
+
+    fn allocate(&self, offset: u64, length: u64) -> Result<()> {
+        self.levels().top()?;
+        check_range(self.size(), offset, length)?;
+        let end = offset + length;
+        // Each with the levels for itself: who changes those need not wait for all of a long copy-up.
+        for at in (offset..end).step_by(ALLOCATED_AT_A_TIME) {
+            let part = (end - at).min(ALLOCATED_AT_A_TIME as u64);
+            self.levels().allocate(at, part)?;
+        }
+        self.levels().top()?.settle_blocks()
     }
 
     fn flush(&self) -> Result<()> {

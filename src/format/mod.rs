@@ -33,7 +33,7 @@ pub fn layouts() -> [(&'static str, Vec<Field>); 11] {
 }
 
 /// Whether all bytes are zero. Looks at all of them, which is faster than stopping early.
-fn is_zero(bytes: &[u8]) -> bool {
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     bytes.iter().fold(0, |all, byte| all | byte) == 0
 }
 

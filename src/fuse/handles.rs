@@ -20,7 +20,13 @@ pub struct Open {
     pub disk: Lease,
     /// Whether it may be written through this.
     pub writes: bool,
+    /// Whether what is changed through this is to be durable at once.
+    pub durable: bool,
 }
+
+/// Bits of [`Kept::access`].
+const WRITES: u64 = 1;
+const DURABLE: u64 = 2;
 
 /// What is kept of an open file beyond the end of its server.
 #[derive(
@@ -32,8 +38,20 @@ pub struct Kept {
     pub unique: u64,
     /// What is open.
     pub node: u64,
-    /// 1 where it may be written.
-    pub writes: u64,
+    /// How it is open.
+    access: u64,
+}
+
+impl Kept {
+    /// [`Open::writes`].
+    pub fn writes(&self) -> bool {
+        self.access & WRITES != 0
+    }
+
+    /// [`Open::durable`].
+    pub fn durable(&self) -> bool {
+        self.access & DURABLE != 0
+    }
 }
 
 const SIZE: u64 = size_of::<Kept>() as u64;
@@ -95,7 +113,8 @@ impl Handles {
     /// [`io::ErrorKind::NotConnected`] after [`Handles::end_with_none`]; host errors.
     pub fn add(&self, unique: u64, node: u64, open: Open) -> io::Result<u64> {
         let unique = unique & !SENT_AGAIN;
-        let writes = open.writes.into();
+        let bit = |has, bit| if has { bit } else { 0 };
+        let access = bit(open.writes, WRITES) | bit(open.durable, DURABLE);
         let mut taken = guard(&self.taken);
         if self.ended.load(Ordering::Relaxed) {
             return Err(io::ErrorKind::NotConnected.into());
@@ -103,7 +122,7 @@ impl Handles {
         let again = taken.iter().position(|&known| known == Some(unique));
         let place = again.or_else(|| taken.iter().position(Option::is_none));
         let place = place.unwrap_or(taken.len());
-        let kept = Kept { unique, node, writes };
+        let kept = Kept { unique, node, access };
         self.memory.write_all_at(kept.as_bytes(), place as u64 * SIZE)?;
         match taken.get_mut(place) {
             Some(free) => *free = Some(unique),

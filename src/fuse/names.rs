@@ -9,7 +9,7 @@ use rustix::fs::statvfs;
 use rustix::io::Errno;
 
 use super::handles::Open;
-use super::proto::{self, Space};
+use super::proto::{self, Access, Space};
 use super::server::{Shared, Ticket};
 use super::tree::Entry;
 use super::work;
@@ -79,13 +79,17 @@ pub(super) fn leased(shared: &Shared, node: u64, writes: bool) -> Result<Lease, 
     Ok(disk)
 }
 
-pub(super) fn open(ticket: Ticket, node: u64, writes: bool) {
+pub(super) fn open(ticket: Ticket, node: u64, access: Access) {
+    let Access { writes, durable, cut } = access;
     later(ticket, move |shared, unique| {
         let disk = leased(shared, node, writes)?;
         if writes && disk.read_only() {
             return Err(Errno::ROFS);
         }
-        let handle = shared.handles.add(unique, node, Open { disk, writes });
+        if cut {
+            work::cut(&disk, 0).map_err(|error| shared.told("cutting", &error))?;
+        }
+        let handle = shared.handles.add(unique, node, Open { disk, writes, durable });
         handle.map(proto::opened).map_err(|error| {
             if error.kind() == ErrorKind::NotConnected {
                 return Errno::NOTCONN;

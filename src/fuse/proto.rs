@@ -152,6 +152,18 @@ struct RawSeek {
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
+struct RawCopy {
+    handle: U64,
+    offset: U64,
+    to_node: U64,
+    to_handle: U64,
+    to_offset: U64,
+    length: U64,
+    flags: U64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
 struct RawSetAttributes {
     valid: U32,
     padding: U32,
@@ -247,10 +259,7 @@ pub enum Command<'a> {
         size: Option<u64>,
         others: bool,
     },
-    /// `writes` where the file is to be written.
-    Open {
-        writes: bool,
-    },
+    Open(Access),
     Read {
         handle: u64,
         offset: u64,
@@ -291,6 +300,13 @@ pub enum Command<'a> {
         offset: u64,
         hole: bool,
     },
+    /// `copy_file_range` from an offset of a file.
+    Copy {
+        handle: u64,
+        offset: u64,
+        to: Place,
+        length: u64,
+    },
     Space,
     /// One that has no answer: what was forgotten, or an interrupt.
     Silent,
@@ -300,6 +316,28 @@ pub enum Command<'a> {
     Change,
     /// What this file system does not have.
     Unknown,
+}
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// It is to be written.
+    pub writes: bool,
+    /// Each change is to be durable at once.
+    pub durable: bool,
+    /// What it holds is to go first.
+    pub cut: bool,
+}
+
+/// Where in an open file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The file.
+    pub node: u64,
+    /// The number it is open under.
+    pub handle: u64,
+    /// The byte.
+    pub offset: u64,
 }
 
 /// What the kernel says of itself.
@@ -345,11 +383,15 @@ mod opcodes {
     pub const FALLOCATE: u32 = 43;
     pub const RENAME2: u32 = 45;
     pub const LSEEK: u32 = 46;
+    pub const COPY_FILE_RANGE: u32 = 47;
     pub const TMPFILE: u32 = 51;
 }
 
 mod flags {
     pub const ASYNC_READ: u64 = 1 << 0;
+    /// What a file is to lose is said when it is opened. Otherwise a request without its handle follows,
+    /// which meets the lease that the handle has.
+    pub const ATOMIC_O_TRUNC: u64 = 1 << 3;
     pub const BIG_WRITES: u64 = 1 << 5;
     pub const ASYNC_DIO: u64 = 1 << 15;
     pub const PARALLEL_DIROPS: u64 = 1 << 18;
@@ -358,8 +400,14 @@ mod flags {
     pub const HAS_RESEND: u64 = 1 << 39;
 
     /// What is asked for where the kernel has it.
-    pub const WANTED: u64 =
-        ASYNC_READ | BIG_WRITES | ASYNC_DIO | PARALLEL_DIROPS | MAX_PAGES | INIT_EXT | HAS_RESEND;
+    pub const WANTED: u64 = ASYNC_READ
+        | ATOMIC_O_TRUNC
+        | BIG_WRITES
+        | ASYNC_DIO
+        | PARALLEL_DIROPS
+        | MAX_PAGES
+        | INIT_EXT
+        | HAS_RESEND;
 }
 
 /// Of an open file: nothing passes through the client's page cache, so there is nothing to be said when
@@ -374,6 +422,7 @@ const SET_HANDLE: u32 = 1 << 6;
 const SET_RIGHTS: u32 = 0b111;
 
 const ACCESS_MODE: u32 = 0b11;
+const TRUNCATE: u32 = 0o1_000;
 /// Part of `O_SYNC` too.
 const DSYNC: u32 = 0o10_000;
 const SEEK_DATA: u32 = 3;
@@ -434,7 +483,10 @@ fn command(opcode: u32, bytes: &[u8]) -> Result<Command<'_>, Violation> {
         }
         opcodes::OPEN => {
             let (raw, _) = head::<RawOpen>(bytes)?;
-            Command::Open { writes: raw.flags.get() & ACCESS_MODE != 0 }
+            let has = |flags| raw.flags.get() & flags != 0;
+            let cut = has(TRUNCATE);
+            let writes = cut || has(ACCESS_MODE);
+            Command::Open(Access { writes, durable: has(DSYNC), cut })
         }
         opcodes::READ | opcodes::READDIR => {
             let (raw, _) = head::<RawIo>(bytes)?;
@@ -476,6 +528,16 @@ fn command(opcode: u32, bytes: &[u8]) -> Result<Command<'_>, Violation> {
                 _ => return Err(Violation("a seek that is the kernel's own")),
             };
             Command::Seek { handle: raw.handle.get(), offset: raw.offset.get(), hole }
+        }
+        opcodes::COPY_FILE_RANGE => {
+            let (raw, _) = head::<RawCopy>(bytes)?;
+            let (node, handle) = (raw.to_node.get(), raw.to_handle.get());
+            Command::Copy {
+                handle: raw.handle.get(),
+                offset: raw.offset.get(),
+                to: Place { node, handle, offset: raw.to_offset.get() },
+                length: raw.length.get(),
+            }
         }
         opcodes::STATFS => Command::Space,
         opcodes::FORGET | opcodes::BATCH_FORGET | opcodes::INTERRUPT => Command::Silent,
@@ -621,7 +683,7 @@ pub fn opened_folder(handle: u64) -> Vec<u8> {
     RawOpenAnswer { handle: handle.into(), open_flags, padding }.as_bytes().to_vec()
 }
 
-/// The answer to [`Command::Write`]: how many bytes it took.
+/// The answer to [`Command::Write`] and [`Command::Copy`]: how many bytes it took.
 pub fn written(count: usize) -> Vec<u8> {
     U64::new(count as u64).as_bytes().to_vec()
 }
@@ -686,115 +748,4 @@ pub fn list(
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    /// A request as the kernel builds it.
-    fn request(opcode: u32, arguments: &[u8]) -> Vec<u8> {
-        let header = RawHeader {
-            length: ((HEADER + arguments.len()) as u32).into(),
-            opcode: opcode.into(),
-            unique: 42.into(),
-            node: 7.into(),
-            uid: 0.into(),
-            gid: 0.into(),
-            pid: 0.into(),
-            extensions: 0.into(),
-            padding: 0.into(),
-        };
-        [header.as_bytes(), arguments].concat()
-    }
-
-    fn command_of(opcode: u32, arguments: &[u8]) -> Result<String, Violation> {
-        let bytes = request(opcode, arguments);
-        let request = parse(&bytes)?;
-        assert_eq!((request.unique, request.node), (42, 7));
-        Ok(format!("{:?}", request.command))
-    }
-
-    /// `include/uapi/linux/fuse.h` has these as `FUSE_COMPAT_…_SIZE` or by its members.
-    #[test]
-    fn structures_have_the_kernels_sizes() {
-        assert_eq!((HEADER, ANSWER_HEADER, WRITE_HEADER), (40, 16, 80));
-        assert_eq!(size_of::<RawInit>(), 16);
-        assert_eq!(size_of::<RawInitAnswer>(), 64);
-        assert_eq!(size_of::<RawAttributes>(), 88);
-        assert_eq!(size_of::<RawAttributesAnswer>(), 104);
-        assert_eq!(size_of::<RawEntry>(), 128);
-        assert_eq!(size_of::<RawOpenAnswer>(), 16);
-        assert_eq!(size_of::<RawRelease>(), 24);
-        assert_eq!(size_of::<RawAllocate>(), 32);
-        assert_eq!(size_of::<RawSeek>(), 24);
-        assert_eq!(size_of::<RawSpace>(), 80);
-        assert_eq!(size_of::<RawListed>(), 24);
-    }
-
-    #[test]
-    fn requests_are_read_as_they_were_meant() {
-        let numbers = |list: &[u64]| list.iter().flat_map(|n| n.to_ne_bytes()).collect::<Vec<_>>();
-        let io = |size: u64, rest: &[u8]| [numbers(&[3, 4096, size, 0, 0]), rest.to_vec()].concat();
-        let read = command_of(opcodes::READ, &io(512, &[])).unwrap();
-        assert_eq!(read, "Read { handle: 3, offset: 4096, length: 512 }");
-        let write = command_of(opcodes::WRITE, &io(2, b"ab")).unwrap();
-        assert!(
-            write.starts_with("Write { handle: 3, offset: 4096, data: [97, 98], durable: false")
-        );
-        assert!(command_of(opcodes::WRITE, &io(3, b"ab")).is_err());
-        assert!(command_of(opcodes::WRITE, b"ab").is_err());
-        assert_eq!(command_of(opcodes::LOOKUP, b"ab\0").unwrap(), "Lookup { name: [97, 98] }");
-        assert!(command_of(opcodes::LOOKUP, b"ab").is_err());
-        assert_eq!(command_of(opcodes::OPEN, &numbers(&[0o2])).unwrap(), "Open { writes: true }");
-        let cut = numbers(&[u64::from(SET_SIZE), 9, 77]);
-        let cut = command_of(opcodes::SETATTR, &cut).unwrap();
-        assert_eq!(cut, "SetAttributes { handle: None, size: Some(77), others: false }");
-        assert_eq!(command_of(opcodes::MKNOD, b"x\0").unwrap(), "Change");
-        assert_eq!(command_of(9999, b"").unwrap(), "Unknown");
-        let mut short = request(opcodes::STATFS, b"");
-        short.push(0);
-        assert!(parse(&short).is_err());
-    }
-
-    #[test]
-    fn old_kernels_get_what_they_understand() {
-        let kernel = |minor, flags| Kernel { major: 7, minor, max_readahead: 0, flags };
-        assert_eq!(init(&kernel(11, 0), 8), Err(Errno::PROTO));
-        assert_eq!(init(&kernel(22, 0), 8).unwrap().len(), 24);
-        let all = init(&kernel(45, u64::MAX), 8).unwrap();
-        let (raw, _) = head::<RawInitAnswer>(&all).unwrap();
-        assert_eq!((all.len(), raw.minor.get(), raw.max_pages.get()), (64, MINOR, MAX_PAGES));
-        let flags = u64::from(raw.flags2.get()) << 32 | u64::from(raw.flags.get());
-        assert_eq!(flags, flags::WANTED);
-        assert!(
-            kernel(45, u64::MAX).sends_again() && !kernel(38, u64::from(u32::MAX)).sends_again()
-        );
-    }
-
-    #[test]
-    fn a_folder_is_listed_as_far_as_there_is_room() {
-        let mut out = Vec::new();
-        assert!(list(&mut out, 64, 20, 20, false, "a"));
-        assert!(list(&mut out, 64, 21, 21, true, "12345678"));
-        assert!(!list(&mut out, 64, 22, 22, true, "b"));
-        assert_eq!(out.len(), 64);
-    }
-
-    proptest! {
-        #[test]
-        fn any_bytes_are_a_request_or_none(
-            opcode in 0u32..60,
-            arguments in proptest::collection::vec(any::<u8>(), 0..200),
-            cut in 0usize..300,
-            extensions in any::<u16>(),
-        ) {
-            let mut bytes = request(opcode, &arguments);
-            bytes[36..38].copy_from_slice(&extensions.to_ne_bytes());
-            let _ = parse(&bytes);
-            bytes[36..38].fill(0);
-            let _ = parse(&bytes);
-            bytes.truncate(cut);
-            let _ = parse(&bytes);
-        }
-    }
-}
+mod tests;

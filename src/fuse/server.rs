@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use super::handles::{Handles, Open};
 use super::mount::{Mount, another};
-use super::proto::{self, Command, MAX_IO, WRITE_HEADER};
+use super::proto::{self, Command, MAX_IO, Place, WRITE_HEADER};
 use super::tree::{Entry, Tree};
 use super::tries::Tries;
 use super::{names, work};
@@ -205,10 +205,10 @@ impl Server {
     fn reopen(&self) -> Result<()> {
         let fail = |error| Error::io(error, "taking over a mount").in_file(self.folder());
         for (handle, kept) in self.shared.handles.kept().map_err(fail)? {
-            let writes = kept.writes != 0;
+            let (writes, durable) = (kept.writes(), kept.durable());
             // What can't be opened is there still, and answers with an error.
             if let Ok(disk) = names::leased(&self.shared, kept.node, writes) {
-                self.shared.handles.restore(handle, Open { disk, writes });
+                self.shared.handles.restore(handle, Open { disk, writes, durable });
             }
         }
         let channel = self.channels.first().ok_or_else(|| nonsense("no device"))?;
@@ -340,6 +340,9 @@ impl Reader {
                 work::allocate(ticket, handle, (offset, length), mode);
             }
             Command::Seek { handle, offset, hole } => work::seek(ticket, handle, offset, hole),
+            Command::Copy { handle, offset, to, length } => {
+                work::copy(ticket, Place { node, handle, offset }, to, length);
+            }
             Command::Lookup { name } => names::lookup(ticket, node, name.to_vec()),
             Command::GetAttributes => names::attributes(ticket, node),
             Command::SetAttributes { size, others, .. } if others || size.is_none() => {
@@ -349,7 +352,7 @@ impl Reader {
             Command::SetAttributes { handle, size, .. } => {
                 names::cut(ticket, node, handle, size.unwrap_or(0));
             }
-            Command::Open { writes } => names::open(ticket, node, writes),
+            Command::Open(access) => names::open(ticket, node, access),
             Command::OpenFolder => names::open_folder(ticket),
             Command::ReadFolder { handle, offset, length } => {
                 names::read_folder(ticket, node, handle, offset, length);

@@ -23,7 +23,7 @@ fn disk(name: &str) -> Arc<AnyServed> {
 fn open() -> Open {
     let table = Table::new();
     table.insert(disk("disk")).unwrap();
-    Open { disk: table.lease("disk").unwrap(), writes: true }
+    Open { disk: table.lease("disk").unwrap(), writes: true, durable: true }
 }
 
 fn tree(names: &[&str]) -> Tree {
@@ -88,6 +88,7 @@ fn numbers_outlive_their_server() {
     drop(first);
     let second = Handles::of(memory).unwrap();
     let kept = second.kept().unwrap();
+    assert!(kept.iter().all(|(_, kept)| kept.writes() && kept.durable()));
     let expected = [(1, 10, 100), (3, 14, 300)];
     assert_eq!(kept.iter().map(|(n, k)| (*n, k.unique, k.node)).collect::<Vec<_>>(), expected);
     assert!(second.knows(3) && second.get(3).is_none());

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::handles::Open;
-use super::proto;
+use super::proto::{self, MAX_IO, Place};
 use super::server::Ticket;
 use crate::device::{Detail, Device, Extent, NotDone, Wait, ZeroMode};
 use crate::error::Result;
@@ -13,6 +13,8 @@ use crate::serve::{Buffer, Completion, Lease, Op, Payload};
 
 /// Reads up to this length may be decompressed on the thread that read the request.
 const SMALL_READ: usize = 64 << 10;
+/// Most bytes of a hole that are copied at a time.
+const MAX_HOLE: u64 = 1 << 30;
 
 /// Flags of `fallocate`.
 const KEEP_SIZE: u32 = 1;
@@ -31,13 +33,13 @@ fn find(ticket: Ticket, handle: u64) -> Option<(Ticket, Arc<Open>)> {
     }
 }
 
-fn find_writable(ticket: Ticket, handle: u64) -> Option<(Ticket, Lease)> {
+fn find_writable(ticket: Ticket, handle: u64) -> Option<(Ticket, Arc<Open>)> {
     let (ticket, open) = find(ticket, handle)?;
     if !open.writes {
         ticket.fail(Errno::BADF);
         return None;
     }
-    Some((ticket, open.disk.clone()))
+    Some((ticket, open))
 }
 
 /// How much of a range lies within the disk.
@@ -65,8 +67,9 @@ pub(super) fn read(ticket: Ticket, buffer: &mut Buffer, handle: u64, offset: u64
 }
 
 pub(super) fn write(ticket: Ticket, handle: u64, offset: u64, data: &[u8], durable: bool) {
-    let Some((ticket, disk)) = find_writable(ticket, handle) else { return };
-    let fits = within(&disk, offset, data.len() as u64) as usize;
+    let Some((ticket, open)) = find_writable(ticket, handle) else { return };
+    let disk = &open.disk;
+    let fits = within(disk, offset, data.len() as u64) as usize;
     let Some(data) = data.get(..fits).filter(|data| !data.is_empty()) else {
         // As at the end of a block device.
         return ticket.fail(Errno::NOSPC);
@@ -92,20 +95,24 @@ pub(super) fn sync(ticket: Ticket, handle: u64) {
 }
 
 pub(super) fn allocate(ticket: Ticket, handle: u64, (offset, length): (u64, u64), mode: u32) {
-    let Some((ticket, disk)) = find_writable(ticket, handle) else { return };
-    let allocate = match mode & !KEEP_SIZE {
-        PUNCH_HOLE => false,
-        ZERO_RANGE => true,
-        _ => return ticket.fail(Errno::OPNOTSUPP),
-    };
-    let inside = within(&disk, offset, length);
+    let Some((ticket, open)) = find_writable(ticket, handle) else { return };
+    let inside = within(&open.disk, offset, length);
     if inside < length && mode & KEEP_SIZE == 0 {
         // The file would have to grow.
         return ticket.fail(Errno::NOSPC);
     }
+    let zero = |allocate| {
+        let mode = ZeroMode { allocate, fast_only: false };
+        Op::Zero { offset, length: inside, mode }
+    };
+    let op = match mode & !KEEP_SIZE {
+        0 => Op::Allocate { offset, length: inside },
+        PUNCH_HOLE => zero(false),
+        ZERO_RANGE => zero(true),
+        _ => return ticket.fail(Errno::OPNOTSUPP),
+    };
     let answer = Answer { ticket, what: "fallocate", of: Of::Nothing };
-    let mode = ZeroMode { allocate, fast_only: false };
-    disk.submit(Op::Zero { offset, length: inside, mode }, false, answer);
+    open.disk.submit(op, open.durable, answer);
 }
 
 /// Makes the disk read as zeros from `size` on.
@@ -121,7 +128,7 @@ pub(super) fn seek(ticket: Ticket, handle: u64, offset: u64, hole: bool) {
     let Some((ticket, open)) = find(ticket, handle) else { return };
     let disk = open.disk.clone();
     disk.clone().run(move |thread| {
-        let found = thread.and_then(|()| first(&disk, offset));
+        let found = thread.and_then(|()| first(&disk, offset, u64::MAX));
         let size = disk.size();
         drop((disk, open));
         match found {
@@ -131,9 +138,9 @@ pub(super) fn seek(ticket: Ticket, handle: u64, offset: u64, hole: bool) {
     });
 }
 
-/// How a disk reads from `offset` on.
-fn first(disk: &Lease, offset: u64) -> Result<Option<Extent>> {
-    let (length, mut extents) = (within(disk, offset, u64::MAX), Vec::new());
+/// How a disk reads from `offset` on, looked at `length` bytes ahead.
+fn first(disk: &Lease, offset: u64, length: u64) -> Result<Option<Extent>> {
+    let (length, mut extents) = (within(disk, offset, length), Vec::new());
     if length > 0 {
         disk.extents(offset, length, Detail::Files, 1, &mut extents)?;
     }
@@ -154,6 +161,71 @@ fn sought(
         return Err(Errno::NXIO);
     }
     Ok(proto::sought(found))
+}
+
+/// Copies a part of a range, as long as it likes: the kernel tells its caller how much that was.
+pub(super) fn copy(ticket: Ticket, from: Place, to: Place, length: u64) {
+    let Some((ticket, source)) = find(ticket, from.handle) else { return };
+    let Some((ticket, target)) = find_writable(ticket, to.handle) else { return };
+    let length = within(&source.disk, from.offset, length);
+    if length == 0 {
+        // The end of what there is to copy.
+        return ticket.succeed(&proto::written(0));
+    }
+    let length = within(&target.disk, to.offset, length);
+    if length == 0 {
+        return ticket.fail(Errno::NOSPC);
+    }
+    if from.node == to.node && from.offset.abs_diff(to.offset) < length {
+        return ticket.fail(Errno::INVAL);
+    }
+    let disk = target.disk.clone();
+    disk.run(move |thread| {
+        let parts = (&source.disk, from.offset, &target.disk, to.offset);
+        let done = thread.and_then(|()| copy_parts(parts, length));
+        let of = Of::Count(*done.as_ref().unwrap_or(&0));
+        let answer = Answer { ticket, what: "copy_file_range", of };
+        if target.durable && done.is_ok() {
+            return target.disk.flush(answer);
+        }
+        // Before the answer: whoever waits for it may then be the last and see to the close.
+        drop((source, target));
+        answer.complete(done.map(|_| Vec::new()));
+    });
+}
+
+type Parts<'a> = (&'a Lease, u64, &'a Lease, u64);
+
+/// Copies what is at hand with one buffer. An error behind the first part is for who asks for the rest.
+fn copy_parts((source, from, target, to): Parts<'_>, length: u64) -> Result<usize> {
+    let mut done = 0;
+    while done < length.min(MAX_IO as u64) {
+        match copy_part((source, from + done, target, to + done), length - done) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if done == 0 => return Err(error),
+            Err(_) => break,
+        }
+    }
+    Ok(done as usize)
+}
+
+/// Copies a stretch of data, or makes one of zeros where the source has a hole, so that it stays one.
+fn copy_part((source, from, target, to): Parts<'_>, length: u64) -> Result<u64> {
+    let mut part = first(source, from, length.min(MAX_IO as u64))?;
+    if part.is_some_and(|part| part.hole) {
+        // Zeros take no buffer. Looked at so far ahead, data would be looked at again and again.
+        part = first(source, from, length.min(MAX_HOLE))?;
+    }
+    let Some(Extent { length, hole }) = part else { return Ok(0) };
+    if hole {
+        target.zero(to, length, ZeroMode::default())?;
+        return Ok(length);
+    }
+    let mut data = vec![0; length.min(MAX_IO as u64) as usize];
+    source.read(from, &mut data)?;
+    target.write(to, &data)?;
+    Ok(data.len() as u64)
 }
 
 /// What answers a request that had to wait.

@@ -5,7 +5,7 @@ use crate::format::geometry::{JOURNAL_OFFSET, JOURNAL_RECORDS, record_offset};
 use crate::format::header::Header;
 use crate::format::journal::{Record, RecordBytes, Slot, decode, encode};
 use crate::planted::{Bug, planted};
-use crate::storage::{Storage, failed, read_exact_at, write_all_at};
+use crate::storage::{Storage, allocate_ahead, failed, read_exact_at, write_all_at};
 use crate::types::{BLOCK_SIZE, Uuid};
 
 /// Records for which space is allocated at a time.
@@ -67,7 +67,7 @@ impl Journal {
         if self.next >= self.allocated {
             let end = JOURNAL_OFFSET.0 + JOURNAL_RECORDS * BLOCK_SIZE;
             let length = (AHEAD * BLOCK_SIZE).min(end - offset);
-            file.allocate(offset, length).map_err(failed(
+            allocate_ahead(file, offset, length).map_err(failed(
                 file,
                 "allocating the journal",
                 offset,

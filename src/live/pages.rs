@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::error::Result;
 use crate::format::bitmap::{Bits, PageBytes, decode, encode};
 use crate::format::geometry::{GROUP_STRIDE, GROUPS_OFFSET, bitmap_offset};
-use crate::storage::{Storage, failed, read_blocks, write_all_at};
+use crate::storage::{Storage, allocate_ahead, failed, read_blocks, write_all_at};
 use crate::sync::LazyTable;
 use crate::types::{BLOCK_SIZE, GROUP_WORDS, Group, Uuid, Word};
 use crate::wait::{Attempt, Wait};
@@ -94,7 +94,7 @@ impl Page {
     pub fn allocate(&self, file: &dyn Storage, group: Group) -> Result<()> {
         if !self.allocated.load(Ordering::Acquire) {
             let offset = bitmap_offset(group).0;
-            file.allocate(offset, BLOCK_SIZE).map_err(failed(
+            allocate_ahead(file, offset, BLOCK_SIZE).map_err(failed(
                 file,
                 "allocating a bitmap page",
                 offset,

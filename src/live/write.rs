@@ -1,4 +1,6 @@
-//! Writes, zeros and trims of the top layer, one word of blocks at a time.
+//! Writes, zeros, trims and allocation of the top layer, one word of blocks at a time.
+
+use std::io;
 
 use super::Under;
 use super::pages::Page;
@@ -6,6 +8,7 @@ use super::pending::Standing;
 use super::writable::Writable;
 use crate::error::Result;
 use crate::format::geometry::{block_offset, word_offset};
+use crate::format::is_zero;
 use crate::memory::Gather;
 use crate::planted::{Bug, planted};
 use crate::storage::{Share, Storage, failed, write_all_at};
@@ -201,15 +204,10 @@ impl Writable {
                     self.own(page, word, newly);
                     drop(stripe);
                 }
-                for (first, end) in runs(punched) {
-                    let offset = word_offset(word).0 + u64::from(first) * BLOCK_SIZE;
-                    let length = u64::from(end - first) * BLOCK_SIZE;
-                    match kind {
-                        ZeroKind::Punch => self.file.punch(offset, length),
-                        ZeroKind::Allocate => self.file.zero(offset, length),
-                    }
-                    .map_err(failed(&*self.file, "zeroing blocks", offset))?;
-                }
+                self.in_file(word, punched, "zeroing blocks", |at, length| match kind {
+                    ZeroKind::Punch => self.file.punch(at, length),
+                    ZeroKind::Allocate => self.file.zero(at, length),
+                })?;
                 if !late {
                     self.own(page, word, newly);
                 }
@@ -218,6 +216,81 @@ impl Writable {
             drop(stripe);
             self.confirm()?;
         }
+    }
+
+    /// Takes space for the blocks that a guest range touches, those at its ends as wholes, and owns them.
+    /// What they show stays. Needs [`Writable::settle_blocks`] before anything is promised of them.
+    pub fn allocate_blocks(&self, offset: u64, length: u64, under: &dyn Under) -> Result<()> {
+        self.check_poison()?;
+        words(offset, length)
+            .try_for_each(|(word, from, to)| self.allocate_word(word, touched(from, to), under))
+    }
+
+    /// Returns once the blocks that were owned before may be overwritten without a commit, which could
+    /// want space of its own: by then each is in a record, and in the commit behind it.
+    pub fn settle_blocks(&self) -> Result<()> {
+        self.flush()?;
+        self.confirm()
+    }
+
+    fn allocate_word(&self, word: Word, mask: u64, under: &dyn Under) -> Result<()> {
+        let page = self.page(word.group())?;
+        loop {
+            let stripe = (!planted(Bug::CopyUpWithoutStripe)).then(|| guard(self.stripe(word)));
+            if !self.must_wait(word, mask) {
+                let absent = mask & !page.word(word);
+                // First: where there is no space, or no way to have it, nothing has changed.
+                self.in_file(word, mask, "allocating blocks", |at, length| {
+                    self.file.allocate(at, length)
+                })?;
+                if absent != 0 {
+                    self.allocate(page, word.group())?;
+                    self.copy_up(word, absent, under)?;
+                    self.own(page, word, absent);
+                }
+                return Ok(());
+            }
+            drop(stripe);
+            self.confirm()?;
+        }
+    }
+
+    /// Writes absent blocks as they show below. What shows zeros takes space and no bytes.
+    fn copy_up(&self, word: Word, absent: u64, under: &dyn Under) -> Result<()> {
+        let below = absent & waited(under.owned(word, Wait::Allowed))?;
+        let mut bytes = vec![0; if below == 0 { 0 } else { WORD_BYTES as usize }];
+        let place = |bit: u32| bit as usize * BLOCK_SIZE as usize;
+        for (first, end) in runs(below) {
+            let offset = word.guest_offset() + u64::from(first) * BLOCK_SIZE;
+            let into = &mut bytes[place(first)..place(end)];
+            waited(under.read(offset, into.into(), Wait::Allowed))?;
+        }
+        let blocks = (0..).zip(bytes.chunks_exact(BLOCK_SIZE as usize));
+        let shown =
+            blocks.filter(|(_, block)| !is_zero(block)).fold(0, |all, (bit, _)| all | 1 << bit);
+        for (first, end) in runs(shown) {
+            let data = &bytes[place(first)..place(end)];
+            self.write_data(word, u64::from(first) * BLOCK_SIZE, data.into())?;
+        }
+        self.writeback.count(&self.file, u64::from(shown.count_ones()) * BLOCK_SIZE);
+        self.in_file(word, absent & !shown, "zeroing blocks", |at, length| {
+            self.file.zero(at, length)
+        })
+    }
+
+    /// Does something to the place of each run of blocks in the file.
+    fn in_file(
+        &self,
+        word: Word,
+        blocks: u64,
+        what: &'static str,
+        act: impl Fn(u64, u64) -> io::Result<()>,
+    ) -> Result<()> {
+        runs(blocks).try_for_each(|(first, end)| {
+            let offset = word_offset(word).0 + u64::from(first) * BLOCK_SIZE;
+            let length = u64::from(end - first) * BLOCK_SIZE;
+            act(offset, length).map_err(failed(&*self.file, what, offset))
+        })
     }
 
     /// Makes whole blocks hold what stands in `source` from `from` on, by sharing its space, and owns

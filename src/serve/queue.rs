@@ -56,6 +56,8 @@ pub enum Op {
     Zero { offset: u64, length: u64, mode: ZeroMode },
     /// [`Device::trim`].
     Trim { offset: u64, length: u64 },
+    /// [`Device::allocate`].
+    Allocate { offset: u64, length: u64 },
     /// [`Device::prefetch`].
     Prefetch { offset: u64, length: u64 },
 }
@@ -75,6 +77,7 @@ impl Op {
                 device.zero(offset, length, mode)?;
             }
             Self::Trim { offset, length } if length > 0 => device.trim(offset, length)?,
+            Self::Allocate { offset, length } if length > 0 => device.allocate(offset, length)?,
             Self::Prefetch { offset, length } if length > 0 => {
                 device.prefetch(offset, length)?;
             }

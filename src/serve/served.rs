@@ -246,6 +246,12 @@ impl<D: Disk + ?Sized> Device for Served<D> {
         self.changed(offset, length, || self.disk.trim(offset, length))
     }
 
+    /// No moment is asked: what the range holds stays as it is.
+    fn allocate(&self, offset: u64, length: u64) -> Result<()> {
+        self.check_writable()?;
+        self.disk.allocate(offset, length)
+    }
+
     fn flush(&self) -> Result<()> {
         self.disk.flush()
     }

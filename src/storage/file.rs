@@ -209,7 +209,8 @@ impl Storage for HostFile {
     }
 
     fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.fallocate(FallocateFlags::KEEP_SIZE, offset, length).map(drop)
+        let done = self.fallocate(FallocateFlags::KEEP_SIZE, offset, length)?;
+        done.ok_or_else(|| io::ErrorKind::Unsupported.into())
     }
 
     fn sync_data(&self) -> io::Result<()> {

@@ -100,7 +100,8 @@ pub trait Storage: Send + Sync + Debug {
     /// Makes the range read as zeros and keeps space allocated for it.
     fn zero(&self, offset: u64, length: u64) -> io::Result<()>;
 
-    /// Allocates space for the range, where the file system can; content stays.
+    /// Allocates space for the range; content stays. [`io::ErrorKind::Unsupported`] where the file
+    /// system can't.
     fn allocate(&self, offset: u64, length: u64) -> io::Result<()>;
 
     /// Returns once all that completed before survives a power loss.
@@ -286,6 +287,14 @@ pub fn copy_range(
     let mut bytes = vec![0; length as usize];
     read_exact_at(source, &mut bytes, from)?;
     write_all_at(to, &bytes, offset)
+}
+
+/// Allocates space ahead of its need, where the file system can.
+pub fn allocate_ahead(storage: &dyn Storage, offset: u64, length: u64) -> io::Result<()> {
+    match storage.allocate(offset, length) {
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+        other => other,
+    }
 }
 
 /// Writes zeros over the range, for backends whose host can't punch.

@@ -235,6 +235,10 @@ impl Device for OpenDisk {
         self.chain.trim(offset, length)
     }
 
+    fn allocate(&self, offset: u64, length: u64) -> Result<()> {
+        self.chain.allocate(offset, length)
+    }
+
     fn flush(&self) -> Result<()> {
         self.chain.flush()
     }

@@ -35,7 +35,9 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::chain::Gate;
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::Keepers;
-use crate::storage::{Access, FileFolder, Folder, Lock, Storage, failed, open_in, take_lock};
+use crate::storage::{
+    Access, FileFolder, Folder, Lock, Storage, allocate_ahead, failed, open_in, take_lock,
+};
 
 pub use blob::Draft;
 pub use broker::StoreBroker;
@@ -190,7 +192,7 @@ impl Store {
     /// again.
     fn keep_reserve(&self) {
         if let Ok(file) = self.root().create(RESERVE_FILE)
-            && file.allocate(0, RESERVE).is_err()
+            && allocate_ahead(&*file, 0, RESERVE).is_err()
         {
             let _ = self.root().remove(RESERVE_FILE);
         }

@@ -31,7 +31,7 @@ fn every_script_of_up_to_three_operations() {
             if let Some(script) = enumerated(length, number) {
                 return one(&script, 1, &mut Random::new(seed), seed);
             }
-            number -= 18usize.pow(length);
+            number -= 19usize.pow(length);
         }
         Ok(0)
     });

@@ -21,7 +21,7 @@ use testkit::crash::lives::{Outcome, campaign, life, ring, rounds, some_fault, w
 use testkit::crash::script::{BLOCKS, Op, several};
 
 /// Each planted bug, and how many seeds are enough to find it.
-const BUGS: [(Bug, u64); 19] = [
+const BUGS: [(Bug, u64); 20] = [
     (Bug::RecordNotSynced, 100),
     (Bug::BitBeforeItsData, 100),
     (Bug::FreshBitInCheckpoint, 1000),
@@ -41,6 +41,7 @@ const BUGS: [(Bug, u64); 19] = [
     (Bug::CacheTrusted, 1000),
     (Bug::EpochNotSynced, 100),
     (Bug::NameNotSynced, 1000),
+    (Bug::CopyUpWithoutStripe, 1000),
 ];
 
 /// Those of the room where disks are in use.

@@ -1,6 +1,7 @@
 //! Arbitrary sequences of operations over chains of live, frozen and packed layers, and of the verbs
 //! that make new layers of them, against a byte array for each layer.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use proptest::prelude::*;
@@ -33,6 +34,10 @@ enum Op {
         allocate: bool,
     },
     Trim {
+        offset: u64,
+        length: u64,
+    },
+    Allocate {
         offset: u64,
         length: u64,
     },
@@ -86,6 +91,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (range(), any::<bool>())
             .prop_map(|((offset, length), allocate)| Op::Zero { offset, length, allocate }),
         3 => range().prop_map(|(offset, length)| Op::Trim { offset, length }),
+        2 => range().prop_map(|(offset, length)| Op::Allocate { offset, length }),
         3 => range().prop_map(|(offset, length)| Op::Read { offset, length }),
         3 => Just(Op::Flush),
         2 => Just(Op::Snapshot),
@@ -178,6 +184,16 @@ impl Run {
                 let (offset, length) = clip(&self.disk, offset, length);
                 self.chain().trim(offset, length).unwrap();
                 self.disk.trim(offset, length);
+            }
+            Op::Allocate { offset, length } => {
+                let (offset, length) = clip(&self.disk, offset, length);
+                self.chain().allocate(offset, length).unwrap();
+                self.chain()
+                    .map(offset, length, Detail::Bitmaps, &mut |extent| {
+                        assert_eq!(extent.depth, Some(0), "allocated, not owned: {extent:?}");
+                        ControlFlow::Continue(())
+                    })
+                    .unwrap();
             }
             Op::Read { offset, length } => {
                 let (offset, length) = clip(&self.disk, offset, length);

@@ -3,6 +3,7 @@
 //!
 //! `THINPLY_THREADS` says how many lives to run (default 2), `THINPLY_THREADS_SEED` where to begin.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, ScopedJoinHandle};
@@ -122,11 +123,13 @@ impl Life {
         let chain = open(&self.folder, "top", Access::Write);
         settle(&chain, &self.history)?;
         let (stop, mut copies) = (AtomicBool::new(false), Vec::new());
+        let mut taker = Taste::new(self.random.u64(..));
         let tastes: Vec<_> = (0..THREADS).map(|_| Taste::new(self.random.u64(..))).collect();
         thread::scope(|scope| {
             let mut threads: Vec<ScopedJoinHandle<Result<(), String>>> = Vec::new();
+            let (chain, stop) = (&chain, &stop);
             for mut taste in tastes {
-                let (chain, stop, history) = (&chain, &stop, self.history.clone());
+                let history = self.history.clone();
                 threads.push(scope.spawn(move || {
                     while !stop.load(Ordering::Relaxed) {
                         step(chain, &history, &mut taste)?;
@@ -135,10 +138,20 @@ impl Life {
                     Ok(())
                 }));
             }
+            // Nobody sees that space is allocated, whatever they do there.
+            threads.push(scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let Range { start, end } = taker.choose().range;
+                    let taken = chain.allocate(start * SECTOR, (end - start) * SECTOR);
+                    taken.map_err(|error| format!("allocating {start}..{end}: {error}"))?;
+                    taker.rest();
+                }
+                Ok(())
+            }));
             for _ in 0..COPIES {
                 self.pause(4000);
                 if self.random.u8(..8) == 0 {
-                    self.snapshot(&chain);
+                    self.snapshot(chain);
                 }
                 let mark = self.history.hold();
                 let copy = self.folder.disk();

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import hashlib
+import json
 import os
 import random
 import stat
@@ -15,7 +16,7 @@ from files import Files, is_mounted, loop_device, mounted, need_mounts
 from support import (
     BLOCK, THINPLY, GiB, MiB, Case, insist, pattern, run, thinply, used, wait_for)
 
-KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16
+KEEP_SIZE, PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE = 1, 2, 8, 16
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -27,6 +28,31 @@ def fallocate(file, mode, offset, length):
     arguments = [ctypes.c_int(file), ctypes.c_int(mode), ctypes.c_long(offset), ctypes.c_long(length)]
     if LIBC.fallocate(*arguments):
         raise OSError(ctypes.get_errno(), "fallocate")
+
+
+def fill(folder):
+    """Takes all the space that there is left."""
+    with open(folder / "ballast", "wb", buffering=0) as ballast:
+        for size in (MiB, BLOCK):
+            while True:
+                try:
+                    ballast.write(bytes(size))
+                    os.fsync(ballast.fileno())
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    break
+
+
+def copy_all(source, start, target, to, length):
+    """`copy_file_range` of all of a range, which takes several calls; answers how many bytes there were."""
+    done = 0
+    while done < length:
+        count = os.copy_file_range(source, target, length - done, start + done, to + done)
+        if count == 0:
+            break
+        done += count
+    return done
 
 
 def digest(file):
@@ -85,7 +111,7 @@ class DisksAsFiles(Case):
             for number in range(400):
                 offset = chance.randrange(size)
                 length = min(chance.choice([1, 511, 4096, 70_000, 1_500_000]), size - offset)
-                match chance.randrange(6):
+                match chance.randrange(8):
                     case 0 | 1:
                         data = pattern(length, number)
                         self.assertEqual(os.pwrite(file, data, offset), length)
@@ -99,6 +125,16 @@ class DisksAsFiles(Case):
                     case 4:
                         os.fsync(file)
                     case 5:
+                        fallocate(file, chance.choice([0, KEEP_SIZE]), offset, length)
+                    case 6:
+                        source = chance.randrange(size)
+                        length = min(length, size - source)
+                        if abs(source - offset) < length:
+                            self.refused(errno.EINVAL, os.copy_file_range, file, file, length, source, offset)
+                            continue
+                        self.assertEqual(copy_all(file, source, file, offset, length), length)
+                        want[offset:offset + length] = want[source:source + length]
+                    case 7:
                         self.assert_bytes(os.pread(file, length, offset), want[offset:offset + length])
             self.assert_bytes(os.pread(file, size + BLOCK, 0), want)
             self.check_holes(file, want)
@@ -110,7 +146,9 @@ class DisksAsFiles(Case):
             self.refused(errno.ENOSPC, fallocate, file, ZERO_RANGE, size - 10, 20)
             fallocate(file, PUNCH_HOLE | KEEP_SIZE, size - 3, 2 * MiB)
             want[size - 3:] = bytes(3)
-            self.refused(errno.EOPNOTSUPP, fallocate, file, 0, 0, BLOCK)
+            self.refused(errno.ENOSPC, fallocate, file, 0, size - 10, 20)
+            fallocate(file, KEEP_SIZE, size - 3, 2 * MiB)
+            self.refused(errno.EOPNOTSUPP, fallocate, file, COLLAPSE_RANGE, 0, BLOCK)
             self.refused(errno.EPERM, os.ftruncate, file, size + 1)
             # What is cut off is gone, and the size stays.
             os.ftruncate(file, 5 * MiB + 7)
@@ -138,6 +176,101 @@ class DisksAsFiles(Case):
             at = os.lseek(file, data, os.SEEK_HOLE)
             self.assertGreater(at, data)
         self.refused(errno.ENXIO, os.lseek, file, size, os.SEEK_DATA)
+
+    def test_allocated_space_is_there_when_the_host_is_full(self):
+        host = self.path("host.ext4")
+        host.touch()
+        os.truncate(host, 96 * MiB)
+        run("mkfs.ext4", "-q", "-b", "4096", "-m", "0", host)
+        with loop_device(host) as device, mounted(device, self.path("host")) as folder:
+            data = pattern(2 * MiB, 1)
+            layer = self.overlay("host/disk", 64 * MiB, [(MiB, data), (40 * MiB, data)])
+            with Files(layer) as files:
+                disk = files.folder / "disk.tply"
+                before, taken = digest(disk), used(layer)
+                with open(disk, "r+b", buffering=0) as file:
+                    os.posix_fallocate(file.fileno(), 512, 16 * MiB)
+                    self.assertGreaterEqual(used(layer), taken + 16 * MiB)
+                    self.assertEqual(digest(disk), before)
+                    fill(folder)
+                    for _ in range(3):
+                        self.assertEqual(os.pwrite(file.fileno(), pattern(16 * MiB, 2), 512), 16 * MiB)
+                        os.fsync(file.fileno())
+                    self.refused(errno.ENOSPC, os.pwrite, file.fileno(), b"x", 30 * MiB)
+                    self.refused(errno.ENOSPC, fallocate, file.fileno(), 0, 30 * MiB, MiB)
+                    os.fsync(file.fileno())
+                    self.assert_bytes(os.pread(file.fileno(), 16 * MiB, 512), pattern(16 * MiB, 2))
+            rows = json.loads(thinply("map", "--json", layer))["extents"]
+            own = [row for row in rows if row["depth"] == 0]
+            self.assertEqual([(row["offset"], row["length"]) for row in own], [(0, 16 * MiB + BLOCK)])
+            self.assert_clean(layer)
+
+    def test_a_host_without_fallocate_says_so(self):
+        # NFS, FAT and FUSE of others have no fallocate; the kernel's ext4 without extents has none either.
+        host = self.path("host.ext3")
+        host.touch()
+        os.truncate(host, 64 * MiB)
+        run("mkfs.ext4", "-q", "-b", "4096", "-O", "^extents,^64bit,^has_journal", host)
+        with loop_device(host) as device, mounted(device, self.path("host")):
+            layer = self.overlay("host/disk", 4 * MiB, [(0, pattern(MiB, 3))])
+            with Files(layer) as files, open(files.folder / "disk.tply", "r+b", buffering=0) as file:
+                self.refused(errno.EOPNOTSUPP, fallocate, file.fileno(), 0, 0, MiB)
+                # As the C library does it then: by hand.
+                os.posix_fallocate(file.fileno(), 0, 2 * MiB)
+                self.assertEqual(os.pread(file.fileno(), MiB, 0), pattern(MiB, 3))
+            self.assert_clean(layer)
+
+    def test_ranges_are_copied_between_disks_and_within_one(self):
+        size = GiB + 64 * MiB + 512
+        environment = {"THINPLY_ROOT": str(self.path("store"))}
+
+        def store(*words):
+            return thinply(*words, env={**os.environ, **environment})
+
+        want = {0: pattern(3 * MiB, 1), 5 * MiB + 512: pattern(MiB, 2), size - 512: pattern(512, 3)}
+        with open(self.path("base.raw"), "wb") as base:
+            for offset, data in want.items():
+                base.seek(offset)
+                base.write(data)
+        store("image", "import", self.path("base.raw"), "base:1")
+        store("container", "create", "base:1", "--name", "source")
+        for name in ("target", "second", "third"):
+            store("volume", "create", name, "--size", str(size))
+        with Files("--all", environment=environment) as files:
+            source, target = files.folder / "container/source", files.folder / "volume/target"
+            with open(source, "r+b", buffering=0) as file, open(target, "r+b", buffering=0) as other:
+                one, two = file.fileno(), other.fileno()
+                os.pwrite(two, pattern(8 * MiB, 4), 0)
+                self.assertEqual(copy_all(one, 0, two, 0, size + GiB), size)
+                for offset, data in want.items():
+                    self.assertEqual(os.pread(two, len(data), offset), data, offset)
+                # What was there has gone where the source has a hole, and no hole takes space.
+                self.assertEqual(os.pread(two, 2 * MiB, 3 * MiB), bytes(2 * MiB))
+                self.assertLess(used(target), 8 * MiB)
+                self.assertEqual(os.lseek(two, 3 * MiB, os.SEEK_DATA), 5 * MiB)
+                # Within one disk, from any byte to any other.
+                self.assertEqual(copy_all(one, 0, one, GiB + 77, 8 * MiB), 8 * MiB)
+                expected = want[0] + bytes(2 * MiB + 512) + want[5 * MiB + 512] + bytes(2 * MiB - 512)
+                self.assert_bytes(os.pread(one, 8 * MiB, GiB + 77), expected)
+                for offset in (0, 1, MiB - 1):
+                    self.refused(errno.EINVAL, os.copy_file_range, one, one, MiB, 0, offset)
+                # The ends are those of a read and of a write.
+                self.assertEqual(os.copy_file_range(one, two, MiB, size, 0), 0)
+                self.refused(errno.ENOSPC, os.copy_file_range, one, two, MiB, 0, size)
+                self.assertEqual(copy_all(one, 0, two, size - 700, 700), 700)
+                self.assertEqual(os.pread(two, 700, size - 700), want[0][:700])
+                with open(source, "rb") as reader:
+                    self.refused(errno.EBADF, os.copy_file_range, two, reader.fileno(), 10, 0, 0)
+            with open(source, "rb") as reader, open(files.folder / "image/base:1", "rb") as image:
+                fresh = os.open(files.folder / "volume/second", os.O_RDWR | os.O_SYNC)
+                self.assertEqual(copy_all(image.fileno(), 0, fresh, 0, size), size)
+                self.assertEqual(os.pread(fresh, MiB, 5 * MiB + 512), want[5 * MiB + 512])
+                os.close(fresh)
+                self.assertEqual(reader.read(MiB), want[0][:MiB])
+            run("cp", source, files.folder / "volume/third")
+            run("cmp", source, files.folder / "volume/third")
+            self.assertLess(used(files.folder / "volume/third"), 16 * MiB)
+        self.assertEqual(store("store", "check"), "clean\n")
 
     def test_nothing_but_content_changes(self):
         with Files(self.create("disk.tply", MiB)) as files:

@@ -185,6 +185,7 @@ impl Client {
                 let (first, whole) = whole_blocks(offset, length);
                 self.zero(first, whole, || chain.trim(offset, length))
             }
+            Op::Allocate { offset, length } => chain.allocate(offset, length),
             Op::Flush => self.flush(|| chain.flush()),
             Op::Read { offset } => self.read(chain, offset / PAGE),
             Op::Snapshot => {

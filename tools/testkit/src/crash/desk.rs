@@ -245,6 +245,9 @@ impl Person {
                 client
                     .zero(first, whole, || submit(lease, serve::Op::Trim { offset, length }, false))
             }
+            Op::Allocate { offset, length } => {
+                submit(lease, serve::Op::Allocate { offset, length }, false)
+            }
             Op::Read { offset } => client.read(&lease.watch().upgrade().unwrap(), offset / PAGE),
             _ => client.flush(|| flush(lease)),
         }

@@ -47,6 +47,11 @@ pub enum Op {
         offset: u64,
         length: u64,
     },
+    /// Changes nothing that can be read.
+    Allocate {
+        offset: u64,
+        length: u64,
+    },
     Flush,
     Read {
         offset: u64,
@@ -80,6 +85,7 @@ impl Op {
             13 if random.one_in(4) => Self::Snapshot,
             14 if random.one_in(4) => Self::Close,
             15 if random.one_in(8) => Self::Burst,
+            16 => Self::Allocate { offset, length },
             _ => Self::Flush,
         }
     }
@@ -105,6 +111,7 @@ pub fn enumerated(length: u32, number: usize) -> Option<Vec<Op>> {
         Op::Zero { offset: word + PAGE / 2, length: PAGE, allocate: false },
         Op::Trim { offset: sector, length: 2 * PAGE },
         Op::Trim { offset: 0, length: PAGE },
+        Op::Allocate { offset: word, length: 2 * PAGE },
         Op::Flush,
         Op::Snapshot,
         Op::Close,
