@@ -159,17 +159,17 @@ class SameServerRaw(Raw):
 
 
 @contextlib.contextmanager
-def running(*commands, ready):
-    """Runs commands, the first one last to end, from when `ready` holds; yields their process ids."""
+def running(*commands):
+    """Runs commands, the first one last to end, each with what says that it is ready for the next; yields
+    their process ids."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     started = []
-    for command in commands:
+    for command, ready in commands:
         started.append(subprocess.Popen(list(map(str, command)), **quiet))
-        time.sleep(0.2)
-    while not ready():
-        if any(process.poll() is not None for process in started):
-            sys.exit(f"{commands[0][0]} did not start")
-        time.sleep(0.005)
+        while not ready():
+            if any(process.poll() is not None for process in started):
+                sys.exit(f"{command[0]} did not start")
+            time.sleep(0.002)
     yield [process.pid for process in started]
     for process in reversed(started):
         process.terminate()
@@ -184,7 +184,7 @@ class ThinplyFile(Thinply):
         flags = ["--read-only"] if read_only else []
         command = [self.program, "serve", *flags, self.folder / name, "--fuse", point]
         file = point / name
-        with running(command, ready=file.exists) as [holder]:
+        with running((command, file.exists)) as [holder]:
             children = Path(f"/proc/{holder}/task/{holder}/children").read_text().split()
             yield file, [int(child) for child in children]
 
@@ -205,7 +205,8 @@ class StorageDaemonFile(StorageDaemon):
             "--blockdev", f"driver=qcow2,node-name=n,file=f{access}",
             "--export", f"type=fuse,id=e,node-name=n,mountpoint={file}{writable}",
         ]
-        with running(command, ready=lambda: file.stat().st_size == self.size) as servers:
+        ready = lambda: file.stat().st_size == self.size  # noqa: E731
+        with running((command, ready)) as servers:
             yield file, servers
 
 
@@ -219,7 +220,8 @@ class NbdFuseBefore(Before):
         socket, file = self.folder / "socket", point / "nbd"
         flags = ["-r"] if read_only else []
         fuse = ["nbdfuse", *flags, file, f"nbd+unix:///?socket={socket}"]
-        with running(self.command(name, socket, read_only), fuse, ready=file.exists) as servers:
+        server = self.command(name, socket, read_only), lambda: answers(socket)
+        with running(server, (fuse, file.exists)) as servers:
             yield file, servers
 
 

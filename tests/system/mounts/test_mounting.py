@@ -34,7 +34,7 @@ class Mounting(Case):
 
     def clear(self):
         """Whatever a failed test has left."""
-        run("pkill", "-KILL", "-f", f"--fuse {self.runs}", status=None)
+        run("pkill", "-KILL", "-f", "--", f"--fuse {self.runs}", status=None)
         for _ in range(3):
             lines = Path("/proc/self/mountinfo").read_text().splitlines()
             for folder in [line.split()[4] for line in lines]:
@@ -55,7 +55,7 @@ class Mounting(Case):
         mounts = Path("/proc/self/mountinfo").read_text()
         wait_for(lambda: str(self.top) not in Path("/proc/self/mountinfo").read_text(), f"no mount {mounts}")
         self.assertNotIn(str(self.top), run("losetup", "-n", "-O", "BACK-FILE", status=None))
-        found = lambda: run("pgrep", "-f", f"--fuse {self.runs}", status=None)
+        found = lambda: run("pgrep", "-f", "--", f"--fuse {self.runs}", status=None)
         wait_for(lambda: not found(), "the server's end")
 
     def container(self, name="web"):
@@ -421,7 +421,7 @@ class Users(Mounting):
         done = subprocess.run([THINPLY, "mount", "volume/data", self.dir], env=environment_of_root,
                               capture_output=True, text=True, timeout=60)
         self.assertIn("did not make its file system", done.stderr)
-        wait_for(lambda: not run("pgrep", "-f", f"--fuse {self.runs}", status=None), "the server's end")
+        wait_for(lambda: not run("pgrep", "-f", "--", f"--fuse {self.runs}", status=None), "the server's end")
         folder = home / "mnt"
         folder.mkdir()
         shutil.chown(folder, 65534, 65534)
