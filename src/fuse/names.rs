@@ -20,16 +20,21 @@ const FOLDER: u64 = 1 << 62;
 /// Offset of what stands behind a folder's own two entries, `.` and `..`.
 const OWN: u64 = 2;
 
-/// Has a request answered by a thread for names.
-fn later(ticket: Ticket, act: impl FnOnce(&Arc<Shared>, u64) -> Outcome + Send + 'static) {
+/// Has a request carried out by a thread for names.
+fn handed_on(ticket: Ticket, act: impl FnOnce(Ticket) + Send + 'static) {
     let names = ticket.shared.names.clone();
     names.add(Box::new(move |thread| match thread {
-        Ok(()) => {
-            let (shared, unique) = (ticket.shared.clone(), ticket.unique);
-            ticket.give(act(&shared, unique));
-        }
+        Ok(()) => act(ticket),
         Err(error) => ticket.fail_with("a request about names", &error),
     }));
+}
+
+/// Has a request answered by a thread for names.
+fn later(ticket: Ticket, act: impl FnOnce(&Arc<Shared>, u64) -> Outcome + Send + 'static) {
+    handed_on(ticket, |ticket| {
+        let (shared, unique) = (ticket.shared.clone(), ticket.unique);
+        ticket.give(act(&shared, unique));
+    });
 }
 
 type Outcome = Result<Vec<u8>, Errno>;
@@ -48,22 +53,19 @@ pub(super) fn attributes(ticket: Ticket, node: u64) {
 
 /// Makes what lies behind `size` read as zeros.
 pub(super) fn cut(ticket: Ticket, node: u64, handle: Option<u64>, size: u64) {
-    later(ticket, move |shared, _| {
-        let open = handle.and_then(|handle| shared.handles.get(handle));
+    handed_on(ticket, move |ticket| {
+        let open = handle.and_then(|handle| ticket.shared.handles.get(handle));
         let disk = match open.filter(|open| open.writes) {
-            Some(open) => open.disk.clone(),
-            None => leased(shared, node, true)?,
+            Some(open) => Ok(open.disk.clone()),
+            None => leased(&ticket.shared, node, true),
         };
-        if disk.read_only() {
-            return Err(Errno::ROFS);
-        }
-        if size > disk.size() {
+        match disk {
+            Err(errno) => ticket.fail(errno),
+            Ok(disk) if disk.read_only() => ticket.fail(Errno::ROFS),
             // `thinply resize` does that.
-            return Err(Errno::PERM);
+            Ok(disk) if size > disk.size() => ticket.fail(Errno::PERM),
+            Ok(disk) => work::cut(ticket, node, &disk, size),
         }
-        work::cut(&disk, size).map_err(|error| shared.told("cutting", &error))?;
-        drop(disk);
-        shared.tree.attributes(node).map(|found| proto::attributes(&found))
     });
 }
 
