@@ -23,8 +23,9 @@ use super::{names, work};
 use crate::error::{Error, ErrorKind, Result};
 use crate::serve::{Buffer, Crew, Keep, Leases, Log, Used, guard, spawn};
 
-/// Most requests that the kernel sends in the background before it holds its callers back.
-const MAX_BACKGROUND: u16 = 128;
+/// Most requests that the kernel sends in the background before it holds its callers back. A loop device has
+/// 128: where all of those of one disk wait for space, others must come through.
+const MAX_BACKGROUND: u16 = 1024;
 /// Threads for what is about names.
 const NAMES: usize = 8;
 /// Where the arguments of a request that was read begin, so that the data of a write begins at a page.

@@ -89,6 +89,9 @@ fn patient() -> (Desk<Shelf>, Arc<TestDevice>) {
     (desk, device)
 }
 
+/// The answers to requests by name.
+type Answers<T> = Receiver<(T, Result<Vec<u8>>)>;
+
 /// A completion that a test can wait for.
 fn answer<T: Send + 'static>(to: &Sender<(T, Result<Vec<u8>>)>, name: T) -> impl Completion {
     let to = to.clone();
@@ -382,7 +385,7 @@ impl Completion for Duty {
 }
 
 impl Patient {
-    fn new() -> (Self, Receiver<(u32, Result<Vec<u8>>)>) {
+    fn new() -> (Self, Answers<u32>) {
         let (to, answers) = mpsc::channel();
         let waits = Arc::new(AtomicBool::new(true));
         (Self { waits, lines: Arc::default(), to }, answers)

@@ -21,15 +21,16 @@ BEGINS, ENDS = "waits for space on the host", "waits for space no more"
 
 
 def setUpModule():
-    need_mounts("fio", "mkfs.xfs", "xfs_repair", "blkdiscard", "qemu-io", "dd")
+    need_mounts("fio", "mkfs.xfs", "mkfs.btrfs", "xfs_repair", "blkdiscard", "qemu-io", "dd")
 
 
 class Writing(threading.Thread):
     """A write by a thread of its own; `got` is what came of it."""
 
-    def __init__(self, file, data, offset=0):
+    def __init__(self, file, data, offset=0, sync=False):
         super().__init__(daemon=True)
-        self.file, self.data, self.offset, self.got = file, data, offset, None
+        self.file, self.data, self.offset, self.sync = file, data, offset, sync
+        self.got = None
         self.start()
 
     def run(self):
@@ -37,6 +38,8 @@ class Writing(threading.Thread):
         try:
             while done < len(self.data):
                 done += os.pwrite(self.file, self.data[done:done + MiB], self.offset + done)
+                if self.sync:
+                    os.fsync(self.file)
             self.got = done
         except OSError as error:
             self.got = errno.errorcode[error.errno]
@@ -48,14 +51,18 @@ class Writing(threading.Thread):
 
 class FullHost(Case):
     @contextmanager
-    def host(self, size):
-        """A small file system of the host's."""
+    def host(self, size, make=("mkfs.ext4", "-q", "-m", "0")):
+        """A small file system of the host's; without a command to make it, a tmpfs."""
         image, folder = self.path("image"), self.path("host")
-        with open(image, "wb") as file:
-            file.truncate(size)
-        run("mkfs.ext4", "-q", "-m", "0", image)
-        folder.mkdir()
-        run("mount", "-o", "loop", image, folder)
+        folder.mkdir(exist_ok=True)
+        if make:
+            image.unlink(missing_ok=True)
+            image.touch()
+            os.truncate(image, size)
+            run(*make, image)
+            run("mount", "-o", "loop", image, folder)
+        else:
+            run("mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder)
         try:
             yield folder
         finally:
@@ -88,6 +95,7 @@ class FullHost(Case):
 
     def assert_content(self, layer, data):
         self.assert_clean(layer)
+        self.path("out").unlink(missing_ok=True)
         thinply("export", layer, self.path("out"))
         with open(self.path("out"), "rb") as out:
             self.assert_bytes(out.read(len(data)), data)
@@ -146,6 +154,49 @@ class FullHost(Case):
                 self.assertEqual(writing.result(), len(data))
                 os.close(file)
             self.assert_content(layer, data)
+
+    def test_other_file_systems_of_the_host(self):
+        data = pattern(24 * MiB, 10)
+        for make in (["mkfs.xfs", "-q"], ["mkfs.btrfs", "-q"], None):
+            with self.subTest(make=make), self.host(512 * MiB, make) as host:
+                layer = self.layer(host, 64 * MiB)
+                with Files(layer) as files:
+                    file = os.open(files.folder / "disk.tply", os.O_RDWR)
+                    self.fill(host, leave=8 * MiB)
+                    writing = Writing(file, data, sync=True)
+                    self.wait_for_line(files, BEGINS)
+                    time.sleep(1)
+                    self.assertIsNone(writing.got)
+                    self.empty(host)
+                    self.assertEqual(writing.result(), len(data))
+                    os.close(file)
+                self.assert_content(layer, data)
+
+    def test_other_disks_go_on(self):
+        """While all requests of a loop device wait."""
+        with self.host(96 * MiB) as host:
+            root = host / "store"
+            for name in ("full", "other"):
+                self.store(root, "volume", "create", name, "--size", "64M")
+            with Files("--all", environment={"THINPLY_ROOT": str(root)}) as files, \
+                    loop_device(files.folder / "volume/full") as full, \
+                    loop_device(files.folder / "volume/other") as other:
+                run("dd", "if=/dev/urandom", f"of={other}", "bs=1M", "count=4", "oflag=direct")
+                self.fill(host)
+                fio = subprocess.Popen(
+                    ["fio", "--name=v", f"--filename={full}", "--rw=write", "--bs=64k",
+                     "--iodepth=300", "--ioengine=libaio", "--direct=1", "--size=32M"],
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                wait_for(lambda: self.waiting(root, "volume/full") >= 100, "a full queue")
+                # Nothing new to the host: neither has to wait for space.
+                for words in (["iflag=direct", f"if={other}", "of=/dev/null"],
+                              ["oflag=direct", "if=/dev/zero", f"of={other}"]):
+                    run("timeout", "20", "dd", "bs=4k", "count=100", *words)
+                self.assertIsNone(fio.poll())
+                self.empty(host)
+                said, _ = fio.communicate(timeout=60)
+                self.assertEqual(fio.returncode, 0, said)
+            self.assertEqual(self.store(root, "store", "check"), "clean\n")
 
     def test_a_trim_gets_through_and_gives_the_space(self):
         old, data = pattern(24 * MiB, 3), pattern(16 * MiB, 4)
