@@ -357,29 +357,49 @@ fn where_asked_for_a_write_waits_for_space() {
 
 #[test]
 fn the_wait_for_space_ends_with_the_client_and_with_the_server() {
-    let (device, mut served) = full(false);
-    let mut client = served.client();
-    client.start_write(0, 0, &[1; 4096]);
-    device.wait_for(Op::Write, 3);
-    drop(client);
-    // Nothing of it is tried any more.
-    let tried = || {
-        let tried = device.count(Op::Write);
-        thread::sleep(Duration::from_millis(600));
-        device.count(Op::Write) - tried
-    };
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while tried() > 0 {
-        assert!(Instant::now() < deadline);
+    // With room for another request, and with none: then the client's end shows in another way.
+    for count in [1, 130] {
+        let (device, mut served) = full(false);
+        let ask = |client: &mut Client| {
+            let cookie = client.start_write(0, 0, &[1; 512]);
+            (1..count).for_each(|_| drop(client.start_write(0, 0, &[1; 512])));
+            device.wait_for(Op::Write, device.count(Op::Write) + count + 2);
+            cookie
+        };
+        let mut client = served.client();
+        ask(&mut client);
+        drop(client);
+        // Nothing of it is tried any more.
+        let tried = || {
+            let tried = device.count(Op::Write);
+            thread::sleep(Duration::from_millis(600));
+            device.count(Op::Write) - tried
+        };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while tried() > 0 {
+            assert!(Instant::now() < deadline);
+        }
+        let mut client = served.client();
+        let waiting = ask(&mut client);
+        let begun = Instant::now();
+        served.stop().unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+        // The end may have come in the middle of a round.
+        let mut replies = (0..count).map(|_| client.reply());
+        assert_eq!(replies.find(|reply| reply.cookie == waiting).unwrap().error, ENOSPC);
     }
+}
+
+#[test]
+fn who_says_goodbye_waits_for_space_no_more() {
+    let (device, served) = full(false);
     let mut client = served.client();
-    let waiting = client.start_write(0, 0, &[1; 4096]);
-    device.wait_for(Op::Write, device.count(Op::Write) + 2);
-    let begun = Instant::now();
-    served.stop().unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    let waiting = client.start_write(0, 0, &[1; 512]);
+    device.wait_for(Op::Write, 3);
+    client.start(0, DISC, 0, 0);
     let reply = client.reply();
     assert_eq!((reply.cookie, reply.error), (waiting, ENOSPC));
+    assert!(client.is_closed());
 }
 
 #[test]
