@@ -462,7 +462,7 @@ impl Ticket {
     }
 
     /// Who hears that the request waits for space on the host, if it may: not where whoever sent it had a
-    /// signal, or couldn't even be killed.
+    /// signal, which might be there to kill it.
     pub fn waits(&self) -> Option<Log> {
         let shared = &self.shared;
         if !shared.config.wait_for_space || shared.stopping.load(Ordering::Relaxed) {

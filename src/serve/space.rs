@@ -57,15 +57,19 @@ impl Waiters {
             !std::mem::replace(&mut state.running, true)
         };
         if begins {
-            let disk = &self.disk;
-            caught(|| log(&format!("{disk} waits for space on the host: {error}")));
-            let this = self.clone();
-            self.thread.add(Box::new(move |thread| this.run(thread, &log)));
+            let (this, begin) =
+                (self.clone(), format!("{} waits for space on the host: {error}", self.disk));
+            // On that thread, so that it comes behind what was said of the time before.
+            self.thread.add(Box::new(move |thread| {
+                caught(|| log(&begin));
+                this.run(thread);
+                log(&format!("{} waits for space no more", this.disk));
+            }));
         }
     }
 
     /// Tries them again and again, until none waits any more.
-    fn run(&self, thread: Result<()>, log: &Log) {
+    fn run(&self, thread: Result<()>) {
         loop {
             if thread.is_ok() {
                 thread::sleep(PAUSE);
@@ -82,7 +86,6 @@ impl Waiters {
             left.append(&mut state.waiting);
             state.waiting = left;
         }
-        log(&format!("{} waits for space no more", self.disk));
     }
 
     fn next_round(&self) -> Option<Vec<Box<dyn Waiter>>> {

@@ -362,7 +362,9 @@ fn the_wait_for_space_ends_with_the_client_and_with_the_server() {
         let (device, mut served) = full(false);
         let ask = |client: &mut Client| {
             let cookie = client.start_write(0, 0, &[1; 512]);
-            (1..count).for_each(|_| drop(client.start_write(0, 0, &[1; 512])));
+            for _ in 1..count {
+                client.start_write(0, 0, &[1; 512]);
+            }
             device.wait_for(Op::Write, device.count(Op::Write) + count + 2);
             cookie
         };

@@ -21,7 +21,8 @@ BEGINS, ENDS = "waits for space on the host", "waits for space no more"
 
 
 def setUpModule():
-    need_mounts("fio", "mkfs.xfs", "mkfs.btrfs", "xfs_repair", "blkdiscard", "qemu-io", "dd")
+    need_mounts("fio", "mkfs.xfs", "mkfs.btrfs", "xfs_repair", "btrfs", "blkdiscard", "qemu-io",
+                "dd")
 
 
 class Writing(threading.Thread):
@@ -171,6 +172,25 @@ class FullHost(Case):
                     self.assertEqual(writing.result(), len(data))
                     os.close(file)
                 self.assert_content(layer, data)
+
+    def test_a_quota_is_the_same(self):
+        data = pattern(24 * MiB, 11)
+        with self.host(512 * MiB, ["mkfs.btrfs", "-q"]) as host:
+            own = host / "own"
+            run("btrfs", "quota", "enable", host)
+            run("btrfs", "subvolume", "create", own)
+            run("btrfs", "qgroup", "limit", "8M", own)
+            layer = self.layer(own, 64 * MiB)
+            with Files(layer) as files:
+                file = os.open(files.folder / "disk.tply", os.O_RDWR)
+                writing = Writing(file, data, sync=True)
+                self.wait_for_line(files, BEGINS)
+                self.assertIn(os.strerror(errno.EDQUOT), files.errors())
+                self.assertIsNone(writing.got)
+                run("btrfs", "qgroup", "limit", "80M", own)
+                self.assertEqual(writing.result(), len(data))
+                os.close(file)
+            self.assert_content(layer, data)
 
     def test_other_disks_go_on(self):
         """While all requests of a loop device wait."""
