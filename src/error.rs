@@ -145,6 +145,13 @@ impl Error {
         self.0.kind
     }
 
+    /// Whether the host had no space for it, and may have some later. (That a file may not become longer
+    /// is of the same kind, and stays.)
+    pub fn wants_space(&self) -> bool {
+        let limit = |source: &Arc<io::Error>| source.kind() == io::ErrorKind::FileTooLarge;
+        self.kind() == ErrorKind::NoSpace && !self.0.source.as_ref().is_some_and(limit)
+    }
+
     /// The file concerned, if one is known.
     pub fn path(&self) -> Option<&Path> {
         self.0.path.as_deref()
@@ -265,6 +272,18 @@ mod tests {
         assert_eq!(error.offset(), Some(4096));
         let text = error.to_string();
         assert!(text.starts_with("a.tply: writing a block (at byte 4096): "), "{text}");
+    }
+
+    #[test]
+    fn only_space_can_come_back() {
+        let error = |number| Error::io(io::Error::from_raw_os_error(number), "writing");
+        let (full, quota, too_long, broken) = (error(28), error(122), error(27), error(5));
+        for error in [&full, &quota, &too_long] {
+            assert_eq!(error.kind(), ErrorKind::NoSpace);
+        }
+        let wants = [full, quota, too_long, broken].map(|error| error.wants_space());
+        assert_eq!(wants, [true, true, false, false]);
+        assert!(Error::new(ErrorKind::NoSpace, "full").wants_space());
     }
 
     #[test]

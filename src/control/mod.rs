@@ -137,7 +137,8 @@ impl Control {
                 let found = in_use.iter().find(|disk| disk.name == name);
                 let (shared, users) = found.map_or((false, 0), |disk| (disk.shared, disk.users));
                 let (writers, readers) = if shared { (0, users) } else { (users, 0) };
-                DiskUse { name, description, writers, readers }
+                let waiting = found.map_or(0, |disk| disk.waiting);
+                DiskUse { name, description, writers, readers, waiting }
             });
         Ok(disks.collect())
     }

@@ -101,6 +101,9 @@ pub struct DiskUse {
     pub writers: usize,
     /// Who may only read it.
     pub readers: usize,
+    /// How many of their requests wait for space on the host.
+    #[serde(default)]
+    pub waiting: usize,
 }
 
 #[derive(Serialize)]

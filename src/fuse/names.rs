@@ -13,7 +13,7 @@ use super::proto::{self, Access, Space};
 use super::server::{Shared, Ticket};
 use super::tree::Entry;
 use super::work;
-use crate::device::Device;
+use crate::device::{Device, ZeroMode};
 use crate::serve::{Lease, guard};
 
 /// Handles of folders, which no file has.
@@ -21,16 +21,21 @@ const FOLDER: u64 = 1 << 62;
 /// Offset of what stands behind a folder's own two entries, `.` and `..`.
 const OWN: u64 = 2;
 
-/// Has a request answered by a thread for names.
-fn later(ticket: Ticket, act: impl FnOnce(&Arc<Shared>, u64) -> Outcome + Send + 'static) {
+/// Has a request carried out by a thread for names.
+fn handed_on(ticket: Ticket, act: impl FnOnce(Ticket) + Send + 'static) {
     let names = ticket.shared.names.clone();
     names.add(Box::new(move |thread| match thread {
-        Ok(()) => {
-            let (shared, unique) = (ticket.shared.clone(), ticket.unique);
-            ticket.give(act(&shared, unique));
-        }
+        Ok(()) => act(ticket),
         Err(error) => ticket.fail_with("a request about names", &error),
     }));
+}
+
+/// Has a request answered by a thread for names.
+fn later(ticket: Ticket, act: impl FnOnce(&Arc<Shared>, u64) -> Outcome + Send + 'static) {
+    handed_on(ticket, |ticket| {
+        let (shared, unique) = (ticket.shared.clone(), ticket.unique);
+        ticket.give(act(&shared, unique));
+    });
 }
 
 type Outcome = Result<Vec<u8>, Errno>;
@@ -49,22 +54,19 @@ pub(super) fn attributes(ticket: Ticket, node: u64) {
 
 /// Makes what lies behind `size` read as zeros.
 pub(super) fn cut(ticket: Ticket, node: u64, handle: Option<u64>, size: u64) {
-    later(ticket, move |shared, _| {
-        let open = handle.and_then(|handle| shared.handles.get(handle));
+    handed_on(ticket, move |ticket| {
+        let open = handle.and_then(|handle| ticket.shared.handles.get(handle));
         let disk = match open.filter(|open| open.writes) {
-            Some(open) => open.disk.clone(),
-            None => leased(shared, node, true)?,
+            Some(open) => Ok(open.disk.clone()),
+            None => leased(&ticket.shared, node, true),
         };
-        if disk.read_only() {
-            return Err(Errno::ROFS);
-        }
-        if size > disk.size() {
+        match disk {
+            Err(errno) => ticket.fail(errno),
+            Ok(disk) if disk.read_only() => ticket.fail(Errno::ROFS),
             // `thinply resize` does that.
-            return Err(Errno::PERM);
+            Ok(disk) if size > disk.size() => ticket.fail(Errno::PERM),
+            Ok(disk) => work::cut(ticket, node, &disk, size),
         }
-        work::cut(&disk, size).map_err(|error| shared.told("cutting", &error))?;
-        drop(disk);
-        shared.tree.attributes(node).map(|found| proto::attributes(&found))
     });
 }
 
@@ -87,7 +89,8 @@ pub(super) fn open(ticket: Ticket, node: u64, access: Access) {
             return Err(Errno::ROFS);
         }
         if cut {
-            work::cut(&disk, 0).map_err(|error| shared.told("cutting", &error))?;
+            disk.zero(0, disk.size(), ZeroMode::default())
+                .map_err(|error| shared.told("cutting", &error))?;
         }
         let handle = shared.handles.add(unique, node, Open { disk, writes, durable });
         handle.map(proto::opened).map_err(|error| {

@@ -308,7 +308,11 @@ pub enum Command<'a> {
         length: u64,
     },
     Space,
-    /// One that has no answer: what was forgotten, or an interrupt.
+    /// Whoever waits for the answer of a request had a signal. Has no answer.
+    Interrupt {
+        unique: u64,
+    },
+    /// One that has no answer: what was forgotten.
     Silent,
     /// The mount has gone.
     Destroy,
@@ -540,7 +544,8 @@ fn command(opcode: u32, bytes: &[u8]) -> Result<Command<'_>, Violation> {
             }
         }
         opcodes::STATFS => Command::Space,
-        opcodes::FORGET | opcodes::BATCH_FORGET | opcodes::INTERRUPT => Command::Silent,
+        opcodes::FORGET | opcodes::BATCH_FORGET => Command::Silent,
+        opcodes::INTERRUPT => Command::Interrupt { unique: head::<U64>(bytes)?.0.get() },
         opcodes::DESTROY => Command::Destroy,
         opcodes::SYMLINK
         | opcodes::MKNOD..=opcodes::LINK

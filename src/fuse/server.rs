@@ -1,6 +1,8 @@
 //! The server: a mount, the threads that read its requests, and its end.
 
+use std::cell::Cell;
 use std::collections::HashMap;
+use std::collections::hash_map;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,15 +16,16 @@ use rustix::io::Errno;
 
 use super::handles::{Handles, Open};
 use super::mount::{Mount, another};
-use super::proto::{self, Command, MAX_IO, Place, WRITE_HEADER};
+use super::proto::{self, Command, MAX_IO, Place, SENT_AGAIN, WRITE_HEADER};
 use super::tree::{Entry, Tree};
 use super::tries::Tries;
 use super::{names, work};
 use crate::error::{Error, ErrorKind, Result};
 use crate::serve::{Buffer, Crew, Keep, Leases, Log, Used, guard, spawn};
 
-/// Most requests that the kernel sends in the background before it holds its callers back.
-const MAX_BACKGROUND: u16 = 128;
+/// Most requests that the kernel sends in the background before it holds its callers back. A loop device has
+/// 128: where all of those of one disk wait for space, others must come through.
+const MAX_BACKGROUND: u16 = 1024;
 /// How long a server that stops with the last file waits for the first.
 const FIRST_FILE: Duration = Duration::from_secs(60);
 /// Threads for what is about names.
@@ -44,6 +47,8 @@ pub struct ServerConfig {
     pub threads: usize,
     /// Whether to come to the end once the last file is closed, or none was opened for a minute.
     pub stop_with_last_file: bool,
+    /// Whether a change that finds no space on the host waits until there is some. Default yes.
+    pub wait_for_space: bool,
     /// How long running requests have to finish at shutdown. Default 10 seconds.
     pub drain_timeout: Duration,
     /// How long the flushes at the end may take. Default 60 seconds.
@@ -63,6 +68,7 @@ impl Default for ServerConfig {
             source: "/".into(),
             threads: processors.clamp(2, 8),
             stop_with_last_file: false,
+            wait_for_space: true,
             drain_timeout: Duration::from_secs(10),
             flush_timeout: Duration::from_secs(60),
             keep: None,
@@ -95,6 +101,8 @@ pub(super) struct Shared {
     pub names: Arc<Crew>,
     /// Requests that are not answered yet.
     running: AtomicUsize,
+    /// Those that wait for space, and whether whoever sent them had a signal since.
+    waiting: Mutex<HashMap<u64, bool>>,
     stopping: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
@@ -192,6 +200,7 @@ impl Server {
             next_folder: AtomicU64::new(0),
             names: Crew::new("fuse-names", NAMES),
             running: AtomicUsize::new(0),
+            waiting: Mutex::default(),
             stopping: AtomicBool::new(false),
             state: Mutex::default(),
             changed: Condvar::new(),
@@ -312,8 +321,10 @@ impl Reader {
             }
         };
         let (unique, node) = (request.unique, request.node);
-        if matches!(request.command, Command::Silent) {
-            return;
+        match request.command {
+            Command::Silent => return,
+            Command::Interrupt { unique } => return shared.interrupt(unique),
+            _ => {}
         }
         let ticket = Ticket::new(shared, channel, unique);
         match request.command {
@@ -359,7 +370,9 @@ impl Reader {
             }
             Command::Space => names::space(ticket),
             Command::Change => ticket.fail(Errno::PERM),
-            Command::Silent | Command::Unknown => ticket.fail(Errno::NOSYS),
+            Command::Silent | Command::Interrupt { .. } | Command::Unknown => {
+                ticket.fail(Errno::NOSYS);
+            }
         }
     }
 }
@@ -393,6 +406,13 @@ impl Shared {
             self.log("a request at which three servers died is given up");
         }
         may
+    }
+
+    /// Has a request wait for space no more.
+    fn interrupt(&self, unique: u64) {
+        if let Some(interrupted) = guard(&self.waiting).get_mut(&(unique & !SENT_AGAIN)) {
+            *interrupted = true;
+        }
     }
 
     /// The errno of a disk's error, which is logged as a whole unless it says what is no news.
@@ -456,12 +476,38 @@ pub(super) struct Ticket {
     channel: Arc<Channel>,
     pub unique: u64,
     answered: bool,
+    /// It has waited for space.
+    waited: Cell<bool>,
 }
 
 impl Ticket {
     fn new(shared: &Arc<Shared>, channel: &Arc<Channel>, unique: u64) -> Self {
         shared.running.fetch_add(1, Ordering::Relaxed);
-        Self { shared: shared.clone(), channel: channel.clone(), unique, answered: false }
+        let (shared, channel, waited) = (shared.clone(), channel.clone(), Cell::new(false));
+        Self { shared, channel, unique, answered: false, waited }
+    }
+
+    /// Who hears that the request waits for space on the host, if it may: not where whoever sent it had a
+    /// signal, which might be there to kill it.
+    pub fn waits(&self) -> Option<Log> {
+        let shared = &self.shared;
+        if !shared.config.wait_for_space || shared.stopping.load(Ordering::Relaxed) {
+            return None;
+        }
+        let may = match guard(&shared.waiting).entry(self.unique & !SENT_AGAIN) {
+            hash_map::Entry::Occupied(known) => !known.get(),
+            hash_map::Entry::Vacant(new) => {
+                new.insert(false);
+                true
+            }
+        };
+        // A server that dies now does not die at this one.
+        if !self.waited.replace(true)
+            && let Err(error) = shared.tries.forget(self.unique)
+        {
+            shared.log(&format!("counting how often a request is tried: {error}"));
+        }
+        may.then(|| shared.config.log.clone())
     }
 
     pub fn succeed(mut self, content: &[u8]) {
@@ -484,6 +530,10 @@ impl Ticket {
 
     /// Answers with the error of a disk.
     pub fn fail_with(self, what: &str, error: &Error) {
+        let number = self.unique & !SENT_AGAIN;
+        if self.waited.get() && guard(&self.shared.waiting).get(&number) == Some(&true) {
+            return self.fail(Errno::INTR);
+        }
         let errno = self.shared.told(what, error);
         self.fail(errno);
     }
@@ -493,6 +543,9 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         if !self.answered {
             self.channel.answer(self.unique, Err(Errno::IO));
+        }
+        if self.waited.get() {
+            guard(&self.shared.waiting).remove(&(self.unique & !SENT_AGAIN));
         }
         self.shared.running.fetch_sub(1, Ordering::Release);
     }

@@ -70,6 +70,18 @@ impl Tries {
         self.memory.write_all_at([unique, count].as_bytes(), place * SIZE)?;
         Ok(count < MOST)
     }
+
+    /// Notes that none that dies from now on dies at a request.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn forget(&self, unique: u64) -> io::Result<()> {
+        if unique & SENT_AGAIN == 0 {
+            return Ok(());
+        }
+        let place = self.written.fetch_add(1, Ordering::Relaxed);
+        self.memory.write_all_at([unique & !SENT_AGAIN, 0].as_bytes(), place * SIZE)
+    }
 }
 
 #[cfg(test)]
@@ -85,6 +97,14 @@ mod tests {
             tries = Tries::of(memory).unwrap();
             assert_eq!(tries.begin(8 | SENT_AGAIN).unwrap(), may);
             assert!(tries.begin(10).unwrap());
+        }
+        // One that only waits is as if it had come just now.
+        tries.begin(14 | SENT_AGAIN).unwrap();
+        for _ in 0..5 {
+            let memory = File::from(tries.memory().try_clone_to_owned().unwrap());
+            tries = Tries::of(memory).unwrap();
+            assert!(tries.begin(14 | SENT_AGAIN).unwrap());
+            tries.forget(14 | SENT_AGAIN).unwrap();
         }
         // Others begin at their first.
         assert!(tries.begin(12 | SENT_AGAIN).unwrap());

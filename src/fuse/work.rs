@@ -5,11 +5,12 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::handles::Open;
+use super::names;
 use super::proto::{self, MAX_IO, Place};
 use super::server::Ticket;
 use crate::device::{Detail, Device, Extent, NotDone, Wait, ZeroMode};
 use crate::error::Result;
-use crate::serve::{Buffer, Completion, Lease, Op, Payload};
+use crate::serve::{Buffer, Completion, Lease, Log, Op, Payload};
 
 /// Reads up to this length may be decompressed on the thread that read the request.
 const SMALL_READ: usize = 64 << 10;
@@ -75,7 +76,12 @@ pub(super) fn write(ticket: Ticket, handle: u64, offset: u64, data: &[u8], durab
         return ticket.fail(Errno::NOSPC);
     };
     let answer = |ticket| Answer { ticket, what: "write", of: Of::Count(data.len()) };
-    match disk.try_write(offset, data.into(), Wait::Never) {
+    let tried = match disk.try_write(offset, data.into(), Wait::Never) {
+        // To wait for some takes another thread, as all waits do.
+        Err(error) if error.wants_space() && ticket.waits().is_some() => Ok(0),
+        tried => tried,
+    };
+    match tried {
         Ok(count) if count == data.len() as u64 => match durable {
             true => disk.flush(answer(ticket)),
             false => ticket.succeed(&proto::written(data.len())),
@@ -115,13 +121,11 @@ pub(super) fn allocate(ticket: Ticket, handle: u64, (offset, length): (u64, u64)
     open.disk.submit(op, open.durable, answer);
 }
 
-/// Makes the disk read as zeros from `size` on.
-pub(super) fn cut(disk: &Lease, size: u64) -> Result<()> {
+/// Makes the disk of a node read as zeros from `size` on.
+pub(super) fn cut(ticket: Ticket, node: u64, disk: &Lease, size: u64) {
     let length = disk.size().saturating_sub(size);
-    if length == 0 {
-        return Ok(());
-    }
-    disk.zero(size, length, ZeroMode::default())
+    let op = Op::Zero { offset: size, length, mode: ZeroMode::default() };
+    disk.submit(op, false, Answer { ticket, what: "cutting", of: Of::Attributes(node) });
 }
 
 pub(super) fn seek(ticket: Ticket, handle: u64, offset: u64, hole: bool) {
@@ -243,6 +247,8 @@ enum Of {
     Data,
     /// How many bytes were written.
     Count(usize),
+    /// What a node shows of itself.
+    Attributes(u64),
 }
 
 impl Completion for Answer {
@@ -251,7 +257,12 @@ impl Completion for Answer {
             (Ok(_), Of::Nothing) => self.ticket.succeed(&[]),
             (Ok(data), Of::Data) => self.ticket.succeed(&data),
             (Ok(_), Of::Count(count)) => self.ticket.succeed(&proto::written(count)),
+            (Ok(_), Of::Attributes(node)) => names::attributes(self.ticket, node),
             (Err(error), _) => self.ticket.fail_with(self.what, &error),
         }
+    }
+
+    fn waits(&self) -> Option<Log> {
+        self.ticket.waits()
     }
 }

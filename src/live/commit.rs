@@ -73,12 +73,21 @@ impl Writable {
         let mut journal = guard(&self.journal);
         match self.plan(&journal, confirm) {
             Plan::Sync => self.sync(),
-            Plan::Record(fresh) => self.append(&mut journal, fresh),
-            Plan::Checkpoint => {
-                self.checkpoint()?;
-                if journal.has_room() { Ok(()) } else { self.move_tail(&mut journal, |_| {}) }
-            }
+            Plan::Record(fresh) => match self.append(&mut journal, fresh) {
+                // The bitmap pages have theirs.
+                Err(error) if error.kind() == ErrorKind::NoSpace => {
+                    self.make_checkpoint(&mut journal)
+                }
+                done => done,
+            },
+            Plan::Checkpoint => self.make_checkpoint(&mut journal),
         }
+    }
+
+    /// A checkpoint, after which the ring has room.
+    fn make_checkpoint(&self, journal: &mut Journal) -> Result<()> {
+        self.checkpoint()?;
+        if journal.has_room() { Ok(()) } else { self.move_tail(journal, |_| {}) }
     }
 
     fn plan(&self, journal: &Journal, confirm: bool) -> Plan {

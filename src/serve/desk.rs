@@ -157,6 +157,8 @@ pub struct InUse {
     pub shared: bool,
     /// How many users it has: none where only a change of it is under way, or it is being closed.
     pub users: usize,
+    /// How many of their requests wait for space on the host.
+    pub waiting: usize,
 }
 
 impl<D: Disk> Slot<D> {
@@ -220,13 +222,17 @@ impl<B: Broker> Desk<B> {
 
     /// The disks in use, by name.
     pub fn in_use(&self) -> Vec<InUse> {
-        let slots = self.0.slots();
-        let entry = |(name, slot): (&String, &Slot<_>)| InUse {
-            name: name.clone(),
-            shared: slot.shared,
-            users: slot.leases,
+        let entry = |(name, slot): (&String, &Slot<_>)| {
+            let (name, shared, users) = (name.clone(), slot.shared, slot.leases);
+            (InUse { name, shared, users, waiting: 0 }, slot.served.clone())
         };
-        slots.iter().map(entry).collect()
+        let entries: Vec<_> = self.0.slots().iter().map(entry).collect();
+        // Without the book: this may find itself the last to have the disk, and closes it then.
+        let counted = |(disk, served): (InUse, Weak<Served<_>>)| InUse {
+            waiting: served.upgrade().map_or(0, |served| served.waiting()),
+            ..disk
+        };
+        entries.into_iter().map(counted).collect()
     }
 }
 

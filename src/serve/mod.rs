@@ -7,7 +7,8 @@
 //!   at a disk or changes it as a whole comes for a visit. A [`Broker`] opens what the names stand for.
 //!   Where all disks are open from the start, a [`Table`] will do.
 //! - A lease takes requests that may have to wait ([`Lease::submit`], [`Lease::flush`]), each of which ends
-//!   in a [`Completion`], and whatever else a front end must do off its own thread ([`Lease::run`]).
+//!   in a [`Completion`], and whatever else a front end must do off its own thread ([`Lease::run`]). One
+//!   that finds no space on the host may wait for some ([`Completion::waits`]).
 //!
 //! Invariants:
 //! - a disk is open under one name once at most: it is opened after the one before is closed, and
@@ -18,13 +19,13 @@
 //! - a flush covers every request of the disk that was completed before it was asked for;
 //! - every completion is called once or dropped, while no lock of this room is held.
 //!
-//! Threads: a desk has none. A disk in use has up to [`Opened::workers`] workers and one flusher, each
-//! only while there is work for it and some seconds longer; they hold the disk only through the requests
+//! Threads: a desk has none. A disk in use has up to [`Opened::workers`] workers, one flusher, and one
+//! for all that waits for space, each only while there is work for it and some seconds longer; they hold the disk only through the requests
 //! that they carry out. Whoever drops the last lease or visit closes the disk, on its own thread.
 //!
 //! Lock order: the turn to change a disk as a whole, then its moments (each change of content holds
 //! them for reading), then the kept blocks of one moment, then the device's own locks. The desk's book,
-//! the queue's state and the list of flushes are each held alone, and for no longer than a look.
+//! the queue's state, the list of flushes and that of who waits for space are each held alone, and for no longer than a look.
 //!
 //! # A front end
 //!
@@ -140,6 +141,7 @@ mod desk;
 mod moment;
 mod queue;
 mod served;
+mod space;
 #[cfg(all(test, not(simulation)))]
 mod tests;
 mod used;

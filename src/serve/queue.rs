@@ -9,13 +9,17 @@
 //! of a front end, and no worker, waits for a sync, however many ask; in the engine those meet that
 //! don't come through a front end (a write that waits for its own record, a change of the disk as a
 //! whole), and the flusher is one of them.
+//!
+//! A request that finds no space on the host waits for some, if whoever asked for it wants that: without
+//! a thread of its own, so that reads, and trims that give space back, go on (`space.rs`).
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use super::Lease;
+use super::space::{Waiter, Waiters};
+use super::{Lease, Log};
 use crate::device::{Attempt, Device, NotDone, Wait, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::planted::{Bug, planted};
@@ -63,14 +67,14 @@ pub enum Op {
 }
 
 impl Op {
-    fn carry_out(self, device: &(impl Device + ?Sized)) -> Result<Vec<u8>> {
-        match self {
+    fn carry_out(&self, device: &(impl Device + ?Sized)) -> Result<Vec<u8>> {
+        match *self {
             Self::Read { offset, length } if length > 0 => {
                 let mut data = vec![0; length];
                 device.read(offset, &mut data)?;
                 return Ok(data);
             }
-            Self::Write { offset, data } if !data.as_ref().is_empty() => {
+            Self::Write { offset, ref data } if !data.as_ref().is_empty() => {
                 device.write(offset, data.as_ref())?;
             }
             Self::Zero { offset, length, mode } if length > 0 => {
@@ -104,6 +108,12 @@ impl Op {
 pub trait Completion: Send + 'static {
     /// The request is done: what was read, nothing for all others.
     fn complete(self, result: Result<Vec<u8>>);
+
+    /// Where there is no space on the host ([`Error::wants_space`]): whether the request shall wait until
+    /// there is some, and who hears of that. Asked again after each try that fails. By default it fails.
+    fn waits(&self) -> Option<Log> {
+        None
+    }
 }
 
 impl<F: FnOnce(Result<Vec<u8>>) + Send + 'static> Completion for F {
@@ -120,15 +130,18 @@ pub(super) struct Queue {
     workers: Arc<Crew>,
     flusher: Arc<Crew>,
     /// Who waits for the flush that has not begun yet.
-    flushes: Mutex<Vec<Task>>,
+    flushes: Mutex<Vec<Box<dyn Flush>>>,
+    pub(super) waiters: Arc<Waiters>,
 }
 
 impl Queue {
-    pub fn new(workers: usize) -> Self {
+    /// Of the disk of this name.
+    pub fn new(disk: &str, workers: usize) -> Self {
         Self {
             workers: Crew::new("serve-work", workers),
             flusher: Crew::new("serve-flush", 1),
             flushes: Mutex::default(),
+            waiters: Waiters::new(disk),
         }
     }
 
@@ -136,9 +149,10 @@ impl Queue {
     pub fn close(&self) {
         self.workers.close();
         self.flusher.close();
+        self.waiters.close();
     }
 
-    fn take_flushes(&self) -> Vec<Task> {
+    fn take_flushes(&self) -> Vec<Box<dyn Flush>> {
         std::mem::take(&mut guard(&self.flushes))
     }
 }
@@ -162,7 +176,8 @@ impl Lease {
     /// [`Lease::submit`] of requests that may wait for the same: once the first has it, most of the
     /// others need no thread of their own.
     pub fn submit_all<C: Completion>(&self, requests: Vec<(Op, bool, C)>) {
-        let request = |(op, durable, done)| Request { lease: self.clone(), op, durable, done };
+        let request =
+            |(op, durable, done)| Request { lease: self.clone(), op: Some(op), durable, done };
         let requests: Vec<_> = requests.into_iter().map(request).collect();
         self.run(move |thread| {
             let mut requests = requests.into_iter();
@@ -184,9 +199,10 @@ impl Lease {
     /// # Errors
     /// As [`Lease::submit`].
     pub fn flush(&self, done: impl Completion) {
+        let request = Request { lease: self.clone(), op: None, durable: false, done };
         let first = {
             let mut flushes = guard(&self.served.queue.flushes);
-            flushes.push(Box::new(|result| done.complete(result.map(|()| Vec::new()))));
+            flushes.push(Box::new(request));
             flushes.len() == 1
         };
         if first {
@@ -207,9 +223,9 @@ impl Lease {
             waiting.extend(queue.take_flushes());
         }
         drop(self);
-        for done in waiting {
+        for flush in waiting {
             let result = result.clone();
-            caught(|| done(result));
+            caught(|| flush.flushed(result));
         }
     }
 }
@@ -217,47 +233,89 @@ impl Lease {
 /// A request on its way to a thread.
 struct Request<C> {
     lease: Lease,
-    op: Op,
+    /// None is a flush.
+    op: Option<Op>,
     durable: bool,
     done: C,
 }
 
+/// A request that is a flush.
+trait Flush: Send {
+    /// Answers it with the outcome.
+    fn flushed(self: Box<Self>, result: Result<()>);
+}
+
+impl<C: Completion> Flush for Request<C> {
+    fn flushed(self: Box<Self>, result: Result<()>) {
+        self.answer_or_wait(result.map(|()| Vec::new()));
+    }
+}
+
+impl<C: Completion> Waiter for Request<C> {
+    fn try_again(self: Box<Self>, thread: Result<()>) -> Option<Box<dyn Waiter>> {
+        let result = self.attempt(thread);
+        let (request, ..) = self.answer(result)?;
+        Some(Box::new(request))
+    }
+}
+
 impl<C: Completion> Request<C> {
     fn carry_out(self, thread: Result<()>) {
-        let Self { lease, op, durable, done } = self;
-        let result = thread.and_then(|()| op.carry_out(&*lease.served));
-        answer(lease, result, durable, done);
+        let result = self.attempt(thread);
+        self.answer_or_wait(result);
     }
 
     /// Takes a thread of its own if there is something to wait for.
     fn carry_out_now_or_later(self) {
-        match self.op.at_once(&*self.lease.served) {
+        let done = self.op.as_ref().map_or(Ok(()), |op| op.at_once(&*self.lease.served));
+        match done {
             Err(NotDone::WouldWait) => {
                 let lease = self.lease.clone();
                 lease.run(move |thread| self.carry_out(thread));
             }
-            done => {
-                let result = waited(done).map(|()| Vec::new());
-                answer(self.lease, result, self.durable, self.done);
-            }
+            done => self.answer_or_wait(waited(done).map(|()| Vec::new())),
         }
     }
-}
 
-fn answer(lease: Lease, result: Result<Vec<u8>>, durable: bool, done: impl Completion) {
-    match result {
-        Ok(_) if durable => lease.flush(done),
-        result => {
-            // Before the answer: whoever waits for it may then be the last and see to the close.
-            drop(lease);
-            done.complete(result);
+    fn attempt(&self, thread: Result<()>) -> Result<Vec<u8>> {
+        thread?;
+        let served = &*self.lease.served;
+        match &self.op {
+            Some(op) => op.carry_out(served),
+            None => served.flush().map(|()| Vec::new()),
         }
+    }
+
+    fn answer_or_wait(self, result: Result<Vec<u8>>) {
+        if let Some((request, error, log)) = self.answer(result) {
+            let waiters = request.lease.served.queue.waiters.clone();
+            waiters.add(Box::new(request), &error, log);
+        }
+    }
+
+    /// Answers the request, unless it waits for space: then it comes back.
+    fn answer(self, result: Result<Vec<u8>>) -> Option<(Self, Error, Log)> {
+        match result {
+            Err(error)
+                if error.wants_space()
+                    && let Some(log) = self.done.waits() =>
+            {
+                return Some((self, error, log));
+            }
+            Ok(_) if self.durable => self.lease.flush(self.done),
+            result => {
+                // Before the answer: whoever waits for it may then be the last and see to the close.
+                drop(self.lease);
+                self.done.complete(result);
+            }
+        }
+        None
     }
 }
 
 /// What `act` answers; nothing if it panics. Then it drops what answers the request, which says so,
 /// and the thread lives on.
-fn caught<T>(act: impl FnOnce() -> T) -> Option<T> {
+pub(super) fn caught<T>(act: impl FnOnce() -> T) -> Option<T> {
     catch_unwind(AssertUnwindSafe(act)).ok()
 }
 

@@ -105,13 +105,13 @@ impl<D: Disk> Served<D> {
         check_text(&name)?;
         check_text(&opened.description)?;
         Ok(Self {
+            queue: Queue::new(&name, opened.workers),
             name,
             description: opened.description,
             read_only: opened.read_only,
             shared: opened.shared,
             moments: Moments::default(),
             changing: Mutex::default(),
-            queue: Queue::new(opened.workers),
             entry,
             closed: false,
             disk: opened.disk,
@@ -138,6 +138,11 @@ impl<D: Disk + ?Sized> Served<D> {
     /// Whether it may have several users at a time.
     pub fn shared(&self) -> bool {
         self.shared
+    }
+
+    /// How many of its requests wait for space on the host.
+    pub fn waiting(&self) -> usize {
+        self.queue.waiters.count()
     }
 
     /// What it shows of itself as a file.

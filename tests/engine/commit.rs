@@ -1,6 +1,7 @@
 //! What commits and recovery write, to the byte: that no more is written than the protocol asks for,
 //! and that a write during a checkpoint is no part of it.
 
+use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -133,6 +134,41 @@ fn what_first_owns_a_block_of_a_group_allocates_its_page_and_nothing_else_does()
         own(&again, 9);
         assert_eq!(allocated.load(Ordering::Relaxed), 1, "the page was there already");
     }
+}
+
+#[test]
+fn a_flush_takes_no_space_where_its_group_has_a_block() {
+    let hooked = Arc::new(Hooked::new(memory()));
+    let folder: Arc<dyn Folder> = hooked.clone();
+    let chain = disk(&folder);
+    chain.write(0, &[1; BLOCK as usize]).unwrap();
+    let ring = JOURNAL_OFFSET.0..JOURNAL_OFFSET.0 + JOURNAL_RECORDS * BLOCK;
+    for write_too in [false, true] {
+        let ring = ring.clone();
+        hooked.on_calls(move |call| match call {
+            Call::Allocate { offset, .. } if !write_too && ring.contains(&offset) => {
+                Err(io::ErrorKind::StorageFull.into())
+            }
+            Call::Write { offset, .. } if write_too && ring.contains(&offset) => {
+                Err(io::ErrorKind::StorageFull.into())
+            }
+            _ => Ok(usize::MAX),
+        });
+        let block = 1 + u64::from(write_too);
+        chain.write(block * BLOCK, &[1; BLOCK as usize]).unwrap();
+        chain.flush().unwrap();
+        assert_eq!(stands(&folder), (vec![], (0..=block).collect()));
+        // Nor does a change of what was flushed last.
+        chain.write(block * BLOCK, &[2; BLOCK as usize]).unwrap();
+        chain.flush().unwrap();
+    }
+    // With space there are records again.
+    hooked.on_calls(|_| Ok(usize::MAX));
+    chain.write(3 * BLOCK, &[1; BLOCK as usize]).unwrap();
+    chain.flush().unwrap();
+    assert_eq!(stands(&folder), (vec![1], vec![0, 1, 2]));
+    chain.close().unwrap();
+    assert_eq!(stands(&folder).1, [0, 1, 2, 3]);
 }
 
 #[test]

@@ -110,6 +110,15 @@ const RUNNING: &[(&str, &[&str])] = &[
         &["crash/crash.rs every_call_of_fifty_scripts_fails"],
     ),
     (
+        "a host that is full for a while, under clients who wait",
+        &[
+            "engine/serve.rs what_finds_no_space_waits_and_holds_up_nothing",
+            "engine/serve.rs who_waits_no_more_gets_the_error_and_lets_go_of_the_disk",
+            "engine/commit.rs a_flush_takes_no_space_where_its_group_has_a_block",
+            "nbd/nbd_server.rs the_wait_for_space_ends_with_the_client_and_with_the_server",
+        ],
+    ),
+    (
         "EIO on parent, on sync, on punch",
         &[
             "crash/crash.rs every_call_of_fifty_scripts_fails",

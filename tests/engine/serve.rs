@@ -10,7 +10,7 @@ use testkit::device::{Op as Call, TestDevice};
 use thinply::device::{Device, Disk, ZeroMode};
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::serve::{
-    Broker, Completion, Desk, Facts, InUse, Lease, Leases, Listed, Op, Opened, Payload, Served,
+    Broker, Completion, Desk, Facts, InUse, Lease, Leases, Listed, Log, Op, Opened, Payload, Served,
 };
 use thinply::storage::{Folder, MemoryFolder, Storage};
 
@@ -89,6 +89,9 @@ fn patient() -> (Desk<Shelf>, Arc<TestDevice>) {
     (desk, device)
 }
 
+/// The answers to requests by name.
+type Answers<T> = Receiver<(T, Result<Vec<u8>>)>;
+
 /// A completion that a test can wait for.
 fn answer<T: Send + 'static>(to: &Sender<(T, Result<Vec<u8>>)>, name: T) -> impl Completion {
     let to = to.clone();
@@ -109,7 +112,7 @@ fn a_disk_is_opened_with_the_first_user_and_closed_after_the_last() {
     let (one, two) = (desk.lease("shared").unwrap(), desk.lease("shared").unwrap());
     let three = desk.visit("shared").unwrap();
     assert_eq!(opened(&desk), 1);
-    let found = InUse { name: "shared".into(), shared: true, users: 2 };
+    let found = InUse { name: "shared".into(), shared: true, users: 2, waiting: 0 };
     assert_eq!(desk.in_use(), [found]);
     drop((one, two.clone(), two));
     assert_eq!(device.count(Call::Close), 0);
@@ -354,4 +357,181 @@ fn a_panic_of_the_disk_drops_what_would_answer() {
     assert_eq!((next(&answers), next(&answers)), ("called", "dropped"));
     drop(lease);
     desk.settle(TOO_LONG).unwrap();
+}
+
+/// Who has its requests wait for space, until it says otherwise.
+#[derive(Clone)]
+struct Patient {
+    waits: Arc<AtomicBool>,
+    lines: Arc<Mutex<Vec<String>>>,
+    to: Sender<(u32, Result<Vec<u8>>)>,
+}
+
+struct Duty {
+    of: Patient,
+    name: u32,
+}
+
+impl Completion for Duty {
+    fn complete(self, result: Result<Vec<u8>>) {
+        self.of.to.send((self.name, result)).unwrap();
+    }
+
+    fn waits(&self) -> Option<Log> {
+        let lines = self.of.lines.clone();
+        let log: Log = Arc::new(move |line| lines.lock().unwrap().push(line.to_owned()));
+        self.of.waits.load(Ordering::Relaxed).then_some(log)
+    }
+}
+
+impl Patient {
+    fn new() -> (Self, Answers<u32>) {
+        let (to, answers) = mpsc::channel();
+        let waits = Arc::new(AtomicBool::new(true));
+        (Self { waits, lines: Arc::default(), to }, answers)
+    }
+
+    fn duty(&self, name: u32) -> Duty {
+        Duty { of: self.clone(), name }
+    }
+}
+
+fn write_block(block: u64) -> Op {
+    Op::Write { offset: block * 4096, data: Payload::Bytes(vec![block as u8 + 1; 4096]) }
+}
+
+/// Waits until so many requests of the desk's one disk wait for space.
+fn wait_until_waiting(desk: &Desk<Shelf>, count: usize) {
+    let deadline = std::time::Instant::now() + TOO_LONG;
+    while desk.in_use()[0].waiting != count {
+        assert!(std::time::Instant::now() < deadline, "{:?}", desk.in_use());
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn what_finds_no_space_waits_and_holds_up_nothing() {
+    let (desk, device) = desk();
+    let (patient, answers) = Patient::new();
+    let (to, others) = mpsc::channel();
+    let lease = desk.lease("disk").unwrap();
+    device.fail(Call::Write, ErrorKind::NoSpace);
+    device.fail(Call::Zero, ErrorKind::NoSpace);
+    // More than there are workers; some that are tried on another one's thread.
+    for name in 0..2 {
+        lease.submit(write_block(name), name == 1, patient.duty(name as u32));
+        wait_until_waiting(&desk, name as usize + 1);
+    }
+    let more = (2..5).map(|name| (write_block(name), false, patient.duty(name as u32)));
+    lease.submit_all(more.collect());
+    wait_until_waiting(&desk, 5);
+    let zero = Op::Zero { offset: 1 << 19, length: 4096, mode: ZeroMode::default() };
+    lease.submit(zero, false, patient.duty(5));
+    wait_until_waiting(&desk, 6);
+    // Who has no patience hears of it at once; all else goes on.
+    lease.submit(write_block(9), false, answer(&to, 0));
+    assert_eq!(kind(next(&others).1), ErrorKind::NoSpace);
+    lease.submit(Op::Read { offset: 0, length: 1 }, false, patient.duty(10));
+    lease.submit(Op::Trim { offset: 0, length: 4096 }, false, answer(&to, 1));
+    assert_eq!(next(&answers).1.unwrap(), [0]);
+    next(&others).1.unwrap();
+    // A flush does not wait for them, and covers none of them.
+    flush(&lease, &to, 2);
+    next(&others).1.unwrap();
+    assert_eq!((device.durable_writes(), lease.waiting()), (0, 6));
+    let tried = device.count(Call::Write);
+    device.wait_for(Call::Write, tried + 10);
+    assert!(answers.try_recv().is_err());
+    assert_eq!(patient.lines.lock().unwrap().len(), 1);
+    device.mend(Call::Write);
+    let mut names: Vec<_> = (0..5)
+        .map(|_| next(&answers))
+        .map(|(name, result)| {
+            result.unwrap();
+            name
+        })
+        .collect();
+    // Once it is written the durable one waits for the flusher.
+    names.retain(|name| *name != 1);
+    // There may have been space in the middle of a round.
+    let first = names.iter().position(|name| *name == 0).unwrap();
+    names.rotate_left(first);
+    assert_eq!(names, [0, 2, 3, 4]);
+    assert!(device.durable_writes() >= 2);
+    wait_until_waiting(&desk, 1);
+    device.mend(Call::Zero);
+    assert_eq!(next(&answers).0, 5);
+    let mut found = [0; 5 * 4096];
+    lease.read(0, &mut found).unwrap();
+    assert!((0..5).all(|block| found[block * 4096..][..4096] == [block as u8 + 1; 4096]));
+    wait_until_waiting(&desk, 0);
+    let deadline = std::time::Instant::now() + TOO_LONG;
+    while patient.lines.lock().unwrap().len() < 2 && std::time::Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(2));
+    }
+    let lines = patient.lines.lock().unwrap().clone();
+    let want =
+        ["disk waits for space on the host: planned to fail Write", "disk waits for space no more"];
+    assert_eq!(lines, want);
+    // And so once more.
+    device.fail(Call::Write, ErrorKind::NoSpace);
+    lease.submit(write_block(0), false, patient.duty(11));
+    wait_until_waiting(&desk, 1);
+    device.mend(Call::Write);
+    assert_eq!(next(&answers).0, 11);
+}
+
+#[test]
+fn a_flush_that_finds_no_space_waits_too() {
+    let (desk, device) = desk();
+    let (patient, answers) = Patient::new();
+    let (to, others) = mpsc::channel();
+    let lease = desk.lease("disk").unwrap();
+    lease.submit(write_block(0), false, patient.duty(0));
+    next(&answers).1.unwrap();
+    device.fail(Call::Flush, ErrorKind::NoSpace);
+    device.hold(Call::Flush);
+    lease.flush(patient.duty(1));
+    device.wait_for(Call::Flush, 1);
+    // These share the next one.
+    lease.flush(patient.duty(2));
+    flush(&lease, &to, 0);
+    device.release(Call::Flush);
+    assert_eq!(kind(next(&others).1), ErrorKind::NoSpace);
+    wait_until_waiting(&desk, 2);
+    // A write whose own flush finds none waits as well, and is not written twice.
+    lease.submit(write_block(1), true, patient.duty(3));
+    wait_until_waiting(&desk, 3);
+    assert_eq!((device.durable_writes(), device.count(Call::Write)), (0, 2));
+    device.mend(Call::Flush);
+    for name in 1..4 {
+        let (found, result) = next(&answers);
+        assert_eq!((found, result.unwrap()), (name, vec![]));
+    }
+    assert_eq!((device.durable_writes(), device.count(Call::Write)), (2, 2));
+}
+
+#[test]
+fn who_waits_no_more_gets_the_error_and_lets_go_of_the_disk() {
+    let (desk, device) = desk();
+    let (patient, answers) = Patient::new();
+    let lease = desk.lease("disk").unwrap();
+    device.fail(Call::Write, ErrorKind::NoSpace);
+    device.fail(Call::Flush, ErrorKind::NoSpace);
+    lease.submit(write_block(0), false, patient.duty(0));
+    lease.submit(write_block(1), true, patient.duty(1));
+    lease.flush(patient.duty(2));
+    wait_until_waiting(&desk, 3);
+    drop(lease);
+    assert_eq!(kind(desk.lease("disk")), ErrorKind::InUse);
+    // Another error is no reason to wait.
+    device.fail(Call::Flush, ErrorKind::Poisoned);
+    let (name, result) = next(&answers);
+    assert_eq!((name, kind(result)), (2, ErrorKind::Poisoned));
+    patient.waits.store(false, Ordering::Relaxed);
+    for _ in 0..2 {
+        assert_eq!(kind(next(&answers).1), ErrorKind::NoSpace);
+    }
+    desk.settle(TOO_LONG).unwrap();
+    assert_eq!(device.count(Call::Close), 1);
 }

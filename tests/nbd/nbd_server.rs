@@ -1,7 +1,8 @@
 //! The NBD server as clients see it: handshake, commands and their errors.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use testkit::device::{Op, TestDevice};
 use testkit::nbd::*;
@@ -321,6 +322,86 @@ fn device_errors_map_to_errnos() {
     let (device, served) = disk(MIB);
     device.fail(Op::Trim, ErrorKind::OutOfRange);
     assert_eq!(served.client().command(0, TRIM, 0, 4096).error, EINVAL);
+}
+
+/// A device that finds no space for writes, served to clients that wait for some.
+fn full(cold: bool) -> (Arc<TestDevice>, Served) {
+    let device = TestDevice::new(MIB);
+    let device = Arc::new(if cold { device.cold() } else { device });
+    device.fail(Op::Write, ErrorKind::NoSpace);
+    let config = ServerConfig { wait_for_space: true, ..ServerConfig::default() };
+    let served = Served::with_config(&device, config);
+    (device, served)
+}
+
+#[test]
+fn where_asked_for_a_write_waits_for_space() {
+    for cold in [false, true] {
+        let (device, served) = full(cold);
+        let mut client = served.client();
+        let waiting = client.start_write(FUA, 4096, &pattern(100_000));
+        // Tried, and tried again; meanwhile all else is answered.
+        device.wait_for(Op::Write, 3);
+        let read = client.start(0, READ, 0, 1);
+        let reply = client.reply();
+        assert_eq!((reply.cookie, reply.error), (read, 0), "the write was answered");
+        assert_eq!(device.durable_writes(), 0);
+        device.mend(Op::Write);
+        let reply = client.reply();
+        assert_eq!((reply.cookie, reply.error), (waiting, 0));
+        assert_eq!((client.read(4096, 100_000), device.durable_writes()), (pattern(100_000), 1));
+        let events = served.events.lock().unwrap();
+        assert!(events.iter().any(|event| event.contains("waits for space")), "{events:?}");
+    }
+}
+
+#[test]
+fn the_wait_for_space_ends_with_the_client_and_with_the_server() {
+    // With room for another request, and with none: then the client's end shows in another way.
+    for count in [1, 130] {
+        let (device, mut served) = full(false);
+        let ask = |client: &mut Client| {
+            let cookie = client.start_write(0, 0, &[1; 512]);
+            for _ in 1..count {
+                client.start_write(0, 0, &[1; 512]);
+            }
+            device.wait_for(Op::Write, device.count(Op::Write) + count + 2);
+            cookie
+        };
+        let mut client = served.client();
+        ask(&mut client);
+        drop(client);
+        // Nothing of it is tried any more.
+        let tried = || {
+            let tried = device.count(Op::Write);
+            thread::sleep(Duration::from_millis(600));
+            device.count(Op::Write) - tried
+        };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while tried() > 0 {
+            assert!(Instant::now() < deadline);
+        }
+        let mut client = served.client();
+        let waiting = ask(&mut client);
+        let begun = Instant::now();
+        served.stop().unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+        // The end may have come in the middle of a round.
+        let mut replies = (0..count).map(|_| client.reply());
+        assert_eq!(replies.find(|reply| reply.cookie == waiting).unwrap().error, ENOSPC);
+    }
+}
+
+#[test]
+fn who_says_goodbye_waits_for_space_no_more() {
+    let (device, served) = full(false);
+    let mut client = served.client();
+    let waiting = client.start_write(0, 0, &[1; 512]);
+    device.wait_for(Op::Write, 3);
+    client.start(0, DISC, 0, 0);
+    let reply = client.reply();
+    assert_eq!((reply.cookie, reply.error), (waiting, ENOSPC));
+    assert!(client.is_closed());
 }
 
 #[test]

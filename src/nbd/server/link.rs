@@ -8,6 +8,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -41,6 +42,8 @@ pub(super) struct Link {
     /// Who is at the other end, for the log.
     pub(super) peer: String,
     log: Log,
+    /// Requests that find no space on the host wait until there is some.
+    waits: AtomicBool,
 }
 
 #[derive(Default)]
@@ -84,9 +87,19 @@ impl Outbox {
 }
 
 impl Link {
-    pub(super) fn new(socket: OwnedFd, peer: String, log: Log) -> Self {
-        let (wake, outbox) = (OnceLock::new(), Mutex::default());
-        Self { socket, wake, outbox, peer, log }
+    pub(super) fn new(socket: OwnedFd, peer: String, log: Log, waits: bool) -> Self {
+        let (wake, outbox, waits) = (OnceLock::new(), Mutex::default(), AtomicBool::new(waits));
+        Self { socket, wake, outbox, peer, log, waits }
+    }
+
+    /// Who hears that a request waits for space on the host, if it may.
+    pub(super) fn waits(&self) -> Option<Log> {
+        self.waits.load(Ordering::Relaxed).then(|| self.log.clone())
+    }
+
+    /// Has those that wait for space fail, and no other one wait.
+    pub(super) fn wait_no_more(&self) {
+        self.waits.store(false, Ordering::Relaxed);
     }
 
     pub(super) fn socket(&self) -> &OwnedFd {
@@ -279,6 +292,7 @@ impl Link {
     /// Waits until no request is running any more; what they answer is dropped if the client is
     /// gone. Keeps a client that reconnects again and again from piling up work.
     pub(super) fn finish_running(&self) {
+        self.wait_no_more();
         loop {
             {
                 let mut outbox = guard(&self.outbox);
@@ -316,6 +330,7 @@ impl Link {
 
     /// Ends the stream of requests; what has arrived is still answered.
     pub(super) fn stop_reading(&self) {
+        self.wait_no_more();
         let _ = shutdown(&self.socket, Shutdown::Read);
     }
 
@@ -362,6 +377,10 @@ impl Ticket {
 
     pub(super) fn log(&self, event: &str) {
         self.link.log(event);
+    }
+
+    pub(super) fn waits(&self) -> Option<Log> {
+        self.link.waits()
     }
 }
 

@@ -48,6 +48,9 @@ pub struct ServerConfig {
     pub max_connections: usize,
     /// How long a client may take to negotiate. Default 10 seconds.
     pub handshake_timeout: Duration,
+    /// Whether a change that finds no space on the host waits until there is some, for as long as the
+    /// client is there. Default no.
+    pub wait_for_space: bool,
     /// How long running requests have to finish at shutdown. Default 10 seconds.
     pub drain_timeout: Duration,
     /// How long the flushes at the end may take. Default 60 seconds.
@@ -63,6 +66,7 @@ impl Default for ServerConfig {
         Self {
             max_connections: 1024,
             handshake_timeout: Duration::from_secs(10),
+            wait_for_space: false,
             drain_timeout: Duration::from_secs(10),
             flush_timeout: Duration::from_secs(60),
             stop_with_last_client: false,
@@ -206,7 +210,9 @@ impl Shared {
         }
         let id = clients.next;
         clients.next += 1;
-        let link = Arc::new(Link::new(socket, format!("client {id}"), self.config.log.clone()));
+        let waits = self.config.wait_for_space;
+        let peer = format!("client {id}");
+        let link = Arc::new(Link::new(socket, peer, self.config.log.clone(), waits));
         clients.links.insert(id, Arc::clone(&link));
         drop(clients);
         let guard = Registered { shared: Arc::clone(self), id };

@@ -5,7 +5,7 @@ use super::link::Ticket;
 use crate::device::{BLOCK_SIZE, Detail, Device, Extent, NotDone, Prefetch, Wait};
 use crate::error::{Error, ErrorKind, Result};
 use crate::nbd::proto::{self, Errno};
-use crate::serve::{AnyServed, Completion, Lease};
+use crate::serve::{AnyServed, Completion, Lease, Log};
 
 /// A read is split at no more places than this; beyond, zeros are sent as data.
 const MAX_READ_EXTENTS: usize = 64;
@@ -172,6 +172,10 @@ impl Completion for Answer {
             Ok(_) => self.ticket.succeed(),
             Err(error) => fail(self.ticket, self.what, &error, self.out_of_range),
         }
+    }
+
+    fn waits(&self) -> Option<Log> {
+        self.ticket.waits()
     }
 }
 

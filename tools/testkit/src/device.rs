@@ -95,6 +95,11 @@ impl TestDevice {
         self.state.lock().unwrap().faults.insert(op, kind);
     }
 
+    /// Has calls of `op` succeed again.
+    pub fn mend(&self, op: Op) {
+        self.state.lock().unwrap().faults.remove(&op);
+    }
+
     /// Has calls of `op` panic from now on.
     pub fn panic(&self, op: Op) {
         self.state.lock().unwrap().panics.push(op);

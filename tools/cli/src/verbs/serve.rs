@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use thinply::chain::Chain;
 use thinply::control::{Control, line};
 use thinply::error::{Error, ErrorKind, Result};
@@ -75,6 +75,10 @@ pub struct Serve {
     /// Clients served at a time; more are hung up on.
     #[arg(long, default_value_t = 1024, value_name = "N")]
     max_connections: usize,
+    /// What a change does that finds no space on the host: fail, or wait until there is some. Not
+    /// given, it waits under a mount (--fuse) and fails over NBD.
+    #[arg(long, value_enum, value_name = "WHAT")]
+    full: Option<Full>,
     /// Write the process id to a file once clients can connect.
     #[arg(long, value_name = "PATH")]
     pid_file: Option<PathBuf>,
@@ -83,6 +87,15 @@ pub struct Serve {
     once: bool,
     #[command(flatten)]
     layers: LayersArg,
+}
+
+/// What becomes of a change that finds no space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Full {
+    /// It waits until there is some.
+    Wait,
+    /// It fails.
+    Error,
 }
 
 impl Serve {
@@ -170,6 +183,7 @@ impl Serve {
         let config = ServerConfig {
             max_connections: self.max_connections,
             stop_with_last_client: self.once,
+            wait_for_space: self.full == Some(Full::Wait),
             log: say(),
             ..ServerConfig::default()
         };
@@ -224,7 +238,9 @@ impl Serve {
     ) -> Result<(Option<fuse::Server>, bool)> {
         let keep = holder.map(|holder| holder.clone() as Arc<dyn Keep>);
         let stop_with_last_file = self.once;
-        let shown = fuse::ServerConfig { keep, stop_with_last_file, log: say(), ..shown };
+        let wait_for_space = self.full != Some(Full::Error);
+        let shown =
+            fuse::ServerConfig { keep, stop_with_last_file, wait_for_space, log: say(), ..shown };
         if let Some((key, kept)) = holder.and_then(|holder| holder.inherit(fuse::KEPT).pop()) {
             return Ok((Some(fuse::Server::resume(&key, kept, disks, shown)?), true));
         }
