@@ -86,7 +86,7 @@ class Mounts(Mounting):
         (use,) = self.uses()
         self.assertEqual(use["target"], target)
         self.assertEqual(use["folders"], [str(self.dir)])
-        self.assertEqual((use["user"], use["read_only"]), (os.getuid(), False))
+        self.assertEqual((use["user"], use["read_only"], use["waiting"]), (os.getuid(), False, 0))
         self.assertTrue(os.path.exists(f"/proc/{use['pid']}"))
         self.assertTrue(os.path.exists(use["device"]))
         options = run("findmnt", "-n", "-o", "OPTIONS", self.dir)
@@ -367,6 +367,18 @@ class Deaths(Mounting):
         thinply("mount", self.target, self.dir)
         self.assertEqual((self.dir / "before").read_text(), "x" * 100000)
         thinply("umount", self.dir)
+
+    def test_a_server_that_hangs_is_ended_by_force(self):
+        for pid in (self.holder, self.server):
+            os.kill(pid, signal.SIGSTOP)
+        (self.dir / "lost").write_text("l")
+        done = subprocess.run([THINPLY, "umount", "--force", self.dir], capture_output=True, text=True, timeout=60)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertFalse(is_mounted(self.dir))
+        thinply("mount", self.target, self.dir)
+        self.assertEqual((self.dir / "before").read_text(), "x" * 100000)
+        thinply("umount", self.dir)
+        self.nothing_stays()
 
     def test_whoever_mounts_dies_on_the_way(self):
         thinply("umount", self.dir)

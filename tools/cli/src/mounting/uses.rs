@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::syncfs;
 use serde::Serialize;
-use thinply::control::{self, line};
+use thinply::control::{Answer, DiskUse, Request, line};
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::storage::{Access, Lock};
 use thinply::store::Store;
@@ -19,6 +20,8 @@ use super::served::is_ours;
 use crate::io::mountinfo::{self, Mounted};
 use crate::io::paths::{self, Place};
 
+/// How long a server may take to say what it does.
+const ANSWER: Duration = Duration::from_secs(1);
 /// How long the end of a use is waited for.
 const END: Duration = Duration::from_secs(10);
 
@@ -37,6 +40,8 @@ pub struct Use {
     pub read_only: bool,
     /// The process that serves it, as far as that is known.
     pub pid: Option<u32>,
+    /// How many of its requests wait for space on the host, as far as its server tells.
+    pub waiting: Option<usize>,
     /// Who attached it, by number; unknown where another program did.
     pub user: Option<u32>,
     /// Since when, RFC 3339.
@@ -52,10 +57,22 @@ pub struct Use {
 /// # Errors
 /// Host errors.
 pub fn all() -> Result<Vec<Use>> {
+    gather(true)
+}
+
+/// The same as the kernel tells, without asking servers, which takes longer and may have to wait.
+///
+/// # Errors
+/// Host errors.
+pub fn known() -> Result<Vec<Use>> {
+    gather(false)
+}
+
+fn gather(asks: bool) -> Result<Vec<Use>> {
     let mounts = mountinfo::all()?;
     let mut uses = Vec::new();
     for shows in mounts.iter().filter(|mounted| is_ours(mounted)) {
-        let server = Server::of(shows);
+        let server = if asks { Server::asked(shows) } else { Server::of(shows) };
         for attached in loops::over(&shows.folder)? {
             // Some file systems have a device number of their own.
             let shows = |at: &&Mounted| at.device == attached.device || at.source == attached.path;
@@ -89,7 +106,7 @@ pub fn at(folder: &Path) -> Result<(Use, Mounted)> {
     };
     let top = mountinfo::at(&folder)?;
     let found = top.and_then(|top| {
-        let uses = all().ok()?.into_iter();
+        let uses = known().ok()?.into_iter();
         let mut uses = uses.filter(|one| one.mounts.iter().any(|mounted| mounted.id == top.id));
         uses.next().map(|one| (one, top))
     });
@@ -106,7 +123,7 @@ pub fn at(folder: &Path) -> Result<(Use, Mounted)> {
 pub fn sync(store: &Store, container: &str) -> Result<()> {
     let name = Path::new("container").join(container);
     let store = paths::real(store.path())?;
-    let uses = all()?.into_iter();
+    let uses = known()?.into_iter();
     let uses = uses.filter(|one| one.target == name && one.store.as_ref() == Some(&store));
     for mounted in uses.filter_map(|one| one.mounts.into_iter().next()) {
         let fail = |error| Error::io(error, "syncing its file system").in_file(&mounted.folder);
@@ -131,8 +148,7 @@ pub fn await_end(used: &Use) -> Result<()> {
 
 fn is_free(used: &Use) -> Result<bool> {
     let sequence = used.attached.as_ref().map(|attached| &attached.sequence);
-    let all = all()?;
-    let there = all.iter().any(|one| match (&one.attached, sequence) {
+    let there = known()?.iter().any(|one| match (&one.attached, sequence) {
         (Some(attached), Some(sequence)) => attached.sequence == *sequence,
         (attached, sequence) => {
             attached.is_none() && sequence.is_none() && one.target == used.target
@@ -163,25 +179,45 @@ fn layer_of(store: &Path, name: &Path) -> Option<PathBuf> {
     Some(store.join(folder).join(format!("{name}.tply")))
 }
 
+/// Asks the process that serves a store, unless it is long in answering.
+fn ask(store: &Store, request: Request) -> Option<Answer> {
+    let (tell, told) = sync_channel(1);
+    let store = store.clone();
+    thread::spawn(move || tell.send(line::ask(&store, &request)));
+    told.recv_timeout(ANSWER).ok().flatten()?.ok()
+}
+
 /// Who shows the disks.
 struct Server<'a> {
     shows: &'a Mounted,
     room: Option<Room>,
     pid: Option<u32>,
     store: Option<PathBuf>,
+    /// The disks of the store, and who uses them.
+    disks: Vec<DiskUse>,
 }
 
 impl<'a> Server<'a> {
     fn of(shows: &'a Mounted) -> Self {
         let room = Room::find(&shows.source);
-        let store = Store::open(&shows.source).ok();
-        let pid = room.as_ref().and_then(Room::pid).or_else(|| {
-            match line::ask(store.as_ref()?, &control::Request::Status {})? {
-                Ok(control::Answer::Status { pid, .. }) => Some(pid),
-                _ => None,
-            }
-        });
-        Self { shows, room, pid, store: store.map(|_| shows.source.clone()) }
+        let pid = room.as_ref().and_then(Room::pid);
+        let store = Store::open(&shows.source).ok().map(|_| shows.source.clone());
+        Self { shows, room, pid, store, disks: Vec::new() }
+    }
+
+    /// [`Server::of`], with what the server says of itself.
+    fn asked(shows: &'a Mounted) -> Self {
+        let mut server = Self::of(shows);
+        let Some(Ok(store)) = server.store.as_deref().map(Store::open) else { return server };
+        if let Some(Answer::List { disks }) = ask(&store, Request::List {}) {
+            server.disks = disks;
+        }
+        if server.pid.is_none()
+            && let Some(Answer::Status { pid, .. }) = ask(&store, Request::Status {})
+        {
+            server.pid = Some(pid);
+        }
+        server
     }
 
     fn usage(&self, file: &Path, mounts: Vec<Mounted>, attached: Option<Attached>) -> Use {
@@ -193,7 +229,9 @@ impl<'a> Server<'a> {
             Some(attached) => attached.read_only,
             None => mounts.iter().all(|mounted| mounted.read_only),
         };
+        let told = self.disks.iter().find(|disk| Path::new(&disk.name) == target);
         Use {
+            waiting: told.map(|disk| disk.waiting),
             target,
             store: self.store.clone(),
             folders: mounts.iter().map(|mounted| mounted.folder.clone()).collect(),

@@ -123,7 +123,7 @@ pub struct Detach {
 impl Detach {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
-        let all = uses::all()?;
+        let all = uses::known()?;
         let is_device = self.target.starts_with("/dev");
         let served = match is_device {
             true => None,

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use rustix::process::geteuid;
+use rustix::process::{Pid, Signal, geteuid, kill_process};
 use thinply::error::{Error, ErrorKind, Result, shown};
 
 use crate::io::output;
@@ -213,23 +213,38 @@ fn by_fusermount(folder: &Path) -> Result<()> {
 
 /// Ends the file system of a use, wherever it is mounted.
 fn force(used: &Use) {
-    let mut mounts = used.mounts.iter().rev();
     if let Some(mounted) = used.mounts.last() {
-        // Where it hangs, whoever asks would. What can't be ended is only taken away.
+        // Whoever asks one that hangs would hang.
         let folder = mounted.folder.clone();
         let ended = thread::spawn(move || filesystem::shut_down(&folder));
         let deadline = Instant::now() + END;
         while !ended.is_finished() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(5));
         }
+        if !ended.is_finished() {
+            // Its server doesn't answer, and nothing of it can end while that is so.
+            used.pid.iter().for_each(|pid| kill_all(*pid));
+        }
     }
-    let mut failed = mounts
-        .by_ref()
-        .filter_map(|mounted| filesystem::unmount_at(&mounted.folder, mounted.id, true).err());
-    failed.by_ref().for_each(output::say);
-    if let Some(device) = &used.device
-        && let Err(error) = loops::detach(device)
-    {
+    for mounted in used.mounts.iter().rev() {
+        if let Err(error) = filesystem::unmount_at(&mounted.folder, mounted.id, true) {
+            output::say(error);
+        }
+    }
+    if let Some(Err(error)) = used.device.as_deref().map(loops::detach) {
         output::say(error);
+    }
+}
+
+/// Kills a server's holder and the server, which others can't follow then.
+fn kill_all(holder: u32) {
+    let children = format!("/proc/{holder}/task/{holder}/children");
+    let children = std::fs::read_to_string(children).unwrap_or_default();
+    let children = children.split_whitespace().filter_map(|child| child.parse().ok());
+    for pid in std::iter::once(holder).chain(children) {
+        if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+            // It may have ended.
+            let _ = kill_process(pid, Signal::KILL);
+        }
     }
 }

@@ -8,6 +8,8 @@ use crate::mounting::uses::{self, Use};
 use crate::verbs::{Answer, Outcome};
 
 /// Show what is mounted and attached where.
+///
+/// WAITING is how many requests to the disk wait for space on the host.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  thinply mounts --json")]
 pub struct Mounts {
@@ -24,7 +26,7 @@ impl Mounts {
         if self.json {
             output.json(&uses)?;
         } else {
-            let heading = ["TARGET", "DIR", "DEVICE", "MODE", "PID", "USER", "SINCE"];
+            let heading = ["TARGET", "DIR", "DEVICE", "MODE", "WAITING", "PID", "USER", "SINCE"];
             let rows: Vec<_> = uses.iter().flat_map(rows).collect();
             table::print(&mut output, &heading, &rows)?;
         }
@@ -42,6 +44,7 @@ fn rows(one: &Use) -> Vec<Vec<String>> {
             folder,
             one.device.as_ref().map_or_else(none, |device| device.display().to_string()),
             if one.read_only { "ro" } else { "rw" }.to_owned(),
+            one.waiting.map_or_else(none, |waiting| waiting.to_string()),
             one.pid.map_or_else(none, |pid| pid.to_string()),
             one.user.map_or_else(none, |user| user.to_string()),
             one.since.as_ref().map_or_else(none, |since| table::ago(since)),
