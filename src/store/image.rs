@@ -278,7 +278,7 @@ impl Store {
     /// being read, with their names; [`ErrorKind::InvalidInput`] for the id of one with several names;
     /// [`ErrorKind::Unsupported`] for what is no image of thinply.
     pub fn remove_image(&self, name: &str, force: bool) -> Result<RemovedImage> {
-        let _guard = self.lock()?;
+        let guard = self.lock()?;
         let mut index = Index::read(self)?;
         let named = index.find(name)?;
         let by_id = matches!(named, Named::ById(_));
@@ -327,6 +327,8 @@ impl Store {
             }
         }
         sync_folder(self.blobs())?;
+        // Where the disk is full, `gc` does that later.
+        let _ = self.forget_made(&guard);
         self.keep_reserve();
         Ok(removed)
     }

@@ -66,6 +66,9 @@ impl Store {
 
     /// Forgets what is gone.
     pub(super) fn forget_made(&self, guard: &Guard) -> Result<()> {
+        if self.made().is_ok_and(|made| made == Made::default()) {
+            return Ok(());
+        }
         let blobs: BTreeSet<_> = files::listing(self.blobs())?.into_iter().collect();
         let volumes = self.disk_names(DiskKind::Volume)?;
         self.change_made(guard, |made| {
@@ -85,6 +88,9 @@ impl Store {
         change(&mut made);
         if made == old {
             return Ok(());
+        }
+        if made == Made::default() {
+            return files::remove(self.root(), FILE);
         }
         files::replace(self.root(), FILE, &json::canonical(&made)?)
     }
