@@ -185,7 +185,7 @@ class DisksAsFiles(Case):
         with loop_device(host) as device, mounted(device, self.path("host")) as folder:
             data = pattern(2 * MiB, 1)
             layer = self.overlay("host/disk", 64 * MiB, [(MiB, data), (40 * MiB, data)])
-            with Files(layer) as files:
+            with Files(layer, "--full", "error") as files:
                 disk = files.folder / "disk.tply"
                 before, taken = digest(disk), used(layer)
                 with open(disk, "r+b", buffering=0) as file:
