@@ -1,6 +1,7 @@
 //! Files that other programs are using: a running VM, a mounted device.
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -36,17 +37,17 @@ fn writer(folder: &Folder, format: &str, name: &str) -> Option<Ended> {
     ]);
     let child = start(command.arg(name).current_dir(folder.path()).stdout(Stdio::null()));
     let ended = Ended(child);
-    let inode = {
-        use std::os::unix::fs::MetadataExt;
-        std::fs::metadata(folder.join(name)).unwrap().ino()
-    };
+    let meta = || std::fs::metadata(folder.join(name)).unwrap();
+    let inode = meta().ino();
+    // What is still growing may be read with a length that it had before.
+    let written = || meta().blocks() * 512 >= 1 << 20;
     // QEMU drops all locks but these once it has what it needs.
     let held = || {
         let locks = std::fs::read_to_string("/proc/locks").unwrap();
         locks.lines().any(|line| line.contains(&format!(":{inode} 100 101")))
     };
     for _ in 0..1000 {
-        if held() {
+        if held() && written() {
             break;
         }
         std::thread::sleep(Duration::from_millis(10));
