@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import socket as sockets
 import subprocess
 import sys
@@ -60,9 +61,19 @@ class Contender:
     def __init__(self, folder, size):
         self.folder, self.size = folder, size
 
+    def begin_round(self):
+        pass
+
 
 class Thinply(Contender):
     name, format, program = "thinply", "thinply", THINPLY
+
+    def begin_round(self):
+        """Where in memory the pages of a program's file happen to be makes one copy of it up to 5 % faster
+        than another: each round has copies of its own."""
+        place = self.folder.parent / f"program-{type(self).__name__}"
+        place.unlink(missing_ok=True)
+        self.program = shutil.copy(type(self).program, place)
 
     def create(self, name, parent=None):
         base = ["--parent", self.folder / parent] if parent else ["--size", self.size]
