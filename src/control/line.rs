@@ -26,6 +26,8 @@ const MAX_REQUEST: u64 = 4 << 20;
 const MAX_ANSWER: u64 = 1 << 30;
 /// How long a client may take to say what it wants, and to hear what came of it.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the process that serves may be silent before it is asked whether it still answers.
+const SILENCE: Duration = Duration::from_secs(5);
 /// Bytes that the kernel is handed at a time.
 const WRITTEN_AT_A_TIME: usize = 4 << 10;
 /// Requests that are carried out at a time; further clients are hung up on.
@@ -41,19 +43,54 @@ fn socket(store: &Store) -> PathBuf {
 ///
 /// # Errors
 /// The error that the process answers, with its kind; [`ErrorKind::Io`] for a process that answers
-/// nothing, or nonsense.
+/// nothing, or nonsense, or hangs.
 pub fn ask(store: &Store, request: &Request) -> Option<Result<Answer>> {
     let stream = connect(&socket(store)).ok()?;
-    Some(converse(&stream, request))
+    Some(converse(&stream, request, &|| is_answering(store)))
 }
 
-fn converse(mut stream: &UnixStream, request: &Request) -> Result<Answer> {
+/// Whether the process that serves a store answers at all; one that hangs, or that somebody stopped,
+/// doesn't. Takes ten seconds at most.
+pub fn is_answering(store: &Store) -> bool {
+    connect(&socket(store)).is_ok_and(|stream| {
+        let limited = stream.set_write_timeout(Some(SILENCE));
+        limited.is_ok() && converse(&stream, &Request::Status {}, &|| false).is_ok()
+    })
+}
+
+fn converse(
+    mut stream: &UnixStream,
+    request: &Request,
+    is_alive: &dyn Fn() -> bool,
+) -> Result<Answer> {
     let failed = |error| Error::io(error, "asking the process that serves the store");
     let mut line = request.to_json()?;
     line.push(b'\n');
     stream.write_all(&line).map_err(failed)?;
-    let line = read_line(&mut stream, MAX_ANSWER).map_err(failed)?;
+    stream.set_read_timeout(Some(SILENCE)).map_err(failed)?;
+    let line = read_line(&mut WhileAlive { stream, is_alive }, MAX_ANSWER).map_err(failed)?;
     reply_from_json(request, &line)
+}
+
+/// A stream that is waited for as long as whoever writes it does something else in the meantime.
+struct WhileAlive<'a> {
+    stream: &'a UnixStream,
+    is_alive: &'a dyn Fn() -> bool,
+}
+
+impl Read for WhileAlive<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.stream.read(buf) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if !(self.is_alive)() {
+                        return Err(io::Error::other("it does not answer"));
+                    }
+                }
+                done => return done,
+            }
+        }
+    }
 }
 
 /// Reads a line of at most `most` bytes.
@@ -196,6 +233,22 @@ impl Write for Until<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_answer_is_waited_for_as_long_as_whoever_gives_it_is_alive() {
+        let (client, server) = UnixStream::pair().unwrap();
+        client.set_read_timeout(Some(Duration::from_millis(5))).unwrap();
+        let asked = std::cell::Cell::new(0);
+        let answers_late = || {
+            asked.set(asked.get() + 1);
+            (&server).write_all(if asked.get() < 3 { b"x" } else { b"\n" }).is_ok()
+        };
+        let line = read_line(&mut WhileAlive { stream: &client, is_alive: &answers_late }, 9);
+        assert_eq!((line.unwrap(), asked.get()), (b"xx".to_vec(), 3));
+        let mut hanging = WhileAlive { stream: &client, is_alive: &|| false };
+        let error = read_line(&mut hanging, 9).unwrap_err();
+        assert!(error.to_string().contains("does not answer"), "{error}");
+    }
 
     #[test]
     fn who_says_a_request_byte_by_byte_has_no_more_time_than_others() {

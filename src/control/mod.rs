@@ -45,18 +45,21 @@ impl Control {
     /// [`ErrorKind::InUse`] where another process is; host errors.
     pub fn serving(store: Store, log: Log) -> Result<Self> {
         let desk = store.take_desk()?;
-        Ok(Self::with_desk(store, desk, log))
+        Ok(Self::with_desk(StoreBroker::new(store, log), desk))
     }
 
     /// [`Control::serving`] with what [`Store::take_desk`] gave to this process, or to one before it.
-    pub fn with_desk(store: Store, desk: Arc<dyn Storage>, log: Log) -> Self {
-        Self { lock: Some(desk), ..Self::private(store, log) }
+    pub fn with_desk(broker: StoreBroker, desk: Arc<dyn Storage>) -> Self {
+        Self { lock: Some(desk), ..Self::over(broker) }
     }
 
     /// A desk beside those of other processes, for a single request.
     pub fn private(store: Store, log: Log) -> Self {
-        let desk = Desk::new(StoreBroker::new(store, log));
-        Self { desk, since: now(), lock: None }
+        Self::over(StoreBroker::new(store, log))
+    }
+
+    fn over(broker: StoreBroker) -> Self {
+        Self { desk: Desk::new(broker), since: now(), lock: None }
     }
 
     /// The desk.

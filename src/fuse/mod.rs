@@ -30,7 +30,7 @@ use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind};
 
-pub use mount::{KEPT, KIND, Mount};
+pub use mount::{KEPT, KIND, Mount, abort, mount_id};
 pub use server::{Handle, Server, ServerConfig};
 
 /// How an error of a disk is told to whoever called.

@@ -1,16 +1,20 @@
 //! How a file system of ours comes to be mounted, and goes.
 
 use std::ffi::{CString, OsStr, OsString};
-use std::io;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, open, statx};
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, open, openat, statx};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, UnmountFlags, fsconfig_create, fsmount,
+    fsopen, mount, unmount,
+};
 use rustix::process::{getegid, geteuid};
 
 use super::proto::MAX_IO;
@@ -18,6 +22,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::serve::socket::receive_descriptors;
 
 const DEVICE: &str = "/dev/fuse";
+const CONNECTIONS: &str = "/sys/fs/fuse/connections";
 const HELPER: &str = "fusermount3";
 /// What lists of mounts tell ours by.
 pub const KIND: &str = "fuse.thinply";
@@ -60,6 +65,11 @@ impl Mount {
         };
         let id = mount_id(&folder).map_err(fail)?;
         Ok((Self { folder, id }, device))
+    }
+
+    /// The mount of this id at a folder, as lists of mounts tell of it.
+    pub fn listed(folder: &Path, id: u64) -> Self {
+        Self { folder: folder.into(), id }
     }
 
     /// What it is kept under.
@@ -105,10 +115,33 @@ impl Mount {
     }
 }
 
-/// The id of the mount that a path is in.
-fn mount_id(folder: &Path) -> io::Result<u64> {
+/// The id of the mount that a path is in. Asks no file system: one may hang.
+///
+/// # Errors
+/// Host errors.
+pub fn mount_id(folder: &Path) -> io::Result<u64> {
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC;
     Ok(statx(rustix::fs::CWD, folder, flags, StatxFlags::MNT_ID)?.stx_mnt_id)
+}
+
+/// Ends a connection by force: whoever waits for the server of a mount, or asks it later, gets an error.
+/// Its number is the minor one of the mount's device.
+///
+/// # Errors
+/// [`io::ErrorKind::NotFound`] where there is no such connection; host errors.
+pub fn abort(connection: u32) -> io::Result<()> {
+    let name = format!("{connection}/abort");
+    let found = match OpenOptions::new().write(true).open(Path::new(CONNECTIONS).join(&name)) {
+        // Not mounted on this host.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let context = fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
+            fsconfig_create(&context)?;
+            let all = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+            File::from(openat(all, &name, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?)
+        }
+        found => found?,
+    };
+    (&found).write_all(b"1")
 }
 
 fn options(device: &str) -> String {

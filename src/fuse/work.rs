@@ -76,12 +76,7 @@ pub(super) fn write(ticket: Ticket, handle: u64, offset: u64, data: &[u8], durab
         return ticket.fail(Errno::NOSPC);
     };
     let answer = |ticket| Answer { ticket, what: "write", of: Of::Count(data.len()) };
-    let tried = match disk.try_write(offset, data.into(), Wait::Never) {
-        // To wait for some takes another thread, as all waits do.
-        Err(error) if error.wants_space() && ticket.waits().is_some() => Ok(0),
-        tried => tried,
-    };
-    match tried {
+    match disk.write_at_once(offset, data.into(), || ticket.waits().is_some()) {
         Ok(count) if count == data.len() as u64 => match durable {
             true => disk.flush(answer(ticket)),
             false => ticket.succeed(&proto::written(data.len())),

@@ -39,6 +39,14 @@ pub trait Broker: Send + Sync + 'static {
     /// else has.
     fn open(&self, name: &str) -> Result<Opened<Self::Disk>>;
 
+    /// Hears that a disk that is open is about to get another user, who doesn't get it after an error.
+    ///
+    /// # Errors
+    /// Those of the implementation.
+    fn lend(&self, _name: &str) -> Result<()> {
+        Ok(())
+    }
+
     /// What a disk shows of itself as a file, opened or not.
     ///
     /// # Errors
@@ -63,6 +71,14 @@ pub trait Leases: Send + Sync {
     /// # Errors
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] where the one before stays.
     fn lease(&self, name: &str) -> Result<Lease>;
+
+    /// The same, for a user who had the disk when the process before this one died.
+    ///
+    /// # Errors
+    /// Those of [`Leases::lease`].
+    fn lease_again(&self, name: &str) -> Result<Lease> {
+        self.lease(name)
+    }
 
     /// The disk called `name` to be read beside its users, none of whom it keeps out.
     ///
@@ -238,6 +254,12 @@ impl<B: Broker> Desk<B> {
 
 impl<B: Broker> Leases for Desk<B> {
     fn lease(&self, name: &str) -> Result<Lease> {
+        let lease = self.lease_again(name)?;
+        self.0.broker.lend(name)?;
+        Ok(lease)
+    }
+
+    fn lease_again(&self, name: &str) -> Result<Lease> {
         let served = self.0.enter(name, Purpose::Lease)?;
         let (book, name) = (self.0.clone(), name.to_owned());
         let turn = Turn { leaving: Box::new(move || book.left(&name)) };

@@ -20,12 +20,13 @@
 //! - every completion is called once or dropped, while no lock of this room is held.
 //!
 //! Threads: a desk has none. A disk in use has up to [`Opened::workers`] workers, one flusher, and one
-//! for all that waits for space, each only while there is work for it and some seconds longer; they hold the disk only through the requests
-//! that they carry out. Whoever drops the last lease or visit closes the disk, on its own thread.
+//! for all that waits for space, each only while there is work for it and some seconds longer; they hold
+//! the disk only through the requests that they carry out. Whoever drops the last lease or visit closes the disk, on its own thread.
 //!
 //! Lock order: the turn to change a disk as a whole, then its moments (each change of content holds
 //! them for reading), then the kept blocks of one moment, then the device's own locks. The desk's book,
-//! the queue's state, the list of flushes and that of who waits for space are each held alone, and for no longer than a look.
+//! the queue's state, the list of flushes and that of who waits for space are each held alone, and for no
+//! longer than a look.
 //!
 //! # A front end
 //!

@@ -22,6 +22,7 @@ use super::space::{Waiter, Waiters};
 use super::{Lease, Log};
 use crate::device::{Attempt, Device, NotDone, Wait, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
+use crate::memory::Gather;
 use crate::planted::{Bug, planted};
 use crate::storage::Buffer;
 use crate::sync::{Condvar, Mutex, guard, spawn};
@@ -171,6 +172,23 @@ impl Lease {
     /// Those of the device are for `done`, and [`ErrorKind::Limit`] where there is no thread.
     pub fn submit(&self, op: Op, durable: bool, done: impl Completion) {
         self.submit_all(vec![(op, durable, done)]);
+    }
+
+    /// Writes what needs no wait, and answers how many bytes that was. Where there is no space on the host
+    /// and the request `waits` for some, it needs a wait: that takes another thread, as all waits do.
+    ///
+    /// # Errors
+    /// Those of [`Device::try_write`].
+    pub fn write_at_once(
+        &self,
+        offset: u64,
+        from: Gather<'_>,
+        waits: impl FnOnce() -> bool,
+    ) -> Result<u64> {
+        match self.try_write(offset, from, Wait::Never) {
+            Err(error) if error.wants_space() && waits() => Ok(0),
+            tried => tried,
+        }
     }
 
     /// [`Lease::submit`] of requests that may wait for the same: once the first has it, most of the

@@ -27,12 +27,14 @@ const TRY_AGAIN: Duration = Duration::from_millis(20);
 pub struct StoreBroker {
     store: Store,
     log: Log,
+    /// Whether nothing but mounts of this host gets its disks.
+    for_mounts: bool,
     /// What was damaged when the disks were listed last.
     told: Mutex<Vec<Finding>>,
 }
 
 /// What a name stands for.
-enum Named {
+pub(super) enum Named {
     Writable(DiskName),
     ReadOnlyVolume(DiskName),
     Snapshot(String, String),
@@ -49,7 +51,7 @@ fn is_whole(name: &str) -> bool {
 }
 
 impl Named {
-    fn parse(name: &str) -> Result<Self> {
+    pub fn parse(name: &str) -> Result<Self> {
         let (noun, rest) = name.split_once('/').ok_or_else(|| unknown(name))?;
         match (noun, rest.split_once('@'), rest.strip_suffix(":ro")) {
             ("image", ..) => Ok(Self::Image(rest.to_owned())),
@@ -62,6 +64,15 @@ impl Named {
             }
             ("volume", _, None) => Ok(Self::Writable(DiskName::new(DiskKind::Volume, rest)?)),
             _ => Err(unknown(name)),
+        }
+    }
+
+    /// The disk that it is, or that it was.
+    pub fn disk(&self) -> Result<DiskName> {
+        match self {
+            Self::Writable(disk) | Self::ReadOnlyVolume(disk) => Ok(disk.clone()),
+            Self::Snapshot(container, _) => DiskName::new(DiskKind::Container, container),
+            Self::Image(image) => Err(unknown(image)),
         }
     }
 
@@ -78,7 +89,14 @@ impl Named {
 impl StoreBroker {
     /// For the disks of `store`; `log` hears of what goes wrong where nobody waits for an answer.
     pub fn new(store: Store, log: Log) -> Self {
-        Self { store, log, told: Mutex::default() }
+        Self { store, log, for_mounts: false, told: Mutex::default() }
+    }
+
+    /// The same, for nothing but mounts of this host: what its kernel made stays its own
+    /// ([`Store::is_made_here`]).
+    #[must_use]
+    pub fn for_mounts(self) -> Self {
+        Self { for_mounts: true, ..self }
     }
 
     /// The store.
@@ -123,6 +141,13 @@ impl Broker for StoreBroker {
                 }
                 opened => return Ok(Opened { shared, ..Opened::new(opened?) }),
             }
+        }
+    }
+
+    fn lend(&self, name: &str) -> Result<()> {
+        match Named::parse(name)? {
+            Named::Writable(disk) if !self.for_mounts => self.store.note_foreign(&disk),
+            _ => Ok(()),
         }
     }
 

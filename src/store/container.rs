@@ -137,7 +137,7 @@ impl Store {
 
     /// The files below `file` in the folder of containers, newest first, and the blob they stand
     /// on.
-    fn own_layers(&self, file: &str) -> Result<(Vec<String>, Option<String>)> {
+    pub(super) fn own_layers(&self, file: &str) -> Result<(Vec<String>, Option<String>)> {
         let folder = self.folder(DiskKind::Container);
         let (mut own, mut next) = (Vec::new(), file.to_owned());
         loop {
@@ -179,7 +179,8 @@ impl Store {
             manifest: image.id.clone(),
             ..Record::default()
         };
-        self.create_disk(&disk, size, Some(&parent), &record, &guard)
+        self.create_disk(&disk, size, Some(&parent), &record, &guard)?;
+        self.note_new_container(&disk, &guard)
     }
 
     /// Bytes of disk that a container's own layers take, as far as they can be looked at:
@@ -378,7 +379,11 @@ impl Store {
         disk.clear_snapshot(&**folder)?;
         sync_folder(&**folder)?;
         self.drop_unneeded(&disk, &mut record)?;
-        self.write_record(&disk, &record)
+        self.write_record(&disk, &record)?;
+        match snapshot {
+            Some(_) => Ok(()),
+            None => self.note_new_container(&disk, &guard),
+        }
     }
 
     /// The blob that a container is reset to: that of its layer, or of its record where the layer
@@ -448,7 +453,7 @@ impl OpenDisk {
             reference: reference.clone(),
             created_by: format!("commit {}", disk.name),
             comment: comment.to_owned(),
-            made_here: store.is_made_here(&format!("container/{}", disk.name))?,
+            made_here: store.is_made_disk(disk)?,
             created: clock(),
         };
         let made = store.publish_blob(blob, Some(&image), &new)?;

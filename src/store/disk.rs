@@ -4,11 +4,13 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Deref;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
+use super::broker::Named;
 use super::features::{self, Need};
 use super::files::listing;
 use super::{Finding, Guard, Store, Survey, check_name, files, json, now};
@@ -125,6 +127,14 @@ impl DiskName {
         };
         check_name(what, name)?;
         Ok(Self { kind, name: name.to_owned() })
+    }
+
+    /// The disk that a name means by which front ends offer it to be written.
+    pub fn of_export(name: &str) -> Option<Self> {
+        match Named::parse(name) {
+            Ok(Named::Writable(disk)) => Some(disk),
+            _ => None,
+        }
     }
 
     pub(super) fn record_file(&self) -> String {
@@ -285,6 +295,11 @@ impl Store {
         names.retain(|name| check_name("a disk", name).is_ok());
         names.sort();
         Ok(names)
+    }
+
+    /// Where a disk's own layer is.
+    pub fn layer_path(&self, disk: &DiskName) -> PathBuf {
+        self.folder(disk.kind).path().join(disk.file())
     }
 
     /// The record of a disk; none where there is no such disk.

@@ -1,11 +1,17 @@
 //! `made`: file systems that this host made itself, which its kernel may therefore be let read
-//! (`docs/mounting.md`). Where the file says nothing of one, a stranger may have made it.
+//! (`docs/mounting.md`). Where the file says nothing of one, a stranger may have made it. It is sealed
+//! with a key of the host: what came from elsewhere says nothing, even to the store that it is in.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::broker::Named;
+use super::host_key::HostKey;
 use super::{DiskKind, DiskName, Guard, Store, files, json};
+use crate::chain::{Layer, MAX_DEPTH};
 use crate::error::{Error, ErrorKind, Result};
 use crate::live::newest_header;
 use crate::storage::{Access, open_in};
@@ -18,42 +24,89 @@ struct Made {
     layers: BTreeSet<String>,
     /// Volumes by their names, with the UUIDs of their layers: another one may come to have the name.
     volumes: BTreeMap<String, String>,
+    /// Containers that something else than the host's file system wrote.
+    foreign: BTreeSet<String>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Sealed {
+    #[serde(flatten)]
+    made: Made,
+    /// Hexadecimal [`HostKey::seal`] of this store's folder and the rest.
+    seal: String,
 }
 
 impl Store {
     /// Whether the file system on a disk, called as front ends call it, was made by this host, or stands
-    /// on such a one. (What was written to it since is not asked.)
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::Corrupt`] for a damaged list; host errors.
-    pub fn is_made_here(&self, name: &str) -> Result<bool> {
-        let made = self.made()?;
-        match name.split_once('/') {
-            Some(("image", image)) => Ok(made.layers.contains(&self.image(image)?.top()?)),
-            Some(("container", name)) => {
-                let name = name.split_once('@').map_or(name, |(name, _)| name);
-                let (container, _) = self.container(name)?;
-                Ok(container.base.is_some_and(|base| made.layers.contains(&base)))
-            }
-            Some(("volume", name)) => {
-                let known = made.volumes.get(name);
-                Ok(known.is_some_and(|known| {
-                    self.uuid_of_volume(name).is_ok_and(|uuid| uuid == *known)
-                }))
-            }
-            _ => Err(Error::new(ErrorKind::NotFound, format!("there is no disk called {name:?}"))),
-        }
-    }
-
-    /// Notes that this host made the file system on a volume.
+    /// on such a one, and nothing but this host's kernel wrote to it since.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`]; host errors.
-    pub fn note_made_volume(&self, name: &str) -> Result<()> {
+    pub fn is_made_here(&self, name: &str) -> Result<bool> {
+        match Named::parse(name)? {
+            Named::Image(image) => Ok(self.made().layers.contains(&self.image(&image)?.top()?)),
+            named => self.is_made_disk(&named.disk()?),
+        }
+    }
+
+    pub(super) fn is_made_disk(&self, disk: &DiskName) -> Result<bool> {
+        let made = self.made();
+        match disk.kind {
+            DiskKind::Container => {
+                let (container, _) = self.container(&disk.name)?;
+                let over_own = container.base.is_some_and(|base| made.layers.contains(&base));
+                Ok(over_own && !made.foreign.contains(&disk.name))
+            }
+            DiskKind::Volume => {
+                let known = made.volumes.get(&disk.name);
+                let is_it = |known: &String| {
+                    self.uuid_of_volume(&disk.name).is_ok_and(|uuid| uuid == *known)
+                };
+                Ok(known.is_some_and(is_it))
+            }
+        }
+    }
+
+    /// Notes that this host made the file system on a volume, or that nothing else has written to a
+    /// container over such a one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; host errors.
+    pub fn note_made(&self, disk: &DiskName) -> Result<()> {
+        if self.is_made_disk(disk)? {
+            return Ok(());
+        }
         let guard = self.lock()?;
-        let uuid = self.uuid_of_volume(name)?;
-        self.change_made(&guard, |made| {
-            made.volumes.insert(name.to_owned(), uuid);
+        match disk.kind {
+            DiskKind::Container => self.note_new_container(disk, &guard),
+            DiskKind::Volume => {
+                let uuid = self.uuid_of_volume(&disk.name)?;
+                self.change_made(&guard, |made| {
+                    made.volumes.insert(disk.name.clone(), uuid);
+                })
+            }
+        }
+    }
+
+    /// Notes, before it happens, that something else than this host's file system writes to a disk.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; host errors.
+    pub fn note_foreign(&self, disk: &DiskName) -> Result<()> {
+        if !self.is_made_disk(disk)? {
+            return Ok(());
+        }
+        let guard = self.lock()?;
+        self.change_made(&guard, |made| match disk.kind {
+            DiskKind::Container => drop(made.foreign.insert(disk.name.clone())),
+            DiskKind::Volume => drop(made.volumes.remove(&disk.name)),
+        })
+    }
+
+    /// Notes that a container holds what its image does.
+    pub(super) fn note_new_container(&self, disk: &DiskName, guard: &Guard) -> Result<()> {
+        self.change_made(guard, |made| {
+            made.foreign.remove(&disk.name);
         })
     }
 
@@ -66,33 +119,87 @@ impl Store {
 
     /// Forgets what is gone.
     pub(super) fn forget_made(&self, guard: &Guard) -> Result<()> {
-        if self.made().is_ok_and(|made| made == Made::default()) {
+        if self.made() == Made::default() {
             return Ok(());
         }
         let blobs: BTreeSet<_> = files::listing(self.blobs())?.into_iter().collect();
         let volumes = self.disk_names(DiskKind::Volume)?;
+        let containers = self.disk_names(DiskKind::Container)?;
         self.change_made(guard, |made| {
             made.layers.retain(|layer| blobs.contains(layer));
             made.volumes.retain(|name, _| volumes.contains(name));
+            made.foreign.retain(|name| containers.contains(name));
         })
     }
 
-    fn made(&self) -> Result<Made> {
-        Ok(json::read(self.root(), FILE)?.unwrap_or_default())
+    /// The files that decide what is on a disk, called as front ends call it: its layers and its record.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Corrupt`]; host errors.
+    pub fn decisive_files(&self, name: &str) -> Result<Vec<PathBuf>> {
+        let disk = match Named::parse(name)? {
+            Named::Image(image) => return self.blobs_from(&self.image(&image)?.top()?),
+            named => named.disk()?,
+        };
+        let folder = self.folder(disk.kind).path();
+        let mut found = vec![folder.join(disk.record_file()), folder.join(disk.file())];
+        if disk.kind == DiskKind::Container {
+            let (own, base) = self.own_layers(&disk.file())?;
+            let record = self.record(&disk)?.unwrap_or_default();
+            let frozen = record.frozen.into_iter().map(|frozen| frozen.file);
+            found.extend(own.into_iter().chain(frozen).map(|file| folder.join(file)));
+            if let Some(base) = base {
+                found.extend(self.blobs_from(&base)?);
+            }
+        }
+        Ok(found)
     }
 
-    /// A list that can't be read is begun anew: then more is refused, not less.
+    /// A layer among the blobs and those below it.
+    fn blobs_from(&self, top: &str) -> Result<Vec<PathBuf>> {
+        let (mut found, mut next) = (Vec::new(), Some(top.to_owned()));
+        while let Some(digest) = next {
+            let layer = Layer::open(open_in(self.blobs(), &digest, Access::Read)?)?;
+            found.push(self.blobs().path().join(&digest));
+            if found.len() > MAX_DEPTH {
+                return Err(Error::new(ErrorKind::Corrupt, "the layer is its own ancestor"));
+            }
+            next = layer.parent().map(|link| link.hint.clone());
+        }
+        Ok(found)
+    }
+
+    /// What can't be read, or isn't sealed by this host, says nothing.
+    fn made(&self) -> Made {
+        let sealed = json::read::<Sealed>(self.root(), FILE).ok().flatten();
+        let own = |sealed: &Sealed| {
+            HostKey::find().is_some_and(|key| self.seal(&key, &sealed.made) == sealed.seal)
+        };
+        sealed.filter(own).map(|sealed| sealed.made).unwrap_or_default()
+    }
+
+    /// A host without a key can't tell what it made: then more is refused, not less.
     fn change_made(&self, _: &Guard, change: impl FnOnce(&mut Made)) -> Result<()> {
-        let old = self.made().unwrap_or_default();
+        let old = self.made();
         let mut made = old.clone();
         change(&mut made);
         if made == old {
             return Ok(());
         }
-        if made == Made::default() {
+        if made.layers.is_empty() && made.volumes.is_empty() {
             return files::remove(self.root(), FILE);
         }
-        files::replace(self.root(), FILE, &json::canonical(&made)?)
+        let Some(key) = HostKey::find_or_make() else { return Ok(()) };
+        let seal = self.seal(&key, &made);
+        files::clear_folder(self.root(), FILE)?;
+        files::replace(self.root(), FILE, &json::canonical(&Sealed { made, seal })?)
+    }
+
+    /// What was noted for this folder, on this host.
+    fn seal(&self, key: &HostKey, made: &Made) -> String {
+        // A folder of another kind has no other to be told from.
+        let inode = std::fs::metadata(self.root().path()).map_or(0, |found| found.ino());
+        key.seal(inode, &json::canonical(made).unwrap_or_default())
     }
 
     fn uuid_of_volume(&self, name: &str) -> Result<String> {

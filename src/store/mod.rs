@@ -16,6 +16,7 @@ mod digest;
 mod disk;
 mod features;
 mod files;
+mod host_key;
 mod image;
 mod index;
 mod json;

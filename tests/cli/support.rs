@@ -182,6 +182,7 @@ impl Folder {
         command.args(args).current_dir(self.path());
         command.env_remove("THINPLY_LAYERS").env_remove("COLUMNS");
         command.env("THINPLY_ROOT", self.join("store"));
+        command.env("THINPLY_HOST_KEY", self.join("host.key"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }

@@ -260,11 +260,7 @@ impl Connection<'_> {
         let data = if buffered { &self.received.bytes()[..length] } else { &self.payload[..] };
         let result = match length {
             0 => Ok(0),
-            _ => match self.disk.try_write(offset, data.into(), Wait::Never) {
-                // To wait for some takes another thread, as all waits do.
-                Err(error) if error.wants_space() && self.link.waits().is_some() => Ok(0),
-                tried => tried,
-            },
+            _ => self.disk.write_at_once(offset, data.into(), || self.link.waits().is_some()),
         };
         // What is left has to wait. All of it is written then, as one piece of memory is handed on.
         let moved = match result {

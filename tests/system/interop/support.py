@@ -30,6 +30,8 @@ BLOCK = 4 * KiB
 
 # The system's own python3 is the one whose nbd module nbdsh looks for, and mkfs lives in sbin.
 os.environ["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin:" + os.environ.get("PATH", "")
+# What tests make is not this host's own.
+os.environ.setdefault("THINPLY_HOST_KEY", str(ROOT / "target/test-host.key"))
 # How long anything may take that should be instant, on a busy machine.
 PATIENCE = 60
 

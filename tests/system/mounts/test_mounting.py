@@ -1,80 +1,22 @@
 """`thinply mount`, `umount`, `attach`, `detach` and `mounts`: what is where, who may, and what stays after
 each order of deaths."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 import unittest
 from pathlib import Path
 
 from files import is_mounted, need_mounts
+from mounting import Mounting
 
-from support import THINPLY, MiB, Case, missing, run, thinply, wait_for
+from support import THINPLY, MiB, missing, run, thinply, wait_for
 
 
 def setUpModule():
     need_mounts("mkfs.xfs", "mkfs.btrfs", "sfdisk", "fuse2fs", "fusermount3")
-
-
-class Mounting(Case):
-    def setUp(self):
-        super().setUp()
-        self.top = Path(tempfile.mkdtemp(prefix="thinply-mounting-")).resolve()
-        self.addCleanup(self.clear)
-        self.runs, self.dir = self.top / "run", self.top / "mnt"
-        self.dir.mkdir()
-        os.environ["THINPLY_ROOT"] = str(self.top / "store")
-        os.environ["THINPLY_RUN"] = str(self.runs)
-        self.addCleanup(os.environ.pop, "THINPLY_ROOT")
-        self.addCleanup(os.environ.pop, "THINPLY_RUN")
-
-    def clear(self):
-        """Whatever a failed test has left."""
-        run("pkill", "-KILL", "-f", "--", f"--fuse {self.runs}", status=None)
-        for _ in range(3):
-            lines = Path("/proc/self/mountinfo").read_text().splitlines()
-            for folder in [line.split()[4] for line in lines]:
-                if folder.startswith(str(self.top)):
-                    run("umount", "-l", folder, status=None)
-        for device in run("losetup", "-n", "-O", "NAME,BACK-FILE").splitlines():
-            if str(self.top) in device:
-                run("losetup", "-d", device.split()[0], status=None)
-        shutil.rmtree(self.top, ignore_errors=True)
-
-    def uses(self):
-        """What is mounted and attached, beside what others do meanwhile."""
-        uses = json.loads(thinply("mounts", "--json"))
-        return [use for use in uses if str(self.top) in (use["store"] or use["target"])]
-
-    def nothing_stays(self):
-        self.assertEqual(self.uses(), [])
-        mounts = Path("/proc/self/mountinfo").read_text()
-        wait_for(lambda: str(self.top) not in Path("/proc/self/mountinfo").read_text(), f"no mount {mounts}")
-        self.assertNotIn(str(self.top), run("losetup", "-n", "-O", "BACK-FILE", status=None))
-        found = lambda: run("pgrep", "-f", "--", f"--fuse {self.runs}", status=None)
-        wait_for(lambda: not found(), "the server's end")
-
-    def container(self, name="web"):
-        tree = self.top / "tree"
-        if not tree.exists():
-            tree.mkdir()
-            (tree / "hello").write_text("world")
-            thinply("image", "build-from", tree, "base")
-        thinply("container", "create", "--name", name, "base")
-        return f"container/{name}"
-
-    def volume(self, name="data", size="64M"):
-        thinply("volume", "create", "--size", size, "--fs", "ext4", name)
-        return f"volume/{name}"
-
-    def refused(self, *command, says):
-        done = subprocess.run([THINPLY, *map(str, command)], capture_output=True, text=True, timeout=60)
-        self.assertEqual(done.returncode, 2, done.stdout + done.stderr)
-        self.assertIn(says, done.stderr)
 
 
 class Mounts(Mounting):
@@ -114,7 +56,7 @@ class Mounts(Mounting):
         # Both have the UUID of their image's file system.
         (self.dir / "mine").write_text("one")
         self.assertFalse((other / "mine").exists())
-        self.refused("mount", one, other, says="somebody else writes it")
+        self.refused("mount", one, other, says=f"is mounted at {self.dir} already")
         self.refused("container", "rm", "one", says="in use")
         thinply("umount", self.dir)
         thinply("container", "rm", "one")
@@ -197,9 +139,11 @@ class Mounts(Mounting):
             part = thinply("attach", "--partition", 2, layer).strip()
             self.assertEqual(run("blockdev", "--getsize64", part).strip(), str(200 * MiB))
             run("mkfs.ext4", "-q", "-F", part)
-            self.refused("mount", "--trust", "--partition", 2, layer, self.dir, says="is in use as /dev/loop")
-            self.refused("mount", "--trust", layer, self.dir, says="no file system that is known")
+            self.refused("mount", "--trust", "--partition", 2, layer, self.dir, says="is attached as /dev/loop")
+            (use,) = self.uses()
+            self.assertEqual((use["device"], use["partition"]), (part, 2))
             thinply("detach", layer)
+            self.refused("mount", "--trust", layer, self.dir, says="but partitions: --partition 1, 2")
             thinply("mount", "--trust", "--partition", 2, layer, self.dir)
             (self.dir / "x").write_text(kind)
             thinply("umount", self.dir)
@@ -224,12 +168,22 @@ class Mounts(Mounting):
         self.assertEqual((self.dir / "x").read_text(), "y")
         with self.assertRaises(OSError):
             (self.dir / "x").write_text("z")
+        self.refused("umount", self.top, says="nothing of thinply is mounted there")
         thinply("umount", self.dir)
+        # What is mounted gets other options.
+        run("mount", "-T", fstab, self.dir)
+        run("mount", "-T", fstab, "-o", "remount,ro", self.dir)
+        with self.assertRaises(OSError):
+            (self.dir / "x").write_text("z")
+        run("mount", "-T", fstab, "-o", "remount,rw", self.dir)
+        (self.dir / "x").write_text("z")
+        run("umount", self.dir)
         self.nothing_stays()
 
     def test_what_cannot_be_says_why_and_leaves_nothing(self):
         target = self.container()
         for command, says in [
+            (("mount", "web", self.dir), "disks of the store are called as in container/web"),
             (("mount", "container/none", self.dir), "no container"),
             (("mount", target, self.top / "nowhere"), "No such file"),
             (("mount", target, "/etc/passwd"), "Not a directory"),
@@ -256,6 +210,68 @@ class Mounts(Mounting):
         self.refused("umount", other, says="nothing of thinply is mounted there")
         thinply("umount", self.dir)
         self.nothing_stays()
+
+    def test_umount_takes_what_mount_took(self):
+        target, link = self.volume(), self.top / "link"
+        link.symlink_to("mnt")
+        for name in (self.dir, link, f"{self.dir}/", target):
+            thinply("mount", target, self.dir)
+            thinply("umount", name)
+            self.nothing_stays()
+        thinply("mount", target, self.dir)
+        (use,) = self.uses()
+        thinply("umount", use["device"])
+        self.nothing_stays()
+
+    def test_a_refusal_stands_in_nobodys_way(self):
+        thinply("volume", "create", "--size", "32M", "blank")
+        for _ in range(8):
+            self.refused("mount", "volume/blank", self.dir, says="no file system that is known")
+            thinply("volume", "rm", "blank")
+            thinply("volume", "create", "--size", "32M", "blank")
+        target = self.volume()
+        for _ in range(15):
+            thinply("mount", target, self.dir)
+            # Whose server may just be coming to its end.
+            run("umount", self.dir)
+        thinply("mount", target, self.dir)
+        place = self.top / "place"
+        place.mkdir()
+        for command in (("mount", target, place), ("mount", "--read-only", target, place), ("attach", target),
+                        ("attach", "--read-only", target)):
+            began = time.monotonic()
+            self.refused(*command, says=f"{target}: is mounted at {self.dir} already")
+            self.assertLess(time.monotonic() - began, 1.5, "nobody is waited for")
+        thinply("umount", self.dir)
+        self.nothing_stays()
+
+    def test_a_mount_may_hide_its_own_store(self):
+        target = self.volume()
+        thinply("mount", target, self.top / "store")
+        self.assertEqual([use["target"] for use in self.uses()], [target])
+        thinply("umount", self.top / "store")
+        self.nothing_stays()
+
+    def test_rooms_of_servers_that_have_ended_are_cleared_away(self):
+        layers = [self.top / f"{number}.tply" for number in range(4)]
+        for layer in layers:
+            thinply("create", "--size", "16M", layer)
+            thinply("attach", layer)
+        self.assertEqual(len(list(self.runs.iterdir())), 4)
+        for layer in layers[1:]:
+            thinply("detach", layer)
+        self.nothing_runs_but(1)
+        target = self.volume()
+        thinply("mount", target, self.dir)
+        self.assertEqual(len(list(self.runs.iterdir())), 2)
+        self.assertEqual({use["target"] for use in self.uses()}, {str(layers[0]), target})
+        thinply("detach", layers[0])
+        thinply("umount", self.dir)
+        self.nothing_stays()
+
+    def nothing_runs_but(self, count):
+        found = lambda: run("pgrep", "-f", "--", f"^[^ ]*thinply serve .*{self.runs}", status=None).split()
+        wait_for(lambda: len(found()) <= 2 * count, "the end of servers")
 
     def test_state_of_somebody_else_is_not_used(self):
         target = self.volume()
@@ -313,6 +329,13 @@ class Deaths(Mounting):
         self.holder = self.use["pid"]
         self.server = int(run("pgrep", "-P", self.holder).split()[0])
 
+    def comes_back(self):
+        """It is mounted again, with all that was synced."""
+        thinply("mount", self.target, self.dir)
+        self.assertEqual((self.dir / "before").read_text(), "x" * 100000)
+        thinply("umount", self.dir)
+        self.nothing_stays()
+
     def test_the_server_dies(self):
         for _ in range(3):
             os.kill(self.server, signal.SIGKILL)
@@ -336,16 +359,22 @@ class Deaths(Mounting):
         os.kill(self.holder, signal.SIGKILL)
         os.kill(self.server, signal.SIGKILL)
 
+    def test_both_die_and_umount_says_what_may_be_lost(self):
+        (self.dir / "late").write_text("l" * 100000)
+        self.both_die()
+        self.refused("umount", self.dir, says="what was written since it was synced last may be lost")
+        # It is unmounted all the same, and nothing is left of its server.
+        self.assertFalse(is_mounted(self.dir))
+        self.nothing_stays()
+        self.comes_back()
+
     def test_both_die_and_it_is_unmounted_by_force(self):
         self.both_die()
         self.refused("mount", self.target, self.top / "nowhere", says="No such file")
         thinply("umount", "--force", self.dir)
         self.assertFalse(is_mounted(self.dir))
         # The next mount clears away what is left of the server.
-        thinply("mount", self.target, self.dir)
-        self.assertEqual((self.dir / "before").read_text(), "x" * 100000)
-        thinply("umount", self.dir)
-        self.nothing_stays()
+        self.comes_back()
 
     def test_both_die_and_the_system_unmounts(self):
         self.both_die()
@@ -358,15 +387,17 @@ class Deaths(Mounting):
         inside = subprocess.Popen(["sleep", "1000"], cwd=self.dir)
         self.addCleanup(inside.kill)
         self.refused("umount", self.dir, says="--force unmounts it")
+        began = time.monotonic()
         thinply("umount", "--force", self.dir)
+        self.assertLess(time.monotonic() - began, 60)
         self.assertFalse(is_mounted(self.dir))
+        # Its layer is free, whoever stands there still.
+        thinply("resize", self.target, "128M")
         inside.kill()
         inside.wait()
         self.nothing_stays()
         # Its journal is replayed, and all that was synced is there.
-        thinply("mount", self.target, self.dir)
-        self.assertEqual((self.dir / "before").read_text(), "x" * 100000)
-        thinply("umount", self.dir)
+        self.comes_back()
 
     def test_a_server_that_hangs_is_ended_by_force(self):
         for pid in (self.holder, self.server):
@@ -375,10 +406,51 @@ class Deaths(Mounting):
         done = subprocess.run([THINPLY, "umount", "--force", self.dir], capture_output=True, text=True, timeout=60)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertFalse(is_mounted(self.dir))
-        thinply("mount", self.target, self.dir)
-        self.assertEqual((self.dir / "before").read_text(), "x" * 100000)
-        thinply("umount", self.dir)
+        self.comes_back()
+
+    def stopped(self):
+        """The server does not answer, nor does its holder start another one."""
+        for pid in (self.holder, self.server):
+            os.kill(pid, signal.SIGSTOP)
+            self.addCleanup(run, "kill", "-KILL", pid, status=None)
+
+    def test_a_server_that_hangs_holds_nobody_up_for_ever(self):
+        other, place = self.volume("other"), self.top / "place"
+        place.mkdir()
+        thinply("mount", self.container(), place)
+        thinply("umount", place)
+        self.stopped()
+        for command in (("mount", other, place), ("attach", other), ("umount", self.dir),
+                        ("container", "snapshot", "web", "then"), ("resize", self.target, "128M")):
+            self.refused(*command, says="does not answer")
+        self.assertEqual([use["target"] for use in self.uses()], [self.target])
+        thinply("umount", "--force", self.dir)
+        self.comes_back()
+
+    def test_what_the_systems_umount_hangs_on_is_ended_by_its_name(self):
+        self.stopped()
+        (self.dir / "lost").write_text("l")
+        hanging = subprocess.Popen(["umount", self.dir])
+        wait_for(lambda: not is_mounted(self.dir), "the folder to be free")
+        self.assertIsNone(hanging.poll())
+        self.refused("umount", self.dir, says="nothing of thinply is mounted there")
+        self.refused("umount", self.target, says="detach it")
+        thinply("umount", "--force", self.target)
+        hanging.wait(timeout=60)
+        self.comes_back()
+
+    def test_a_mount_that_another_namespace_keeps(self):
+        keeping = subprocess.Popen(["unshare", "--mount", "sleep", "1000"])
+        self.addCleanup(keeping.kill)
+        wait_for(lambda: os.readlink(f"/proc/{keeping.pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt"), "a namespace")
+        says = f"stays in use: process {keeping.pid} has it mounted in a namespace of its own"
+        self.refused("umount", self.dir, says=says)
+        self.assertFalse(is_mounted(self.dir))
+        self.refused("detach", self.target, says=says)
+        keeping.kill()
+        keeping.wait()
         self.nothing_stays()
+        self.comes_back()
 
     def test_whoever_mounts_dies_on_the_way(self):
         thinply("umount", self.dir)

@@ -35,7 +35,21 @@ pub struct Mounted {
 /// All mounts, those that hide others behind them.
 pub fn all() -> Result<Vec<Mounted>> {
     let list = fs::read(LIST).map_err(|error| Error::io(error, "reading the mounts"))?;
-    Ok(list.split(|&byte| byte == b'\n').filter_map(parse).collect())
+    Ok(parse_all(&list))
+}
+
+/// A process that sees a device mounted which this one doesn't, as far as this one may ask.
+pub fn elsewhere(device: &str) -> Option<u32> {
+    let processes = fs::read_dir("/proc").ok()?.flatten();
+    let mut processes = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    processes.find(|process: &u32| {
+        let list = fs::read(format!("/proc/{process}/mountinfo")).unwrap_or_default();
+        parse_all(&list).iter().any(|mounted| mounted.device == device)
+    })
+}
+
+fn parse_all(list: &[u8]) -> Vec<Mounted> {
+    list.split(|&byte| byte == b'\n').filter_map(parse).collect()
 }
 
 /// The mount that a path shows, where one is just there.

@@ -4,10 +4,12 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use thinply::chain::{Chain, Gate};
 use thinply::error::{Error, ErrorKind, Result};
-use thinply::storage::{Access, FileFolder, Folder, Storage, open_in};
+use thinply::storage::{Access, FileFolder, Folder, Lock, Storage, open_in};
 
 /// A layer file: its folder and its name in it.
 #[derive(Clone, Debug)]
@@ -49,6 +51,22 @@ impl Place {
         open_in(&*self.folder, &self.name, access)
     }
 
+    /// Waits, for a while, until nobody writes it. Answers whether that is so.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn await_free(&self, limit: Duration) -> Result<bool> {
+        const PAUSE: Duration = Duration::from_millis(2);
+        let deadline = Instant::now() + limit;
+        while self.open(Access::Read)?.lock(Lock::Shared).is_err() {
+            if Instant::now() > deadline {
+                return Ok(false);
+            }
+            thread::sleep(PAUSE);
+        }
+        Ok(true)
+    }
+
     /// Opens the chain that ends with this file.
     pub fn chain(&self, access: Access, layers: Arc<Gate>) -> Result<Chain> {
         let opened = Chain::open(self.folder.clone(), &self.name, access, layers);
@@ -68,21 +86,27 @@ pub fn real(path: &Path) -> Result<PathBuf> {
     fs::canonicalize(path).map_err(|error| Error::io(error, "opening the file").in_file(path))
 }
 
-/// The canonical folder and the name of a file that is still to be made.
-pub fn vacant(path: &Path) -> Result<(PathBuf, OsString)> {
-    let Some(name) = path.file_name() else {
-        return Err(Error::new(ErrorKind::InvalidInput, "names no file").in_file(path));
-    };
+/// The canonical folder that a path is in, and its name there; none where it has no name.
+pub fn split(path: &Path) -> Result<Option<(PathBuf, OsString)>> {
+    let Some(name) = path.file_name() else { return Ok(None) };
     let directory = match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
     };
     let directory = fs::canonicalize(directory)
         .map_err(|error| Error::io(error, "looking at the folder").in_file(directory))?;
-    if fs::symlink_metadata(directory.join(name)).is_ok() {
+    Ok(Some((directory, name.to_owned())))
+}
+
+/// The canonical folder and the name of a file that is still to be made.
+pub fn vacant(path: &Path) -> Result<(PathBuf, OsString)> {
+    let Some((directory, name)) = split(path)? else {
+        return Err(Error::new(ErrorKind::InvalidInput, "names no file").in_file(path));
+    };
+    if fs::symlink_metadata(directory.join(&name)).is_ok() {
         return Err(Error::new(ErrorKind::Exists, "is there already").in_file(path));
     }
-    Ok((directory, name.to_owned()))
+    Ok((directory, name))
 }
 
 /// Layer names are stored in the layers above them, as UTF-8.

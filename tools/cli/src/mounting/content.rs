@@ -34,7 +34,8 @@ pub fn find(disk: &File, offset: u64) -> Result<Option<FileSystem>> {
     Ok(told(&bytes))
 }
 
-fn read_until_end(disk: &File, into: &mut [u8], offset: u64) -> io::Result<usize> {
+/// Fills a buffer from an offset of a disk, as far as the disk goes. Answers how far that was.
+pub fn read_until_end(disk: &File, into: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;
     while let Some(rest) = into.get_mut(done..).filter(|rest| !rest.is_empty()) {
         match disk.read_at(rest, offset + done as u64)? {

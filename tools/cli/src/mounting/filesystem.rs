@@ -1,17 +1,20 @@
 //! Mounting and unmounting, by the kernel.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, open, statx};
+use rustix::fs::{Mode, OFlags, open, syncfs};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
-    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, unmount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags,
+    fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount_remount,
+    move_mount, unmount,
 };
 use thinply::error::{Error, ErrorKind, Result, shown};
+use thinply::fuse::mount_id;
 
 /// Options of the mount itself, with what they set and clear.
 const ATTRIBUTES: [(&str, MountAttrFlags, MountAttrFlags); 14] = [
@@ -30,6 +33,15 @@ const ATTRIBUTES: [(&str, MountAttrFlags, MountAttrFlags); 14] = [
     ("relatime", NONE, TIMES),
     ("defaults", NONE, NONE),
 ];
+/// What mount(2) calls them.
+const FLAGS: [(MountAttrFlags, MountFlags); 6] = [
+    (MountAttrFlags::MOUNT_ATTR_RDONLY, MountFlags::RDONLY),
+    (MountAttrFlags::MOUNT_ATTR_NOSUID, MountFlags::NOSUID),
+    (MountAttrFlags::MOUNT_ATTR_NODEV, MountFlags::NODEV),
+    (MountAttrFlags::MOUNT_ATTR_NOEXEC, MountFlags::NOEXEC),
+    (MountAttrFlags::MOUNT_ATTR_NOATIME, MountFlags::NOATIME),
+    (MountAttrFlags::MOUNT_ATTR_STRICTATIME, MountFlags::STRICTATIME),
+];
 const NONE: MountAttrFlags = MountAttrFlags::empty();
 const TIMES: MountAttrFlags = MountAttrFlags::MOUNT_ATTR__ATIME;
 
@@ -39,6 +51,8 @@ pub struct Options {
     attributes: MountAttrFlags,
     /// Those of the file system.
     own: Vec<String>,
+    /// Whether they are for what is mounted already.
+    pub again: bool,
 }
 
 impl Options {
@@ -46,13 +60,14 @@ impl Options {
     /// are asked for.
     pub fn parse<'a>(texts: impl IntoIterator<Item = &'a str>) -> Self {
         let usual = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-        let mut options = Self { attributes: usual, own: Vec::new() };
+        let mut options = Self { attributes: usual, own: Vec::new(), again: false };
         for word in texts.into_iter().flat_map(|text| text.split(',')) {
             match ATTRIBUTES.iter().find(|(name, ..)| *name == word) {
                 Some((_, set, clear)) => {
                     options.attributes = (options.attributes - *clear) | *set;
                 }
                 None if word.is_empty() => {}
+                None if word == "remount" => options.again = true,
                 None => options.own.push(word.to_owned()),
             }
         }
@@ -94,6 +109,12 @@ impl Place {
     }
 }
 
+/// Why whoever may not mount is refused.
+pub fn not_root() -> Error {
+    let detail = "only root may mount (CAP_SYS_ADMIN); --user mounts by fuse2fs";
+    Error::new(ErrorKind::PermissionDenied, detail)
+}
+
 /// Mounts the file system of type `kind` on a block device.
 ///
 /// # Errors
@@ -105,10 +126,7 @@ pub fn mount(device: &Path, kind: &str, options: &Options, place: &Place) -> Res
             let detail = format!("the kernel has no file system {kind} (modprobe {kind})");
             Error::new(ErrorKind::Unsupported, detail)
         }
-        Errno::PERM => {
-            let detail = "only root may mount (CAP_SYS_ADMIN); --user mounts by fuse2fs";
-            Error::new(ErrorKind::PermissionDenied, detail)
-        }
+        Errno::PERM => not_root(),
         _ => Error::io(error.into(), format!("preparing to mount {kind}")),
     })?;
     let made = || {
@@ -146,34 +164,52 @@ fn said(context: &OwnedFd) -> Option<String> {
     (!lines.is_empty()).then(|| lines.join("; "))
 }
 
-/// The id of the mount that a path is in. Asks no file system: one may hang.
-///
-/// # Errors
-/// Host errors.
-pub fn mount_id(path: &Path) -> io::Result<u64> {
-    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC;
-    Ok(statx(CWD, path, flags, StatxFlags::MNT_ID)?.stx_mnt_id)
-}
-
 /// Takes away the mount of this id at a folder, which no link leads to; even from those who use it where
 /// `detach` says so: they keep it.
 ///
 /// # Errors
 /// [`ErrorKind::InUse`]; [`ErrorKind::NotFound`] where another mount is there by now; host errors.
 pub fn unmount_at(folder: &Path, id: u64, detach: bool) -> Result<()> {
-    let fail = |error: io::Error| Error::io(error, "unmounting").in_file(folder);
-    if mount_id(folder).map_err(fail)? != id {
-        let detail = "another file system was mounted there meanwhile";
-        return Err(Error::new(ErrorKind::NotFound, detail).in_file(folder));
-    }
+    check_id(folder, id)?;
     let flags = if detach { UnmountFlags::DETACH } else { UnmountFlags::empty() };
     match unmount(folder, flags | UnmountFlags::NOFOLLOW) {
         Err(Errno::BUSY) => {
             let detail = "somebody has files open in it, or stands in it; --force unmounts it";
             Err(Error::new(ErrorKind::InUse, detail).in_file(folder))
         }
-        done => done.map_err(|error| fail(error.into())),
+        done => done.map_err(|error| Error::io(error.into(), "unmounting").in_file(folder)),
     }
+}
+
+fn check_id(folder: &Path, id: u64) -> Result<()> {
+    let fail = |error: io::Error| Error::io(error, "looking at the mount").in_file(folder);
+    if mount_id(folder).map_err(fail)? != id {
+        let detail = "another file system was mounted there meanwhile";
+        return Err(Error::new(ErrorKind::NotFound, detail).in_file(folder));
+    }
+    Ok(())
+}
+
+/// Changes the options of the mount of this id at a folder, and of its file system.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] where another mount is there by now; host errors.
+pub fn remount(folder: &Path, id: u64, options: &Options) -> Result<()> {
+    check_id(folder, id)?;
+    let fail = |error: Errno| Error::io(error.into(), "remounting").in_file(folder);
+    let flags = FLAGS.into_iter().filter(|(attribute, _)| options.attributes.contains(*attribute));
+    let flags = flags.fold(MountFlags::empty(), |flags, (_, flag)| flags | flag);
+    let own = CString::new(options.own.join(",")).map_err(|_| fail(Errno::INVAL))?;
+    mount_remount(folder, flags, own.as_c_str()).map_err(fail)
+}
+
+/// Has all that was written to a file system be durable. Fails where some of it could not be written
+/// since it was mounted, and nobody was told.
+///
+/// # Errors
+/// Host errors.
+pub fn sync(folder: &Path) -> io::Result<()> {
+    Ok(syncfs(File::open(folder)?)?)
 }
 
 /// Has a file system end at once: what it holds back is lost, and whoever uses it gets errors.

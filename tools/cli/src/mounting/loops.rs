@@ -14,6 +14,8 @@ use rustix::io::Errno;
 use rustix::ioctl::{NoArg, Setter, ioctl};
 use thinply::error::{Error, ErrorKind, Result};
 
+use crate::io::mountinfo::Mounted;
+
 const CONTROL: &str = "/dev/loop-control";
 const DEVICES: &str = "/sys/block";
 /// How often another process may be quicker to take a device that was free.
@@ -209,6 +211,12 @@ pub fn over(folder: &Path) -> Result<Vec<Attached>> {
 }
 
 impl Attached {
+    /// Whether a mount shows what is on it.
+    pub fn is_at(&self, mounted: &Mounted) -> bool {
+        // Some file systems have a device number of their own.
+        mounted.device == self.device || mounted.source == self.path
+    }
+
     /// Whether it shows a byte that a device with these options would show too.
     pub fn overlaps(&self, options: &Options) -> bool {
         let end = |offset: u64, length: u64| match length {

@@ -93,8 +93,7 @@ fn slots(sector: &[u8; SECTOR as usize]) -> Option<[Slot; 4]> {
     }
     let slot = |index: usize| {
         let entry = &sector[446 + index * 16..];
-        let number = |at| u64::from(u32::from_le_bytes(four(entry, at)));
-        Slot { kind: entry[4], first: number(8), count: number(12) }
+        Slot { kind: entry[4], first: number(entry, 8, 4), count: number(entry, 12, 4) }
     };
     Some([slot(0), slot(1), slot(2), slot(3)])
 }
@@ -122,8 +121,8 @@ fn guided(read: &Sectors<'_>) -> Result<Vec<Partition>> {
         let detail = "the disk's MBR names a GPT that is not there";
         return Err(Error::new(ErrorKind::Corrupt, detail));
     }
-    let table = eight(&header, 72);
-    let [count, size] = [80, 84].map(|at| u32::from_le_bytes(four(&header, at)) as usize);
+    let table = number(&header, 72, 8);
+    let [count, size] = [80, 84].map(|at| number(&header, at, 4) as usize);
     if !matches!(size, 128 | 256 | 512) {
         let detail = format!("a GPT with entries of {size} bytes, expected 128, 256 or 512");
         return Err(Error::new(ErrorKind::Unsupported, detail));
@@ -134,7 +133,7 @@ fn guided(read: &Sectors<'_>) -> Result<Vec<Partition>> {
         let sector = table.saturating_add((at / SECTOR as usize) as u64);
         let sector = read(sector)?;
         let entry = &sector[at % SECTOR as usize..];
-        let (first, last) = (eight(entry, 32), eight(entry, 40));
+        let (first, last) = (number(entry, 32, 8), number(entry, 40, 8));
         if entry[..16] != [0; 16] {
             let count = last.saturating_add(1).saturating_sub(first);
             found.push(partition(index + 1, first, count));
@@ -143,16 +142,9 @@ fn guided(read: &Sectors<'_>) -> Result<Vec<Partition>> {
     Ok(found)
 }
 
-fn four(bytes: &[u8], at: usize) -> [u8; 4] {
-    let mut number = [0; 4];
-    number.copy_from_slice(&bytes[at..at + 4]);
-    number
-}
-
-fn eight(bytes: &[u8], at: usize) -> u64 {
-    let mut number = [0; 8];
-    number.copy_from_slice(&bytes[at..at + 8]);
-    u64::from_le_bytes(number)
+/// A number of a sector, in little-endian order.
+fn number(bytes: &[u8], at: usize, length: usize) -> u64 {
+    bytes[at..at + length].iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte))
 }
 
 #[cfg(test)]

@@ -43,6 +43,8 @@ pub struct Note {
     pub user: u32,
     /// RFC 3339.
     pub since: String,
+    /// The number of the partition, where it shows only that.
+    pub partition: Option<usize>,
 }
 
 /// The folder of all rooms.
@@ -62,14 +64,22 @@ fn base() -> Result<PathBuf> {
     })
 }
 
+fn failed(folder: &Path) -> impl Fn(io::Error) -> Error + '_ {
+    move |error| Error::io(error, "making a folder for what runs").in_file(folder)
+}
+
+/// Makes a folder, where there is nothing.
+fn make(folder: &Path) -> Result<()> {
+    match DirBuilder::new().mode(0o700).create(folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(failed(folder)(error)),
+        _ => Ok(()),
+    }
+}
+
 /// Makes a folder that nobody else may look into, or makes sure that it is one.
 fn private(folder: &Path) -> Result<()> {
-    let fail = |error| Error::io(error, "making a folder for what runs").in_file(folder);
-    match DirBuilder::new().mode(0o700).create(folder) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(fail(error)),
-        _ => {}
-    }
-    let found = fs::symlink_metadata(folder).map_err(fail)?;
+    make(folder)?;
+    let found = fs::symlink_metadata(folder).map_err(failed(folder))?;
     if !found.is_dir() || found.uid() != geteuid().as_raw() || found.mode() & 0o077 != 0 {
         let detail = "is not a folder of this user's that nobody else may look into (mode 0700)";
         return Err(Error::new(ErrorKind::PermissionDenied, detail).in_file(folder));
@@ -82,26 +92,42 @@ fn name_of(served: &Path) -> String {
 }
 
 impl Room {
-    /// The room of what is served at a path, which is made where it is missing.
+    /// The room of what is served at a path, which is made where it is missing. All others are kept from
+    /// looking for its server, or starting it, for as long as the file is open.
     ///
     /// # Errors
-    /// [`ErrorKind::PermissionDenied`] for a folder that is somebody else's or open to others; host errors.
-    pub fn of(served: &Path) -> Result<Self> {
+    /// [`ErrorKind::PermissionDenied`] for a folder that is somebody else's or open to others;
+    /// [`ErrorKind::InUse`] where somebody stays; host errors.
+    pub fn enter(served: &Path) -> Result<(Self, File)> {
         let base = base()?;
         private(&base)?;
-        let folder = base.join(name_of(served));
-        private(&folder)?;
-        for inner in ["files", "uses"] {
-            // One that is there may be mounted on.
-            match DirBuilder::new().mode(0o700).create(folder.join(inner)) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                    let error = Error::io(error, "making a folder for what runs");
-                    return Err(error.in_file(folder.join(inner)));
-                }
-                _ => {}
+        let room = Self { folder: base.join(name_of(served)) };
+        loop {
+            private(&room.folder)?;
+            // They may be mounted on, and nobody else gets this far.
+            make(&room.files())?;
+            make(&room.uses())?;
+            let lock = room.lock()?;
+            // Unless it was cleared away meanwhile.
+            if is_at(&lock, &room.lock_file()) {
+                room.clear_others(&base);
+                return Ok((room, lock));
             }
         }
-        Ok(Self { folder })
+    }
+
+    /// Clears away the rooms whose server has ended.
+    fn clear_others(&self, base: &Path) {
+        let rooms = fs::read_dir(base).into_iter().flatten().flatten();
+        let others = rooms.map(|entry| Self { folder: entry.path() });
+        for other in others.filter(|other| other.folder != self.folder) {
+            let Ok(lock) = File::open(other.lock_file()) else { continue };
+            let locked = flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok();
+            // Fails where files are shown in it still.
+            if locked && other.pid().is_none() && fs::remove_dir(other.files()).is_ok() {
+                let _ = fs::remove_dir_all(&other.folder);
+            }
+        }
     }
 
     /// The room of what is served at a path, if there is one.
@@ -111,12 +137,8 @@ impl Room {
         fs::symlink_metadata(&folder).is_ok_and(owned).then_some(Self { folder })
     }
 
-    /// Keeps all others from looking for the server, or starting it, for as long as the file is open.
-    ///
-    /// # Errors
-    /// [`ErrorKind::InUse`] where somebody stays; host errors.
-    pub fn lock(&self) -> Result<File> {
-        let path = self.folder.join("lock");
+    fn lock(&self) -> Result<File> {
+        let path = self.lock_file();
         let fail = |error| Error::io(error, "waiting for others who mount").in_file(&path);
         let mut options = OpenOptions::new();
         let flags = OFlags::NOFOLLOW.bits() as i32;
@@ -131,6 +153,14 @@ impl Room {
             std::thread::sleep(Duration::from_millis(5));
         }
         Ok(file)
+    }
+
+    fn lock_file(&self) -> PathBuf {
+        self.folder.join("lock")
+    }
+
+    fn uses(&self) -> PathBuf {
+        self.folder.join("uses")
     }
 
     /// Where the server shows the disks.
@@ -164,7 +194,7 @@ impl Room {
         file.map_err(|error| Error::io(error, "making the server's log").in_file(&path))
     }
 
-    /// The end of what the server said.
+    /// The last line that the server said, possibly empty.
     pub fn last_words(&self) -> String {
         let read = || {
             let mut log = File::open(self.folder.join("log"))?;
@@ -172,14 +202,15 @@ impl Room {
             io::Seek::seek(&mut log, io::SeekFrom::Start(length.saturating_sub(LAST_BYTES)))?;
             let mut bytes = Vec::new();
             log.take(LAST_BYTES).read_to_end(&mut bytes)?;
-            Ok::<_, io::Error>(String::from_utf8_lossy(&bytes).trim().to_owned())
+            let text = String::from_utf8_lossy(&bytes);
+            Ok::<_, io::Error>(text.trim().lines().last().unwrap_or_default().to_owned())
         };
         read().unwrap_or_default()
     }
 
     /// Notes who attached a device, and when. Those of devices that are gone are forgotten.
     pub fn note(&self, sequence: &str, note: &Note, attached: impl Fn(&str) -> bool) {
-        let folder = self.folder.join("uses");
+        let folder = self.uses();
         for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
             if entry.file_name().to_str().is_none_or(|known| !attached(known)) {
                 let _ = fs::remove_file(entry.path());
@@ -196,8 +227,15 @@ impl Room {
     pub fn noted(&self, sequence: &str) -> Option<Note> {
         // It is a number that the kernel gave.
         let number: u64 = sequence.parse().ok()?;
-        serde_json::from_str(&read(&self.folder.join(format!("uses/{number}"))).ok()?).ok()
+        serde_json::from_str(&read(&self.uses().join(number.to_string())).ok()?).ok()
     }
+}
+
+/// Whether a path leads to a file that is open.
+fn is_at(file: &File, path: &Path) -> bool {
+    let identity = |found: fs::Metadata| (found.dev(), found.ino());
+    let found = fs::symlink_metadata(path).map(identity);
+    file.metadata().map(identity).is_ok_and(|open| found.is_ok_and(|found| found == open))
 }
 
 fn read(path: &Path) -> io::Result<String> {

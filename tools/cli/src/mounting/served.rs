@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -9,15 +10,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::process::geteuid;
+use rustix::process::{geteuid, getuid};
+use thinply::control::line;
 use thinply::error::{Error, ErrorKind, Result, shown};
 use thinply::fuse;
 
-use super::filesystem::unmount_at;
-use super::room::Room;
+use super::content::read_until_end;
+use super::loops::{self, Attached, Device};
+use super::partitions;
+use super::room::{Note, Room};
 use super::target::Target;
+use super::{while_alive, within};
 use crate::io::mountinfo::{self, Mounted};
-use crate::io::paths;
+use crate::io::{paths, table};
 use crate::options::LayersArg;
 
 /// Has a server that is started leave the session of whoever starts it, and note its process id in the file
@@ -28,6 +33,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How long it may seem to be that, where something else may be wrong.
 const DOUBT: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(5);
+/// How long a server may take to close a layer.
+const LEAVE: Duration = Duration::from_secs(10);
+/// How long a server may take to answer before it is asked whether it still does.
+const HANG: Duration = Duration::from_secs(5);
 
 /// A disk's file.
 #[derive(Debug)]
@@ -36,8 +45,12 @@ pub struct DiskFile {
     pub file: File,
     /// Its path.
     pub path: PathBuf,
+    /// The disk, as people name it.
+    shown: PathBuf,
+    /// The folder that all of its server's disks are in.
+    shown_in: PathBuf,
     /// Where the run-time state of its server is.
-    pub room: Room,
+    room: Room,
     /// Keeps others from attaching it meanwhile.
     _lock: File,
 }
@@ -60,8 +73,7 @@ pub enum Purpose {
 /// [`ErrorKind::InUse`] for a disk that has a writer; those of the server's start; host errors.
 pub fn open(target: &Target, purpose: Purpose, layers: &LayersArg) -> Result<DiskFile> {
     let served = target.served()?;
-    let room = Room::of(&served)?;
-    let lock = room.lock()?;
+    let (room, lock) = Room::enter(&served)?;
     let start = Instant::now();
     loop {
         let folder = match shown_in(&served)? {
@@ -74,17 +86,126 @@ pub fn open(target: &Target, purpose: Purpose, layers: &LayersArg) -> Result<Dis
             None => started(target, &served, purpose, layers, (&room, &lock))?,
         };
         let path = folder.join(target.file());
-        let file = OpenOptions::new()
-            .read(true)
-            .write(purpose == Purpose::Write)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
-            .open(&path);
-        match file {
-            Ok(file) => return Ok(DiskFile { file, path, room, _lock: lock }),
+        if purpose == Purpose::Write && matches!(target, Target::Disk { .. }) {
+            // Its server would wait for a while whether that one goes.
+            if let Some(writer) = loops::over(&path)?.iter().find(|device| !device.read_only) {
+                return Err(in_use(writer)?.in_file(target.shown()));
+            }
+        }
+        match opened(target, &path, purpose == Purpose::Write)? {
+            Ok(file) => {
+                let shown = target.shown();
+                return Ok(DiskFile { file, path, shown, shown_in: folder, room, _lock: lock });
+            }
             Err(error) if start.elapsed() < ending(&error) => thread::sleep(PAUSE),
             Err(error) => return Err(refused(error, target, &room)),
         }
     }
+}
+
+impl DiskFile {
+    /// Lets go of it, and waits for a while until its server has done so too, unless somebody else has
+    /// it.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn leave(self, target: &Target) -> Result<()> {
+        let layer = target.layer()?;
+        drop(self.file);
+        match layer {
+            Some(layer) if loops::over(&self.path)?.is_empty() => layer.await_free(LEAVE).map(drop),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes sure that no device is over the same bytes where one of both is for writing: what is
+    /// mounted through one would not see what the other changes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`]; host errors.
+    pub fn check_free(&self, options: &loops::Options) -> Result<()> {
+        let conflicts =
+            |other: &&Attached| other.overlaps(options) && !(other.read_only && options.read_only);
+        match loops::over(&self.path)?.iter().find(conflicts) {
+            Some(other) => Err(in_use(other)?.in_file(&self.shown)),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes a block device of it, with a note of who did.
+    ///
+    /// # Errors
+    /// Those of [`DiskFile::check_free`] and [`loops::attach`].
+    pub fn attach(&self, options: &loops::Options, partition: Option<usize>) -> Result<Device> {
+        self.check_free(options)?;
+        let device = loops::attach(self.file.as_fd(), options)?;
+        if let Some(sequence) = device.sequence() {
+            let note = Note { user: getuid().as_raw(), since: table::now(), partition };
+            let devices = loops::over(&self.shown_in)?;
+            self.room.note(&sequence, &note, |known| {
+                devices.iter().any(|device| device.sequence == known)
+            });
+        }
+        Ok(device)
+    }
+
+    /// Offset and length of a part of it; all of it where no partition is named.
+    ///
+    /// # Errors
+    /// Those of [`partitions::find`].
+    pub fn part(&self, partition: Option<usize>) -> Result<(u64, u64)> {
+        let Some(number) = partition else { return Ok((0, 0)) };
+        let fail = |error| Error::io(error, "looking at the disk");
+        let size = self.file.metadata().map_err(fail)?.len();
+        let found = partitions::find(number, size, &|sector| self.sector(sector));
+        found.map(|part| (part.offset, part.length)).map_err(|error| error.in_file(&self.shown))
+    }
+
+    /// The numbers of its partitions.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn partitions(&self) -> Result<Vec<usize>> {
+        let all = partitions::all(&|sector| self.sector(sector))?;
+        Ok(all.iter().map(|part| part.number).collect())
+    }
+
+    fn sector(&self, number: u64) -> Result<[u8; 512]> {
+        let mut bytes = [0; 512];
+        let Some(offset) = number.checked_mul(512) else { return Ok(bytes) };
+        read_until_end(&self.file, &mut bytes, offset)
+            .map_err(|error| Error::io(error, "reading the partition table").at(offset))?;
+        Ok(bytes)
+    }
+}
+
+/// Opens a disk's file, unless its server hangs.
+fn opened(target: &Target, path: &Path, writes: bool) -> Result<std::io::Result<File>> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(writes).custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
+    let path = path.to_owned();
+    let is_alive = || match target {
+        Target::Layer(_) => false,
+        Target::Disk { store, .. } => line::is_answering(store),
+    };
+    while_alive(HANG, is_alive, move || options.open(path)).ok_or_else(|| hangs(target.shown()))
+}
+
+/// Why what a server that hangs shows can't be had.
+pub fn hangs(shown: PathBuf) -> Error {
+    let detail = "its server does not answer; `umount --force` ends it";
+    Error::new(ErrorKind::Io, detail).in_file(shown)
+}
+
+/// Why what a device shows can't be had beside it.
+fn in_use(device: &Attached) -> Result<Error> {
+    let mounted = mountinfo::all()?.into_iter().find(|mounted| device.is_at(mounted));
+    let detail = match mounted {
+        Some(mounted) => format!("is mounted at {} already", mounted.folder.display()),
+        None => format!("is attached as {} already", device.path.display()),
+    };
+    let how = if device.read_only { " (read-only)" } else { "" };
+    Ok(Error::new(ErrorKind::InUse, detail + how))
 }
 
 /// How long an error may come of the end of the server that was there.
@@ -105,31 +226,45 @@ fn refused(error: std::io::Error, target: &Target, room: &Room) -> Error {
         }
         _ => {
             let said = room.last_words();
-            let said = said.lines().last().map(|line| format!(" ({})", shown(line)));
-            let operation = format!("opening the disk's file{}", said.unwrap_or_default());
-            Error::io(error, operation).in_file(path)
+            let said = if said.is_empty() { said } else { format!(" ({})", shown(&said)) };
+            Error::io(error, format!("opening the disk's file{said}")).in_file(path)
         }
     }
 }
 
 /// The folder in which a server shows what is served at a path. One that nobody serves is cleared away.
 fn shown_in(served: &Path) -> Result<Option<PathBuf>> {
-    for mounted in shows(served)? {
-        match std::fs::symlink_metadata(&mounted.folder) {
-            Err(error) if Errno::from_io_error(&error) == Some(Errno::NOTCONN) => {
-                // Both its server and its holder were killed.
-                unmount_at(&mounted.folder, mounted.id, true)?;
-            }
-            _ => return Ok(Some(mounted.folder)),
+    let all = mountinfo::all()?.into_iter();
+    for mounted in all.filter(|found| is_ours(found) && found.source == served) {
+        match state(&mounted) {
+            // Both its server and its holder were killed.
+            State::Dead => fuse::Mount::listed(&mounted.folder, mounted.id).remove()?,
+            State::Hangs => return Err(hangs(served.to_owned())),
+            State::Serves => return Ok(Some(mounted.folder)),
         }
     }
     Ok(None)
 }
 
-/// The mounts that show what is served at a path.
-pub fn shows(served: &Path) -> Result<Vec<Mounted>> {
-    let all = mountinfo::all()?.into_iter();
-    Ok(all.filter(|found| is_ours(found) && found.source == served).collect())
+/// How the server of a mount is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It answers.
+    Serves,
+    /// It does not answer.
+    Hangs,
+    /// There is none any more, and no other will come.
+    Dead,
+}
+
+/// How the server of a mount is.
+pub fn state(shows: &Mounted) -> State {
+    let folder = shows.folder.clone();
+    match within(HANG, move || std::fs::symlink_metadata(folder)) {
+        None => State::Hangs,
+        Some(Err(error)) if Errno::from_io_error(&error) == Some(Errno::NOTCONN) => State::Dead,
+        Some(_) => State::Serves,
+    }
 }
 
 /// Whether a mount shows disks to this user.
@@ -179,9 +314,7 @@ fn await_start(mut child: Child, room: &Room) -> Result<()> {
     if line.is_empty() {
         let status = child.wait().map_err(fail)?;
         let said = room.last_words();
-        let said = said.lines().last().unwrap_or_default();
-        let said = said.strip_prefix("thinply: ").unwrap_or(said);
-        let detail = match said {
+        let detail = match said.strip_prefix("thinply: ").unwrap_or(&said) {
             "" => format!("the server ended ({status})"),
             said => shown(said).to_string(),
         };

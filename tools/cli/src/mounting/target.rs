@@ -1,15 +1,13 @@
 //! What is to be mounted, as people name it.
 
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use thinply::device::Facts;
-use thinply::error::Result;
+use thinply::error::{Error, ErrorKind, Result};
 use thinply::serve::Broker;
-use thinply::store::{Store, StoreBroker};
+use thinply::store::{DiskName, Reference, Store, StoreBroker};
 
-use crate::io::paths::Place;
+use crate::io::paths::{self, Place};
 use crate::options::StoreArg;
 
 /// The folders of disks of a store.
@@ -38,22 +36,22 @@ impl Target {
         let name = named.to_str().unwrap_or_default();
         let kind = name.split_once('/').map(|(kind, _)| kind);
         if named.exists() || !kind.is_some_and(|kind| KINDS.contains(&kind)) {
-            return Place::existing(named).map(Self::Layer);
+            let found = Place::existing(named).map(Self::Layer);
+            return found.map_err(|error| match error.kind() {
+                ErrorKind::NotFound => {
+                    let detail = format!(
+                        "{error}; disks of the store are called as in container/{}",
+                        named.display()
+                    );
+                    Error::new(ErrorKind::NotFound, detail)
+                }
+                _ => error,
+            });
         }
-        let (store, name) = (store.open()?, named_in_full(name));
-        let target = Self::Disk { store, name };
-        target.facts().map(|_| target)
-    }
-
-    /// What the disk's file will show of itself.
-    fn facts(&self) -> Result<Option<Facts>> {
-        match self {
-            Self::Layer(_) => Ok(None),
-            Self::Disk { store, name } => {
-                let broker = StoreBroker::new(store.clone(), Arc::new(|_| {}));
-                broker.facts(name).map(Some)
-            }
-        }
+        let (store, name) = (store.open()?, named_in_full(name)?);
+        // Says so if there is none.
+        StoreBroker::new(store.clone(), Arc::new(|_| {})).facts(&name)?;
+        Ok(Self::Disk { store, name })
     }
 
     /// What a server serves for it: the layer's path, or the store's.
@@ -63,7 +61,7 @@ impl Target {
     pub fn served(&self) -> Result<PathBuf> {
         match self {
             Self::Layer(place) => Ok(place.path()),
-            Self::Disk { store, .. } => crate::io::paths::real(store.path()),
+            Self::Disk { store, .. } => paths::real(store.path()),
         }
     }
 
@@ -72,6 +70,20 @@ impl Target {
         match self {
             Self::Layer(place) => Path::new(&place.name),
             Self::Disk { name, .. } => Path::new(name),
+        }
+    }
+
+    /// The layer that whoever writes it writes; none of what nobody may change.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn layer(&self) -> Result<Option<Place>> {
+        match self {
+            Self::Layer(place) => Ok(Some(place.clone())),
+            Self::Disk { store, name } => {
+                let disk = DiskName::of_export(name);
+                disk.map(|disk| Place::existing(&store.layer_path(&disk))).transpose()
+            }
         }
     }
 
@@ -92,13 +104,10 @@ impl Target {
     }
 }
 
-/// An image's name with its tag, which may be left out.
-fn named_in_full(name: &str) -> String {
+/// A disk's name with what may be left out of an image's.
+fn named_in_full(name: &str) -> Result<String> {
     match name.split_once('/') {
-        Some(("image", image)) => {
-            let last = Path::new(image).file_name().and_then(OsStr::to_str).unwrap_or_default();
-            if last.contains(':') { name.to_owned() } else { format!("{name}:latest") }
-        }
-        _ => name.to_owned(),
+        Some(("image", image)) => Ok(format!("image/{}", image.parse::<Reference>()?)),
+        _ => Ok(name.to_owned()),
     }
 }

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,19 +11,26 @@ use rustix::fs::syncfs;
 use serde::Serialize;
 use thinply::control::{Answer, DiskUse, Request, line};
 use thinply::error::{Error, ErrorKind, Result};
-use thinply::storage::{Access, Lock};
-use thinply::store::Store;
+use thinply::store::{DiskName, Store};
 
 use super::loops::{self, Attached};
 use super::room::Room;
 use super::served::is_ours;
+use super::target::Target;
+use super::{while_alive, within};
 use crate::io::mountinfo::{self, Mounted};
 use crate::io::paths::{self, Place};
+use crate::options::StoreArg;
 
 /// How long a server may take to say what it does.
 const ANSWER: Duration = Duration::from_secs(1);
 /// How long the end of a use is waited for.
 const END: Duration = Duration::from_secs(10);
+/// How soon it is asked whether somebody else keeps it.
+const ELSEWHERE: Duration = Duration::from_millis(500);
+const PAUSE: Duration = Duration::from_millis(2);
+/// As many links as the kernel follows.
+const MOST_LINKS: usize = 40;
 
 /// A disk that is attached, and where it is mounted.
 #[derive(Clone, Debug, Serialize)]
@@ -36,6 +43,8 @@ pub struct Use {
     pub folders: Vec<PathBuf>,
     /// Its block device; none where fuse2fs mounts the file itself.
     pub device: Option<PathBuf>,
+    /// The number of the partition that it shows; none where it shows the whole disk.
+    pub partition: Option<usize>,
     /// Whether it may only be read.
     pub read_only: bool,
     /// The process that serves it, as far as that is known.
@@ -46,6 +55,9 @@ pub struct Use {
     pub user: Option<u32>,
     /// Since when, RFC 3339.
     pub since: Option<String>,
+    /// Where its server shows the disks.
+    #[serde(skip)]
+    pub shows: Mounted,
     #[serde(skip)]
     pub mounts: Vec<Mounted>,
     #[serde(skip)]
@@ -74,9 +86,8 @@ fn gather(asks: bool) -> Result<Vec<Use>> {
     for shows in mounts.iter().filter(|mounted| is_ours(mounted)) {
         let server = if asks { Server::asked(shows) } else { Server::of(shows) };
         for attached in loops::over(&shows.folder)? {
-            // Some file systems have a device number of their own.
-            let shows = |at: &&Mounted| at.device == attached.device || at.source == attached.path;
-            let mounts: Vec<_> = mounts.iter().filter(shows).cloned().collect();
+            let mounts: Vec<_> =
+                mounts.iter().filter(|mounted| attached.is_at(mounted)).cloned().collect();
             uses.push(server.usage(&attached.file.clone(), mounts, Some(attached)));
         }
         // Those that a program mounts which opens the file itself.
@@ -91,29 +102,60 @@ fn gather(asks: bool) -> Result<Vec<Use>> {
     Ok(uses)
 }
 
-/// What is mounted at a folder.
+/// What somebody names to end it: by a folder that it is mounted at, or else by its device or its disk;
+/// with the mount of it that goes first.
 ///
 /// # Errors
 /// [`ErrorKind::NotFound`]; host errors.
-pub fn at(folder: &Path) -> Result<(Use, Mounted)> {
-    // Not asking the file system that is mounted there, which may hang.
-    let folder = match folder.parent().zip(folder.file_name()) {
-        Some((parent, name)) => {
-            let parent = if parent == Path::new("") { Path::new(".") } else { parent };
-            paths::real(parent)?.join(name)
-        }
-        None => paths::real(folder)?,
-    };
-    let top = mountinfo::at(&folder)?;
-    let found = top.and_then(|top| {
-        let uses = known().ok()?.into_iter();
-        let mut uses = uses.filter(|one| one.mounts.iter().any(|mounted| mounted.id == top.id));
-        uses.next().map(|one| (one, top))
-    });
-    found.ok_or_else(|| {
+pub fn named(named: &Path, store: &StoreArg) -> Result<(Use, Option<Mounted>)> {
+    let nothing = || {
         let detail = "nothing of thinply is mounted there";
-        Error::new(ErrorKind::NotFound, detail).in_file(folder)
-    })
+        Error::new(ErrorKind::NotFound, detail).in_file(named)
+    };
+    if let Some(top) = mounted_at(named)? {
+        let mut uses = known()?.into_iter();
+        let found = uses.find(|one| one.mounts.iter().any(|mounted| mounted.id == top.id));
+        return found.map(|one| (one, Some(top))).ok_or_else(nothing);
+    }
+    let found = of(named, store)?.into_iter().next().ok_or_else(nothing)?;
+    let last = found.mounts.last().cloned();
+    Ok((found, last))
+}
+
+/// The mount at a folder, or at what a link leads to.
+fn mounted_at(folder: &Path) -> Result<Option<Mounted>> {
+    let mut folder = folder.to_owned();
+    for _ in 0..MOST_LINKS {
+        // Not asking the file system that is mounted there, which may hang.
+        let place = match paths::split(&folder) {
+            Ok(Some((parent, name))) => parent.join(name),
+            Ok(None) => paths::real(&folder)?,
+            Err(_) => return Ok(None),
+        };
+        let found = mountinfo::at(&place)?;
+        let leads_to = if found.is_none() { std::fs::read_link(&place).ok() } else { None };
+        match leads_to {
+            Some(target) => folder = place.parent().unwrap_or(&place).join(target),
+            None => return Ok(found),
+        }
+    }
+    Ok(None)
+}
+
+/// The uses of a disk, or of a device.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] for a disk that there isn't; host errors.
+pub fn of(named: &Path, store: &StoreArg) -> Result<Vec<Use>> {
+    let mut uses = known()?;
+    if named.starts_with("/dev") {
+        uses.retain(|one| one.device.as_deref() == Some(named));
+        return Ok(uses);
+    }
+    let target = Target::find(named, store)?;
+    let (served, shown) = (target.served()?, target.shown());
+    uses.retain(|one| one.target == shown && one.shows.source == served);
+    Ok(uses)
 }
 
 /// Has what programs wrote to the mounted file systems of a container written to its disk.
@@ -122,69 +164,98 @@ pub fn at(folder: &Path) -> Result<(Use, Mounted)> {
 /// Host errors.
 pub fn sync(store: &Store, container: &str) -> Result<()> {
     let name = Path::new("container").join(container);
-    let store = paths::real(store.path())?;
+    let served = paths::real(store.path())?;
     let uses = known()?.into_iter();
-    let uses = uses.filter(|one| one.target == name && one.store.as_ref() == Some(&store));
+    let uses = uses.filter(|one| one.target == name && one.store.as_ref() == Some(&served));
     for mounted in uses.filter_map(|one| one.mounts.into_iter().next()) {
         let fail = |error| Error::io(error, "syncing its file system").in_file(&mounted.folder);
         let folder = File::open(&mounted.folder).map_err(fail)?;
-        syncfs(&folder).map_err(|error| fail(error.into()))?;
+        let is_alive = || line::is_answering(store);
+        let synced = while_alive(ANSWER, is_alive, move || syncfs(&folder));
+        let hangs = || fail(io::Error::other("its server does not answer"));
+        synced.ok_or_else(hangs)?.map_err(|error| fail(error.into()))?;
     }
     Ok(())
 }
 
-/// Waits, for a while, until nobody has the disk of a use open any more that has just ended: then all
-/// verbs may have it.
+/// Waits until nobody has the disk of a use any more that has just ended: then all verbs may have it.
 ///
 /// # Errors
-/// Host errors.
+/// [`ErrorKind::InUse`] where somebody has it still; host errors.
 pub fn await_end(used: &Use) -> Result<()> {
-    let deadline = Instant::now() + END;
-    while !is_free(used)? && Instant::now() < deadline {
-        thread::sleep(Duration::from_millis(2));
-    }
-    Ok(())
-}
-
-fn is_free(used: &Use) -> Result<bool> {
-    let sequence = used.attached.as_ref().map(|attached| &attached.sequence);
-    let there = known()?.iter().any(|one| match (&one.attached, sequence) {
-        (Some(attached), Some(sequence)) => attached.sequence == *sequence,
-        (attached, sequence) => {
-            attached.is_none() && sequence.is_none() && one.target == used.target
-        }
-    });
-    if there {
+    if used.mounts.len() > 1 {
         // Mounted elsewhere too, it stays.
-        return Ok(used.mounts.len() > 1);
+        return Ok(());
+    }
+    let start = Instant::now();
+    let mut looked = false;
+    while is_there(used)? {
+        let device = used.attached.as_ref().map(|attached| &attached.device);
+        if start.elapsed() > END {
+            return Err(stays(used, "somebody has it open"));
+        }
+        if start.elapsed() > ELSEWHERE && !std::mem::replace(&mut looked, true) {
+            let elsewhere = device.and_then(|device| mountinfo::elsewhere(device));
+            if let Some(process) = elsewhere {
+                let who = format!("process {process} has it mounted in a namespace of its own");
+                return Err(stays(used, &who));
+            }
+        }
+        thread::sleep(PAUSE);
     }
     // Its server lets go of the layer only now.
-    let layer = match &used.store {
-        Some(store) => layer_of(store, &used.target),
-        None => Some(used.target.clone()),
-    };
-    let Some(layer) = layer else { return Ok(true) };
-    let opened = Place::existing(&layer)?.open(Access::Read)?;
-    Ok(opened.lock(Lock::Shared).is_ok())
+    match used.layer()? {
+        Some(layer) if !layer.await_free(END)? => {
+            Err(stays(used, "its server has not closed the layer"))
+        }
+        _ => Ok(()),
+    }
 }
 
-/// The file of a container's or volume's own layer.
-fn layer_of(store: &Path, name: &Path) -> Option<PathBuf> {
-    let (kind, name) = name.to_str()?.split_once('/')?;
-    let folder = match kind {
-        "container" if !name.contains('@') => "containers",
-        "volume" => "volumes",
-        _ => return None,
-    };
-    Some(store.join(folder).join(format!("{name}.tply")))
+fn stays(used: &Use, why: &str) -> Error {
+    Error::new(ErrorKind::InUse, format!("stays in use: {why}")).in_file(&used.target)
+}
+
+/// Whether the device of a use, or its mount where it has none, is still there.
+fn is_there(used: &Use) -> Result<bool> {
+    match &used.attached {
+        Some(attached) => {
+            let devices = loops::over(&attached.file)?;
+            Ok(devices.iter().any(|device| device.sequence == attached.sequence))
+        }
+        None => {
+            let mounts = mountinfo::all()?;
+            Ok(mounts.iter().any(|at| used.mounts.iter().any(|mounted| mounted.id == at.id)))
+        }
+    }
+}
+
+impl Use {
+    /// The layer that its server writes; none of what nobody may change.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn layer(&self) -> Result<Option<Place>> {
+        let Some(store) = &self.store else { return Place::existing(&self.target).map(Some) };
+        let disk = self.target.to_str().and_then(DiskName::of_export);
+        let path = disk.map(|disk| Ok(Store::open(store)?.layer_path(&disk)));
+        path.map(|path| Place::existing(&path?)).transpose()
+    }
+
+    /// Whether its server was started for mounts, and shows nothing else that is in use.
+    ///
+    /// # Errors
+    /// Host errors.
+    pub fn has_server_alone(&self) -> Result<bool> {
+        let others = known()?.into_iter().filter(|one| one.shows.id == self.shows.id);
+        Ok(self.pid.is_some() && others.count() <= 1)
+    }
 }
 
 /// Asks the process that serves a store, unless it is long in answering.
 fn ask(store: &Store, request: Request) -> Option<Answer> {
-    let (tell, told) = sync_channel(1);
     let store = store.clone();
-    thread::spawn(move || tell.send(line::ask(&store, &request)));
-    told.recv_timeout(ANSWER).ok().flatten()?.ok()
+    within(ANSWER, move || line::ask(&store, &request)).flatten()?.ok()
 }
 
 /// Who shows the disks.
@@ -192,7 +263,6 @@ struct Server<'a> {
     shows: &'a Mounted,
     room: Option<Room>,
     pid: Option<u32>,
-    store: Option<PathBuf>,
     /// The disks of the store, and who uses them.
     disks: Vec<DiskUse>,
 }
@@ -201,14 +271,14 @@ impl<'a> Server<'a> {
     fn of(shows: &'a Mounted) -> Self {
         let room = Room::find(&shows.source);
         let pid = room.as_ref().and_then(Room::pid);
-        let store = Store::open(&shows.source).ok().map(|_| shows.source.clone());
-        Self { shows, room, pid, store, disks: Vec::new() }
+        Self { shows, room, pid, disks: Vec::new() }
     }
 
     /// [`Server::of`], with what the server says of itself.
     fn asked(shows: &'a Mounted) -> Self {
         let mut server = Self::of(shows);
-        let Some(Ok(store)) = server.store.as_deref().map(Store::open) else { return server };
+        // What it serves may be a layer.
+        let Ok(store) = Store::open(&shows.source) else { return server };
         if let Some(Answer::List { disks }) = ask(&store, Request::List {}) {
             server.disks = disks;
         }
@@ -222,7 +292,9 @@ impl<'a> Server<'a> {
 
     fn usage(&self, file: &Path, mounts: Vec<Mounted>, attached: Option<Attached>) -> Use {
         let name = file.strip_prefix(&self.shows.folder).unwrap_or(file);
-        let target = if self.store.is_some() { name.to_owned() } else { self.shows.source.clone() };
+        // Those of a store are in folders. (Its own may be hidden by what is mounted on it.)
+        let store = (name.components().count() > 1).then(|| self.shows.source.clone());
+        let target = if store.is_some() { name.to_owned() } else { self.shows.source.clone() };
         let sequence = attached.as_ref().map(|attached| attached.sequence.clone());
         let note = self.room.as_ref().zip(sequence).and_then(|(room, number)| room.noted(&number));
         let read_only = match &attached {
@@ -233,13 +305,15 @@ impl<'a> Server<'a> {
         Use {
             waiting: told.map(|disk| disk.waiting),
             target,
-            store: self.store.clone(),
+            store,
             folders: mounts.iter().map(|mounted| mounted.folder.clone()).collect(),
             device: attached.as_ref().map(|attached| attached.path.clone()),
             read_only,
             pid: self.pid,
+            partition: note.as_ref().and_then(|note| note.partition),
             user: note.as_ref().map(|note| note.user),
             since: note.map(|note| note.since),
+            shows: self.shows.clone(),
             mounts,
             attached,
         }

@@ -1,22 +1,14 @@
 //! `thinply attach` and `detach`
 
-use std::fs::File;
-use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use clap::Args;
-use rustix::process::getuid;
-use thinply::error::{Error, ErrorKind, Result};
+use thinply::error::{Error, ErrorKind};
 
 use crate::io::output::Output;
-use crate::io::table;
-use crate::mounting::loops::{self, Attached, Device};
-use crate::mounting::partitions;
-use crate::mounting::room::Note;
-use crate::mounting::served::{self, DiskFile, Purpose};
+use crate::mounting::served::{self, Purpose};
 use crate::mounting::target::Target;
-use crate::mounting::uses;
+use crate::mounting::{loops, trust, uses};
 use crate::options::{LayersArg, StoreArg};
 use crate::verbs::{Answer, Outcome};
 
@@ -54,58 +46,18 @@ impl Attach {
         let target = Target::find(&self.target, &self.store)?;
         let read_only = self.read_only || target.read_only();
         let purpose = if read_only { Purpose::Read } else { Purpose::Write };
+        if !read_only {
+            trust::is_attached(&target)?;
+        }
         let disk = served::open(&target, purpose, &self.layers)?;
-        let (offset, length) = part_of(&disk, self.partition)?;
+        let (offset, length) = disk.part(self.partition)?;
         let options = loops::Options { offset, length, sector: SECTOR, read_only, passing: false };
-        let device = attached(&disk, &options)?;
+        let device = disk.attach(&options, self.partition)?;
         let mut output = Output::new();
         output.line(device.path.display())?;
         output.print()?;
         Ok(Answer::Yes)
     }
-}
-
-/// A block device over a disk's file, with a note of who made it. No two are over the same bytes where
-/// one of them is for writing: what is mounted through one would not see what the other changes.
-pub fn attached(disk: &DiskFile, options: &loops::Options) -> Result<Device> {
-    let mut others = loops::over(&disk.path)?.into_iter();
-    let stands =
-        |other: &Attached| other.overlaps(options) && !(other.read_only && options.read_only);
-    if let Some(other) = others.find(stands) {
-        let detail = format!("is in use as {}", other.path.display());
-        return Err(Error::new(ErrorKind::InUse, detail).in_file(&disk.path));
-    }
-    let device = loops::attach(disk.file.as_fd(), options)?;
-    if let (Some(sequence), Some(shown)) = (device.sequence(), disk.path.ancestors().nth(1)) {
-        let note = Note { user: getuid().as_raw(), since: table::now() };
-        let devices = loops::over(shown).unwrap_or_default();
-        disk.room
-            .note(&sequence, &note, |known| devices.iter().any(|device| device.sequence == known));
-    }
-    Ok(device)
-}
-
-/// Offset and length of a part of a disk; all of it where none is named.
-pub fn part_of(disk: &DiskFile, partition: Option<usize>) -> Result<(u64, u64)> {
-    let Some(number) = partition else { return Ok((0, 0)) };
-    let read = |sector: u64| read_sector(&disk.file, sector);
-    let size = disk.file.metadata().map_err(|error| Error::io(error, "looking at the disk"))?.len();
-    let found = partitions::find(number, size, &read);
-    found.map(|part| (part.offset, part.length)).map_err(|error| error.in_file(&disk.path))
-}
-
-/// A sector of a disk; zeros beyond its end.
-fn read_sector(disk: &File, sector: u64) -> Result<[u8; 512]> {
-    let (mut bytes, mut done) = ([0; 512], 0);
-    let Some(offset) = sector.checked_mul(512) else { return Ok(bytes) };
-    let fail = |error| Error::io(error, "reading the partition table").at(offset);
-    while done < bytes.len() {
-        match disk.read_at(&mut bytes[done..], offset + done as u64).map_err(fail)? {
-            0 => break,
-            more => done += more,
-        }
-    }
-    Ok(bytes)
 }
 
 /// Take the block device of a disk away.
@@ -123,22 +75,8 @@ pub struct Detach {
 impl Detach {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
-        let all = uses::known()?;
-        let is_device = self.target.starts_with("/dev");
-        let served = match is_device {
-            true => None,
-            false => {
-                let target = Target::find(&self.target, &self.store)?;
-                Some((target.served()?, target.shown()))
-            }
-        };
-        let wanted = |one: &&uses::Use| match &served {
-            None => one.device.as_ref() == Some(&self.target),
-            Some((served, shown)) => {
-                one.target == *shown && one.store.as_ref().is_none_or(|store| store == served)
-            }
-        };
-        let mut found = all.iter().filter(wanted).filter(|one| one.device.is_some()).peekable();
+        let found = uses::of(&self.target, &self.store)?.into_iter();
+        let mut found = found.filter(|one| one.device.is_some()).peekable();
         if found.peek().is_none() {
             let detail = "is not attached";
             return Err(Error::new(ErrorKind::NotFound, detail).in_file(&self.target));
@@ -149,7 +87,7 @@ impl Detach {
                 return Err(Error::new(ErrorKind::InUse, detail).in_file(&self.target));
             }
             one.device.iter().try_for_each(|device| loops::detach(device))?;
-            uses::await_end(one)?;
+            uses::await_end(&one)?;
         }
         Ok(Answer::Yes)
     }

@@ -1,29 +1,31 @@
 //! `thinply mount` and `umount`
 
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Args;
 use rustix::process::{Pid, Signal, geteuid, kill_process};
 use thinply::error::{Error, ErrorKind, Result, shown};
+use thinply::fuse;
 
+use crate::io::mountinfo::Mounted;
 use crate::io::output;
 use crate::mounting::content::{self, FileSystem};
 use crate::mounting::filesystem::{self, Options, Place};
 use crate::mounting::loops;
-use crate::mounting::served::{self, DiskFile, Purpose};
+use crate::mounting::served::{self, DiskFile, Purpose, State};
 use crate::mounting::target::Target;
 use crate::mounting::uses::{self, Use};
+use crate::mounting::{trust, within};
 use crate::options::{LayersArg, StoreArg};
-use crate::verbs::attach::{attached, part_of};
 use crate::verbs::{Answer, Outcome};
 
 const FUSE2FS: &str = "fuse2fs";
 /// How long an end that was insisted on may take.
 const END: Duration = Duration::from_secs(10);
+/// How long it may take before it is done in another way.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 const AFTER_HELP: &str = "\
 As root the kernel mounts, over a loop device on the file that a server shows the disk as. That
@@ -74,64 +76,86 @@ impl Mount {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
         let mut options = Options::parse(self.options.iter().map(String::as_str));
+        if options.again {
+            return remount(&self.dir, &self.store, &options);
+        }
         let target = Target::find(&self.target, &self.store)?;
         if self.read_only || target.read_only() {
             options = options.reading();
         }
         let place = Place::of(&self.dir)?;
         if !self.user && !geteuid().is_root() {
-            let detail = "only root may mount (CAP_SYS_ADMIN); --user mounts by fuse2fs";
-            return Err(Error::new(ErrorKind::PermissionDenied, detail));
+            return Err(filesystem::not_root());
         }
-        let read_only = options.read_only();
-        let purpose = match read_only {
+        // Before it is opened, which others may do to write something else.
+        let is_own = !self.user && !self.trust && trust::is_own(&target)?;
+        let purpose = match options.read_only() {
             true => Purpose::Read,
             false if self.user => Purpose::Look,
             false => Purpose::Write,
         };
         let disk = served::open(&target, purpose, &self.layers)?;
-        let (offset, length) = part_of(&disk, self.partition)?;
+        match self.mount(&target, &disk, is_own, &options, &place) {
+            Err(error) => {
+                // What was refused stands in nobody's way afterwards.
+                disk.leave(&target)?;
+                Err(error)
+            }
+            Ok(()) => Ok(Answer::Yes),
+        }
+    }
+
+    fn mount(
+        &self,
+        target: &Target,
+        disk: &DiskFile,
+        is_own: bool,
+        options: &Options,
+        place: &Place,
+    ) -> Result<()> {
+        let read_only = options.read_only();
+        let (offset, length) = disk.part(self.partition)?;
+        let mut device = loops::Options { offset, length, sector: 0, read_only, passing: true };
+        disk.check_free(&device)?;
         let found = content::find(&disk.file, offset)?;
-        let found = found.ok_or_else(|| {
-            let detail =
-                "holds no file system that is known (ext4, xfs, btrfs, erofs, squashfs, vfat)";
-            Error::new(ErrorKind::Unsupported, detail).in_file(target.shown())
-        })?;
+        let found = found.ok_or_else(|| unknown(target, disk, self.partition))?;
         if self.user {
-            return by_fuse2fs(&disk, found, read_only, &place);
+            return by_fuse2fs(disk, found, read_only, place);
         }
-        if !self.trust {
-            check_trust(&target)?;
+        if !is_own && !self.trust {
+            return Err(trust::refused(target));
         }
-        check_clean(&target, found, read_only)?;
-        let device = attached(
-            &disk,
-            &loops::Options { offset, length, sector: found.sector, read_only, passing: true },
-        )?;
-        filesystem::mount(&device.path, found.kind, &options, &place)?;
-        Ok(Answer::Yes)
+        check_clean(target, found, read_only)?;
+        if is_own && !read_only {
+            trust::is_mounted(target)?;
+        }
+        device.sector = found.sector;
+        let device = disk.attach(&device, self.partition)?;
+        filesystem::mount(&device.path, found.kind, options, place)
     }
 }
 
-/// Refuses what this host did not make.
-fn check_trust(target: &Target) -> Result<()> {
-    let made_here = match target {
-        Target::Layer(_) => false,
-        Target::Disk { store, name } => is_own(store.path())? && store.is_made_here(name)?,
+/// Why nothing can be mounted of a disk.
+fn unknown(target: &Target, disk: &DiskFile, partition: Option<usize>) -> Error {
+    let parts =
+        if partition.is_some() { Vec::new() } else { disk.partitions().unwrap_or_default() };
+    let detail = if parts.is_empty() {
+        "holds no file system that is known (ext4, xfs, btrfs, erofs, squashfs, vfat)".to_owned()
+    } else {
+        let parts: Vec<_> = parts.iter().map(usize::to_string).collect();
+        let parts = parts.join(", ");
+        format!("holds no file system that is known, but partitions: --partition {parts}")
     };
-    if made_here {
-        return Ok(());
-    }
-    let detail = "this host did not make its file system, and the kernel trusts what it mounts: \
-                  --trust has it mounted all the same, --user mounts it by fuse2fs";
-    Err(Error::new(ErrorKind::PermissionDenied, detail).in_file(target.shown()))
+    Error::new(ErrorKind::Unsupported, detail).in_file(target.shown())
 }
 
-/// Whether nobody but this user can have written what the store says of itself.
-fn is_own(store: &Path) -> Result<bool> {
-    let found =
-        std::fs::metadata(store).map_err(|error| Error::io(error, "looking at the store"))?;
-    Ok(found.uid() == geteuid().as_raw() && found.mode() & 0o022 == 0)
+/// Changes the options of what is mounted.
+fn remount(dir: &Path, store: &StoreArg, options: &Options) -> Outcome {
+    let (_, mounted) = uses::named(dir, store)?;
+    let mounted = mounted
+        .ok_or_else(|| Error::new(ErrorKind::NotFound, "nothing is mounted there").in_file(dir))?;
+    filesystem::remount(&mounted.folder, mounted.id, options)?;
+    Ok(Answer::Yes)
 }
 
 /// Refuses to read what only writing makes readable.
@@ -144,7 +168,7 @@ fn check_clean(target: &Target, found: FileSystem, read_only: bool) -> Result<()
 }
 
 /// Mounts a disk's file without the kernel's reading it.
-fn by_fuse2fs(disk: &DiskFile, found: FileSystem, read_only: bool, place: &Place) -> Outcome {
+fn by_fuse2fs(disk: &DiskFile, found: FileSystem, read_only: bool, place: &Place) -> Result<()> {
     if found.kind != "ext4" {
         let detail = format!("fuse2fs mounts ext4, and this is {}", found.kind);
         return Err(Error::new(ErrorKind::Unsupported, detail));
@@ -159,7 +183,7 @@ fn by_fuse2fs(disk: &DiskFile, found: FileSystem, read_only: bool, place: &Place
         }
     })?;
     if done.status.success() {
-        return Ok(Answer::Yes);
+        return Ok(());
     }
     let said = String::from_utf8_lossy(&done.stderr);
     let detail = format!("fuse2fs failed ({}): {}", done.status, shown(said.trim()));
@@ -168,35 +192,68 @@ fn by_fuse2fs(disk: &DiskFile, found: FileSystem, read_only: bool, place: &Place
 
 /// Unmount what `mount` mounted.
 ///
-/// All that was written is durable then. What the system's own umount unmounts is as safe.
+/// WHAT is the folder, or the disk or its device. All that was written is durable then, or else an error
+/// says that it isn't. What the system's own umount unmounts is as safe.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 --force ends the file system at once, whoever uses it and whatever hangs: what it had not written
-yet is lost, and its users get errors from then on.
+yet is lost, and its users get errors from then on. A server that does not answer is ended too, with
+all that it serves.
 
-Example:
-  thinply umount /mnt")]
+Examples:
+  thinply umount /mnt
+  thinply umount --force container/web")]
 pub struct Umount {
     /// End it at once, whoever uses it.
     #[arg(long)]
     force: bool,
-    /// The folder.
-    dir: PathBuf,
+    #[command(flatten)]
+    store: StoreArg,
+    /// The folder, the disk or its device.
+    what: PathBuf,
 }
 
 impl Umount {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
-        let (used, mounted) = uses::at(&self.dir)?;
-        if self.force {
-            force(&used);
-        } else if used.device.is_none() && !geteuid().is_root() {
-            by_fusermount(&mounted.folder)?;
-        } else {
-            filesystem::unmount_at(&mounted.folder, mounted.id, false)?;
+        let (used, mounted) = uses::named(&self.what, &self.store)?;
+        match mounted {
+            _ if self.force => force(&used)?,
+            Some(mounted) => end(&used, &mounted)?,
+            None => {
+                let detail = "is attached, and not mounted: detach it";
+                return Err(Error::new(ErrorKind::NotFound, detail).in_file(&self.what));
+            }
         }
-        uses::await_end(&used)?;
         Ok(Answer::Yes)
+    }
+}
+
+/// Unmounts, and waits until all is written and the layer is free.
+fn end(used: &Use, mounted: &Mounted) -> Result<()> {
+    let state = served::state(&used.shows);
+    if state == State::Hangs {
+        return Err(served::hangs(used.target.clone()));
+    }
+    // The kernel tells nobody else of what it could not write.
+    let written = if mounted.read_only { Ok(()) } else { filesystem::sync(&mounted.folder) };
+    if used.device.is_none() && !geteuid().is_root() {
+        by_fusermount(&mounted.folder)?;
+    } else {
+        filesystem::unmount_at(&mounted.folder, mounted.id, false)?;
+    }
+    if state == State::Dead {
+        fuse::Mount::listed(&used.shows.folder, used.shows.id).remove()?;
+    }
+    uses::await_end(used)?;
+    let lost = "is unmounted, but what was written since it was synced last may be lost";
+    match written {
+        Err(error) => Err(Error::io(error, lost).in_file(&mounted.folder)),
+        Ok(()) if state == State::Dead && !used.read_only => {
+            let detail = format!("{lost}: its server was killed");
+            Err(Error::new(ErrorKind::Io, detail).in_file(&mounted.folder))
+        }
+        Ok(()) => Ok(()),
     }
 }
 
@@ -212,19 +269,19 @@ fn by_fusermount(folder: &Path) -> Result<()> {
 }
 
 /// Ends the file system of a use, wherever it is mounted.
-fn force(used: &Use) {
-    if let Some(mounted) = used.mounts.last() {
-        // Whoever asks one that hangs would hang.
-        let folder = mounted.folder.clone();
-        let ended = thread::spawn(move || filesystem::shut_down(&folder));
-        let deadline = Instant::now() + END;
-        while !ended.is_finished() && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(5));
+fn force(used: &Use) -> Result<()> {
+    let ended = match used.mounts.last() {
+        Some(mounted) => {
+            // Whoever asks one that hangs would hang. What can't be ended is only taken away.
+            let folder = mounted.folder.clone();
+            within(PATIENCE, move || filesystem::shut_down(&folder)).is_some()
         }
-        if !ended.is_finished() {
-            // Its server doesn't answer, and nothing of it can end while that is so.
-            used.pid.iter().for_each(|pid| kill_all(*pid));
-        }
+        None => served::state(&used.shows) == State::Serves,
+    };
+    if !ended {
+        // Its server doesn't answer, and nothing of it can end while that is so.
+        abort(used);
+        used.pid.iter().for_each(|pid| kill_all(*pid));
     }
     for mounted in used.mounts.iter().rev() {
         if let Err(error) = filesystem::unmount_at(&mounted.folder, mounted.id, true) {
@@ -233,6 +290,27 @@ fn force(used: &Use) {
     }
     if let Some(Err(error)) = used.device.as_deref().map(loops::detach) {
         output::say(error);
+    }
+    let Some(layer) = used.layer()? else { return Ok(()) };
+    if layer.await_free(PATIENCE)? {
+        return Ok(());
+    }
+    // Whoever has files of it open keeps the device, and so its server the layer.
+    if used.has_server_alone()? {
+        abort(used);
+        if layer.await_free(END)? {
+            return Ok(());
+        }
+    }
+    output::say("its layer stays in use until all who have files of it open close them");
+    Ok(())
+}
+
+/// Has all who wait for the server of a use go on, with an error.
+fn abort(used: &Use) {
+    let number = used.shows.device.split_once(':').and_then(|(_, minor)| minor.parse().ok());
+    if let Some(Err(error)) = number.map(fuse::abort) {
+        output::say(format!("ending its server's connection: {error}"));
     }
 }
 

@@ -26,7 +26,8 @@ impl Mounts {
         if self.json {
             output.json(&uses)?;
         } else {
-            let heading = ["TARGET", "DIR", "DEVICE", "MODE", "WAITING", "PID", "USER", "SINCE"];
+            let heading =
+                ["TARGET", "PART", "DIR", "DEVICE", "MODE", "WAITING", "PID", "USER", "SINCE"];
             let rows: Vec<_> = uses.iter().flat_map(rows).collect();
             table::print(&mut output, &heading, &rows)?;
         }
@@ -41,6 +42,7 @@ fn rows(one: &Use) -> Vec<Vec<String>> {
     let row = |folder: String| {
         vec![
             one.target.display().to_string(),
+            one.partition.map_or_else(none, |number| number.to_string()),
             folder,
             one.device.as_ref().map_or_else(none, |device| device.display().to_string()),
             if one.read_only { "ro" } else { "rw" }.to_owned(),

@@ -16,7 +16,7 @@ use thinply::live::Keepers;
 use thinply::nbd::server::{Handle, Listener, Server, ServerConfig};
 use thinply::serve::{Keep, Leases, Log, Opened, Served, Table};
 use thinply::storage::{self, Access, Storage};
-use thinply::store::Store;
+use thinply::store::{Store, StoreBroker};
 
 use crate::io::paths::{self, Place};
 use crate::io::{log, output, signals};
@@ -158,7 +158,11 @@ impl Serve {
         };
         let (control, asked) = match desk(&store, holder.as_deref()) {
             Ok(desk) => {
-                let control = Control::with_desk(store, desk, say());
+                let mut broker = StoreBroker::new(store, say());
+                if held::is_for_mounts() {
+                    broker = broker.for_mounts();
+                }
+                let control = Control::with_desk(broker, desk);
                 (control.clone(), listen(control)?)
             }
             Err(error) if error.kind().forbids_writing() => {

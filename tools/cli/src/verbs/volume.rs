@@ -1,19 +1,14 @@
 //! `thinply volume`
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
-
 use clap::{Args, Subcommand};
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
 use serde::Serialize;
 use thinply::device::Device;
 use thinply::error::{Error, Result};
 use thinply::storage::Access;
-use thinply::store::{DiskKind, DiskName, OpenDisk, Store, Survey, Volume};
+use thinply::store::{DiskKind, DiskName, Store, Survey, Volume};
 
-use crate::io::ext4::make_empty_ext4;
+use crate::import::open_raw;
+use crate::io::ext4::{make_empty_ext4, temporary};
 use crate::io::output::Output;
 use crate::io::size;
 use crate::io::table::{self, ago, short};
@@ -93,35 +88,17 @@ impl CreateVolume {
 
 /// Makes an empty file system on a new volume.
 fn fill(store: &Store, disk: &DiskName) -> Result<()> {
-    let fail = |error| Error::io(error, "making a temporary file");
-    let raw = tempfile::Builder::new().prefix(".draft-").tempfile_in(store.path()).map_err(fail)?;
+    let raw = temporary(store.path())?;
     let volume = store.open_disk(disk, Access::Write)?;
-    raw.as_file().set_len(volume.size()).map_err(fail)?;
-    let copied = make_empty_ext4(raw.path()).and_then(|()| copy_data(raw.as_file(), &volume));
+    let size = volume.size();
+    let sized = raw.as_file().set_len(size);
+    let copied = sized
+        .map_err(|error| Error::io(error, "making a temporary file"))
+        .and_then(|()| make_empty_ext4(raw.path()))
+        .and_then(|()| open_raw(raw.path())?.copy_to(&volume, Some(size), 0));
     let closed = volume.close();
     copied.and(closed)?;
-    store.note_made_volume(&disk.name)
-}
-
-/// Copies what is no hole in a file.
-fn copy_data(from: &File, to: &OpenDisk) -> Result<()> {
-    let fail = |error: io::Error| Error::io(error, "reading a temporary file");
-    let mut buffer = vec![0; 1 << 20];
-    let mut at = 0;
-    loop {
-        at = match seek(from, SeekFrom::Data(at)) {
-            Err(Errno::NXIO) => return Ok(()),
-            found => found.map_err(|error| fail(error.into()))?,
-        };
-        let end = seek(from, SeekFrom::Hole(at)).map_err(|error| fail(error.into()))?;
-        while at < end {
-            let length = (end - at).min(buffer.len() as u64) as usize;
-            let part = &mut buffer[..length];
-            from.read_exact_at(part, at).map_err(fail)?;
-            to.write(at, part)?;
-            at += length as u64;
-        }
-    }
+    store.note_made(disk)
 }
 
 #[derive(Debug, Serialize)]

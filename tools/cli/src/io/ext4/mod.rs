@@ -15,6 +15,7 @@ use std::io;
 use std::path::{Path, absolute};
 use std::process::{Command, Stdio};
 
+use tempfile::NamedTempFile;
 use thinply::error::{Error, ErrorKind, Result};
 
 use self::inodes::Inodes;
@@ -51,6 +52,16 @@ pub fn make_ext4(raw: &Path, path: &Path, latest: Option<i64>) -> Result<Vec<Str
     made?;
     mend::mend(Inodes::open(raw)?, &tree).map_err(|error| error.in_file(raw))?;
     Ok(tree.lost())
+}
+
+/// A file without content in a store's folder, where there is room for what comes to be stored there. It
+/// goes when it is dropped, and `gc` takes what a kill leaves of it.
+///
+/// # Errors
+/// Host errors.
+pub fn temporary(store: &Path) -> Result<NamedTempFile> {
+    let made = tempfile::Builder::new().prefix(".draft-").tempfile_in(store);
+    made.map_err(|error| Error::io(error, "making a temporary file"))
 }
 
 /// Makes an empty ext4 file system of a sparse file, with little in it: tables that are zeros are left as

@@ -11,7 +11,7 @@ use thinply::storage::Rights;
 use thinply::store::{Image, NewImage, Reference, Store};
 
 use crate::import::{Source, SourceArgs, open_raw};
-use crate::io::ext4::make_ext4;
+use crate::io::ext4::{make_ext4, temporary};
 use crate::io::output::{Output, say};
 use crate::io::size;
 use crate::options::StoreArg;
@@ -160,11 +160,7 @@ impl BuildImage {
         }
         let latest = source_date()?.and_then(|seconds| i64::try_from(seconds).ok());
         let opened = self.new.open()?;
-        // In the store, where there is room for what is to be stored anyway.
-        let raw = tempfile::Builder::new()
-            .prefix(".draft-")
-            .tempfile_in(opened.0.path())
-            .map_err(|error| Error::io(error, "making a temporary file"))?;
+        let raw = temporary(opened.0.path())?;
         make_ext4(raw.path(), &self.dir, latest)?.iter().for_each(say);
         let source = open_raw(raw.path())?;
         // Where the tree lies is no part of it. The temporary file is nobody's; who may read the tree

@@ -49,6 +49,11 @@ pub fn holder() -> Result<Option<Arc<Holder>>> {
     Holder::connect(socket, say()).map(Some)
 }
 
+/// Whether `mount` or `attach` started it, in a folder that nobody else looks into.
+pub fn is_for_mounts() -> bool {
+    std::env::var_os(DETACHED).is_some()
+}
+
 /// Has the kernel treat this thread, and those that it starts, as one that what is dirty in memory passes
 /// through on its way out: it must not wait for that itself.
 pub fn stand_in_the_way_out() {
@@ -168,7 +173,7 @@ impl Servers {
     fn is_ready(&self) {
         let mut state = self.state();
         state.ready = true;
-        if std::env::var_os(DETACHED).is_some()
+        if is_for_mounts()
             && let Ok(nothing) = File::open("/dev/null")
         {
             // It is a lock that keeps others from starting a server too.
