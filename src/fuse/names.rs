@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use super::handles::Open;
 use super::proto::{self, Access, Space};
 use super::server::{Shared, Ticket};
-use super::tree::{Entry, Purpose};
+use super::tree::Entry;
 use super::work;
 use crate::device::{Device, ZeroMode};
 use crate::serve::{Lease, guard};
@@ -58,7 +58,7 @@ pub(super) fn cut(ticket: Ticket, node: u64, handle: Option<u64>, size: u64) {
         let open = handle.and_then(|handle| ticket.shared.handles.get(handle));
         let disk = match open.filter(|open| open.writes) {
             Some(open) => Ok(open.disk.clone()),
-            None => leased(&ticket.shared, node, Purpose::Write),
+            None => leased(&ticket.shared, node, true),
         };
         match disk {
             Err(errno) => ticket.fail(errno),
@@ -71,9 +71,9 @@ pub(super) fn cut(ticket: Ticket, node: u64, handle: Option<u64>, size: u64) {
 }
 
 /// The disk of a node.
-pub(super) fn leased(shared: &Shared, node: u64, purpose: Purpose) -> Result<Lease, Errno> {
+pub(super) fn leased(shared: &Shared, node: u64, writes: bool) -> Result<Lease, Errno> {
     let name = shared.tree.disk_of(node)?;
-    let disk = shared.tree.open(&name, purpose).map_err(|error| {
+    let disk = shared.tree.open(&name, writes).map_err(|error| {
         let name = if name.is_empty() { "the disk" } else { &name };
         shared.told(&format!("opening {name}"), &error)
     })?;
@@ -84,7 +84,7 @@ pub(super) fn leased(shared: &Shared, node: u64, purpose: Purpose) -> Result<Lea
 pub(super) fn open(ticket: Ticket, node: u64, access: Access) {
     let Access { writes, durable, cut } = access;
     later(ticket, move |shared, unique| {
-        let disk = leased(shared, node, Purpose::of(writes))?;
+        let disk = leased(shared, node, writes)?;
         if writes && disk.read_only() {
             return Err(Errno::ROFS);
         }

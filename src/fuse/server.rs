@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use super::handles::{Handles, Open};
 use super::mount::{Mount, another};
 use super::proto::{self, Command, MAX_IO, Place, SENT_AGAIN, WRITE_HEADER};
-use super::tree::{Entry, Purpose, Tree};
+use super::tree::{Entry, Tree};
 use super::tries::Tries;
 use super::{names, work};
 use crate::error::{Error, ErrorKind, Result};
@@ -215,9 +215,8 @@ impl Server {
         let fail = |error| Error::io(error, "taking over a mount").in_file(self.folder());
         for (handle, kept) in self.shared.handles.kept().map_err(fail)? {
             let (writes, durable) = (kept.writes(), kept.durable());
-            let purpose = if writes { Purpose::WriteOn } else { Purpose::Read };
             // What can't be opened is there still, and answers with an error.
-            if let Ok(disk) = names::leased(&self.shared, kept.node, purpose) {
+            if let Ok(disk) = names::leased(&self.shared, kept.node, writes) {
                 self.shared.handles.restore(handle, Open { disk, writes, durable });
             }
         }

@@ -160,34 +160,12 @@ impl Tree {
         Ok(found.into_values().collect())
     }
 
-    /// A disk.
+    /// The disk of a node, to be written or only read.
     ///
     /// # Errors
     /// As [`Leases::lease`] and [`Leases::look`].
-    pub fn open(&self, disk: &str, purpose: Purpose) -> error::Result<Lease> {
-        match purpose {
-            Purpose::Read => self.disks.look(disk),
-            Purpose::Write => self.disks.lease(disk),
-            Purpose::WriteOn => self.disks.lease_again(disk),
-        }
-    }
-}
-
-/// What a disk is opened for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    /// To be read.
-    Read,
-    /// To be written too.
-    Write,
-    /// The same, by whoever had it open when the server before died.
-    WriteOn,
-}
-
-impl Purpose {
-    /// That of whoever opens a file.
-    pub fn of(writes: bool) -> Self {
-        if writes { Self::Write } else { Self::Read }
+    pub fn open(&self, disk: &str, writes: bool) -> error::Result<Lease> {
+        if writes { self.disks.lease(disk) } else { self.disks.look(disk) }
     }
 }
 

@@ -72,14 +72,6 @@ pub trait Leases: Send + Sync {
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] where the one before stays.
     fn lease(&self, name: &str) -> Result<Lease>;
 
-    /// The same, for a user who had the disk when the process before this one died.
-    ///
-    /// # Errors
-    /// Those of [`Leases::lease`].
-    fn lease_again(&self, name: &str) -> Result<Lease> {
-        self.lease(name)
-    }
-
     /// The disk called `name` to be read beside its users, none of whom it keeps out.
     ///
     /// # Errors
@@ -254,16 +246,12 @@ impl<B: Broker> Desk<B> {
 
 impl<B: Broker> Leases for Desk<B> {
     fn lease(&self, name: &str) -> Result<Lease> {
-        let lease = self.lease_again(name)?;
+        let served = self.0.enter(name, Purpose::Lease)?;
+        let (book, named) = (self.0.clone(), name.to_owned());
+        let turn = Turn { leaving: Box::new(move || book.left(&named)) };
+        let lease = Lease { _turn: Some(Arc::new(turn)), served };
         self.0.broker.lend(name)?;
         Ok(lease)
-    }
-
-    fn lease_again(&self, name: &str) -> Result<Lease> {
-        let served = self.0.enter(name, Purpose::Lease)?;
-        let (book, name) = (self.0.clone(), name.to_owned());
-        let turn = Turn { leaving: Box::new(move || book.left(&name)) };
-        Ok(Lease { _turn: Some(Arc::new(turn)), served })
     }
 
     fn look(&self, name: &str) -> Result<Lease> {

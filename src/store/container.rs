@@ -166,7 +166,8 @@ impl Store {
     pub fn create_container(&self, name: &str, image: &Image, size: Option<u64>) -> Result<()> {
         let disk = container(name)?;
         let guard = self.lock()?;
-        let parent = self.parent(&image.top()?)?;
+        let base = image.top()?;
+        let parent = self.parent(&base)?;
         if let Some(size) = size.filter(|size| *size < parent.virtual_size) {
             // It would hold half a file system.
             let whole = parent.virtual_size;
@@ -180,7 +181,7 @@ impl Store {
             ..Record::default()
         };
         self.create_disk(&disk, size, Some(&parent), &record, &guard)?;
-        self.note_new_container(&disk, &guard)
+        self.note_new_container(&disk, &base, &guard)
     }
 
     /// Bytes of disk that a container's own layers take, as far as they can be looked at:
@@ -380,10 +381,11 @@ impl Store {
         sync_folder(&**folder)?;
         self.drop_unneeded(&disk, &mut record)?;
         self.write_record(&disk, &record)?;
-        match snapshot {
-            Some(_) => Ok(()),
-            None => self.note_new_container(&disk, &guard),
+        if record.frozen.is_empty() {
+            let base = self.base_of(&disk.file())?;
+            self.note_new_container(&disk, &base, &guard)?;
         }
+        Ok(())
     }
 
     /// The blob that a container is reset to: that of its layer, or of its record where the layer

@@ -30,11 +30,14 @@ impl HostKey {
         Self::read(&path).or_else(|_| make(&path).and_then(|()| Self::read(&path))).ok()
     }
 
-    /// Hexadecimal text that nobody can tell without the key: for these bytes in the folder with this
-    /// inode number.
-    pub fn seal(&self, folder: u64, bytes: &[u8]) -> String {
+    /// Hexadecimal text that nobody can tell without the key: for these bytes in the folder that has
+    /// these numbers, of its file system and of its inode.
+    pub fn seal(&self, folder: [u64; 2], bytes: &[u8]) -> String {
         let mut hasher = blake3::Hasher::new_keyed(&self.0);
-        hasher.update(&folder.to_le_bytes()).update(bytes);
+        for number in folder {
+            hasher.update(&number.to_le_bytes());
+        }
+        hasher.update(bytes);
         hasher.finalize().to_hex().to_string()
     }
 

@@ -24,8 +24,8 @@ struct Made {
     layers: BTreeSet<String>,
     /// Volumes by their names, with the UUIDs of their layers: another one may come to have the name.
     volumes: BTreeMap<String, String>,
-    /// Containers that something else than the host's file system wrote.
-    foreign: BTreeSet<String>,
+    /// Containers over such layers, which nothing but the host's kernel has written to.
+    containers: BTreeSet<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -55,7 +55,7 @@ impl Store {
             DiskKind::Container => {
                 let (container, _) = self.container(&disk.name)?;
                 let over_own = container.base.is_some_and(|base| made.layers.contains(&base));
-                Ok(over_own && !made.foreign.contains(&disk.name))
+                Ok(over_own && made.containers.contains(&disk.name))
             }
             DiskKind::Volume => {
                 let known = made.volumes.get(&disk.name);
@@ -67,25 +67,16 @@ impl Store {
         }
     }
 
-    /// Notes that this host made the file system on a volume, or that nothing else has written to a
-    /// container over such a one.
+    /// Notes that this host made the file system on a volume.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`]; host errors.
-    pub fn note_made(&self, disk: &DiskName) -> Result<()> {
-        if self.is_made_disk(disk)? {
-            return Ok(());
-        }
+    pub fn note_made_volume(&self, name: &str) -> Result<()> {
         let guard = self.lock()?;
-        match disk.kind {
-            DiskKind::Container => self.note_new_container(disk, &guard),
-            DiskKind::Volume => {
-                let uuid = self.uuid_of_volume(&disk.name)?;
-                self.change_made(&guard, |made| {
-                    made.volumes.insert(disk.name.clone(), uuid);
-                })
-            }
-        }
+        let uuid = self.uuid_of_volume(name)?;
+        self.change_made(&guard, |made| {
+            made.volumes.insert(name.to_owned(), uuid);
+        })
     }
 
     /// Notes, before it happens, that something else than this host's file system writes to a disk.
@@ -93,20 +84,41 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::NotFound`]; host errors.
     pub fn note_foreign(&self, disk: &DiskName) -> Result<()> {
-        if !self.is_made_disk(disk)? {
+        let names_it = |made: Made| match disk.kind {
+            DiskKind::Container => made.containers.contains(&disk.name),
+            DiskKind::Volume => made.volumes.contains_key(&disk.name),
+        };
+        let nothing_to_do = match self.sealed() {
+            Some(made) => !names_it(made),
+            None => !files::exists(self.root(), FILE)?,
+        };
+        if nothing_to_do {
             return Ok(());
         }
         let guard = self.lock()?;
+        if self.sealed().is_none() {
+            // Whoever has the key would believe it still.
+            return files::remove(self.root(), FILE);
+        }
         self.change_made(&guard, |made| match disk.kind {
-            DiskKind::Container => drop(made.foreign.insert(disk.name.clone())),
+            DiskKind::Container => drop(made.containers.remove(&disk.name)),
             DiskKind::Volume => drop(made.volumes.remove(&disk.name)),
         })
     }
 
-    /// Notes that a container holds what its image does.
-    pub(super) fn note_new_container(&self, disk: &DiskName, guard: &Guard) -> Result<()> {
+    /// Notes that a container holds what a layer does, and nothing else.
+    pub(super) fn note_new_container(
+        &self,
+        disk: &DiskName,
+        base: &str,
+        guard: &Guard,
+    ) -> Result<()> {
         self.change_made(guard, |made| {
-            made.foreign.remove(&disk.name);
+            if made.layers.contains(base) {
+                made.containers.insert(disk.name.clone());
+            } else {
+                made.containers.remove(&disk.name);
+            }
         })
     }
 
@@ -128,11 +140,12 @@ impl Store {
         self.change_made(guard, |made| {
             made.layers.retain(|layer| blobs.contains(layer));
             made.volumes.retain(|name, _| volumes.contains(name));
-            made.foreign.retain(|name| containers.contains(name));
+            made.containers.retain(|name| containers.contains(name));
         })
     }
 
-    /// The files that decide what is on a disk, called as front ends call it: its layers and its record.
+    /// The files that decide what is on a disk, called as front ends call it, and whose that is: its layers,
+    /// its record and the list of what was made here.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`]; [`ErrorKind::Corrupt`]; host errors.
@@ -142,7 +155,8 @@ impl Store {
             named => named.disk()?,
         };
         let folder = self.folder(disk.kind).path();
-        let mut found = vec![folder.join(disk.record_file()), folder.join(disk.file())];
+        let list = self.root().path().join(FILE);
+        let mut found = vec![list, folder.join(disk.record_file()), folder.join(disk.file())];
         if disk.kind == DiskKind::Container {
             let (own, base) = self.own_layers(&disk.file())?;
             let record = self.record(&disk)?.unwrap_or_default();
@@ -169,13 +183,17 @@ impl Store {
         Ok(found)
     }
 
-    /// What can't be read, or isn't sealed by this host, says nothing.
     fn made(&self) -> Made {
+        self.sealed().unwrap_or_default()
+    }
+
+    /// What can't be read, or isn't sealed by this host, says nothing.
+    fn sealed(&self) -> Option<Made> {
         let sealed = json::read::<Sealed>(self.root(), FILE).ok().flatten();
         let own = |sealed: &Sealed| {
             HostKey::find().is_some_and(|key| self.seal(&key, &sealed.made) == sealed.seal)
         };
-        sealed.filter(own).map(|sealed| sealed.made).unwrap_or_default()
+        sealed.filter(own).map(|sealed| sealed.made)
     }
 
     /// A host without a key can't tell what it made: then more is refused, not less.
@@ -198,8 +216,10 @@ impl Store {
     /// What was noted for this folder, on this host.
     fn seal(&self, key: &HostKey, made: &Made) -> String {
         // A folder of another kind has no other to be told from.
-        let inode = std::fs::metadata(self.root().path()).map_or(0, |found| found.ino());
-        key.seal(inode, &json::canonical(made).unwrap_or_default())
+        let path = self.root().path();
+        let inode = std::fs::metadata(path).map_or(0, |found| found.ino());
+        let file_system = rustix::fs::statvfs(path).map_or(0, |found| found.f_fsid);
+        key.seal([file_system, inode], &json::canonical(made).unwrap_or_default())
     }
 
     fn uuid_of_volume(&self, name: &str) -> Result<String> {

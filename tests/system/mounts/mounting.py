@@ -46,6 +46,9 @@ class Mounting(Case):
         mounts = Path("/proc/self/mountinfo").read_text()
         wait_for(lambda: str(self.top) not in Path("/proc/self/mountinfo").read_text(), f"no mount {mounts}")
         self.assertNotIn(str(self.top), run("losetup", "-n", "-O", "BACK-FILE", status=None))
+        self.server_ends()
+
+    def server_ends(self):
         found = lambda: run("pgrep", "-f", "--", f"--fuse {self.runs}", status=None)
         wait_for(lambda: not found(), "the server's end")
 

@@ -223,6 +223,38 @@ class Mounts(Mounting):
         thinply("umount", use["device"])
         self.nothing_stays()
 
+    def test_a_disk_is_unmounted_from_all_folders(self):
+        target, place = self.container(), self.top / "place"
+        place.mkdir()
+        thinply("mount", target, self.dir)
+        run("mount", "--bind", self.dir, place)
+        # One at a time by the folder.
+        thinply("umount", place)
+        self.assertTrue(is_mounted(self.dir))
+        run("mount", "--bind", self.dir, place)
+        thinply("umount", target)
+        self.assertFalse(is_mounted(self.dir) or is_mounted(place))
+        self.nothing_stays()
+
+    def test_what_lies_over_a_mount_is_left_alone(self):
+        target, other = self.container(), self.volume()
+        thinply("mount", target, self.dir)
+        thinply("mount", other, self.dir)
+        (self.dir / "precious").write_text("p" * 100000)
+        for command in (("umount", target), ("umount", "--force", target)):
+            self.refused(*command, says="another file system is mounted over it")
+            self.assertEqual((self.dir / "precious").read_text(), "p" * 100000)
+            (self.dir / "more").write_text("m")
+        thinply("umount", self.dir)
+        thinply("umount", "--force", self.dir)
+        thinply("mount", other, self.dir)
+        self.assertEqual((self.dir / "precious").read_text(), "p" * 100000)
+        run("mount", "-t", "tmpfs", "over", self.dir)
+        self.refused("umount", self.dir, says="something else is mounted over it")
+        run("umount", self.dir)
+        thinply("umount", self.dir)
+        self.nothing_stays()
+
     def test_a_refusal_stands_in_nobodys_way(self):
         thinply("volume", "create", "--size", "32M", "blank")
         for _ in range(8):
@@ -365,6 +397,17 @@ class Deaths(Mounting):
         self.refused("umount", self.dir, says="what was written since it was synced last may be lost")
         # It is unmounted all the same, and nothing is left of its server.
         self.assertFalse(is_mounted(self.dir))
+        self.nothing_stays()
+        self.comes_back()
+
+    def test_both_die_and_each_mount_is_ended(self):
+        place = self.top / "place"
+        place.mkdir()
+        run("mount", "--bind", self.dir, place)
+        self.both_die()
+        for folder in (place, self.dir):
+            self.refused("umount", folder, says="may be lost")
+            self.assertFalse(is_mounted(folder))
         self.nothing_stays()
         self.comes_back()
 

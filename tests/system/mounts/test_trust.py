@@ -108,13 +108,10 @@ class Trust(Mounting):
         self.assertFalse(self.is_trusted("container/web@before"))
         thinply("container", "commit", "web", "made:1")
         self.assertFalse(self.is_trusted("image/made:1"))
-        # What it holds after a reset is its image again.
-        thinply("container", "reset", "web", "before")
-        self.assertFalse(self.is_trusted(web))
+        # What it holds after a reset is its image again, but its snapshots are what they were.
         thinply("container", "reset", "web")
-        self.assertTrue(self.is_trusted(web))
-        thinply("attach", web)
-        thinply("detach", web)
+        self.assertFalse(self.is_trusted("container/web@before"))
+        thinply("container", "reset", "web", "before")
         self.assertFalse(self.is_trusted(web))
         # Its image is still this host's, and so is another container of the same name.
         self.assertTrue(self.is_trusted("image/base"))
@@ -137,23 +134,54 @@ class Trust(Mounting):
         self.assertFalse(self.is_trusted(web))
         self.assertTrue(self.is_trusted(other))
 
-    def test_a_mount_through_a_server_that_shows_files_to_others_stays_trusted(self):
-        web, other = self.container(), self.container("other")
-        with Files("--all", environment={"THINPLY_ROOT": str(self.store)}) as files:
-            thinply("mount", web, self.dir)
-            (self.dir / "x").write_text("y")
-            # It had it open when its server died.
-            files.kill_server()
-            (self.dir / "z").write_text("y")
-            thinply("umount", self.dir)
-            self.assertTrue(self.is_trusted(web))
-            with open(files.folder / other, "r+b") as disk:
-                begin = disk.read(4096)
-                disk.seek(0)
-                disk.write(begin)
-            self.assertFalse(self.is_trusted(other))
+    def test_a_container_is_its_image_again_after_a_reset(self):
+        web = self.container()
+        thinply("attach", web)
+        thinply("detach", web)
+        self.assertFalse(self.is_trusted(web))
+        thinply("container", "reset", "web")
         self.assertTrue(self.is_trusted(web))
-        self.assertFalse(self.is_trusted(other))
+
+    def test_what_was_not_noted_is_a_strangers(self):
+        web, key = self.container(), self.top / "key"
+        # A process that can't seal the list anew.
+        os.environ["THINPLY_HOST_KEY"] = str(self.top / "other")
+        thinply("attach", web)
+        thinply("detach", web)
+        os.environ["THINPLY_HOST_KEY"] = str(key)
+        self.assertFalse(self.is_trusted(web))
+        # Nor does a list that is begun anew know what was before.
+        thinply("image", "build-from", self.top / "tree", "base")
+        self.assertFalse(self.is_trusted(web))
+        self.assertTrue(self.is_trusted(self.container("new")))
+
+    def test_a_copy_at_the_root_of_a_file_system_is_another_one(self):
+        roots = [self.top / "one", self.top / "two"]
+        for root in roots:
+            root.mkdir()
+            run("truncate", "-s", "64M", f"{root}.raw")
+            run("mkfs.ext4", "-q", f"{root}.raw")
+            run("mount", "-o", "loop", f"{root}.raw", root)
+            self.addCleanup(run, "umount", root, status=None)
+            (root / "lost+found").rmdir()
+        os.environ["THINPLY_ROOT"] = str(roots[0])
+        web = self.container()
+        self.assertTrue(self.is_trusted(web))
+        self.server_ends()
+        run("cp", "-a", f"{roots[0]}/.", roots[1])
+        self.assertEqual(roots[0].stat().st_ino, roots[1].stat().st_ino)
+        os.environ["THINPLY_ROOT"] = str(roots[1])
+        self.assertFalse(self.is_trusted(web))
+        self.server_ends()
+
+    def test_a_server_that_gives_disks_to_others_is_not_trusted(self):
+        web = self.container()
+        with Files("--all", environment={"THINPLY_ROOT": str(self.store)}) as files:
+            self.refused("mount", web, self.dir, says="its server gives it to others than mounts too")
+            thinply("mount", "--trust", web, self.dir)
+            thinply("umount", self.dir)
+            self.assertTrue((files.folder / web).exists())
+        self.assertFalse(self.is_trusted(web))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 //! Mounting and unmounting, by the kernel.
 
 use std::ffi::CString;
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, open, syncfs};
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, open, statx, syncfs};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags,
@@ -15,6 +14,8 @@ use rustix::mount::{
 };
 use thinply::error::{Error, ErrorKind, Result, shown};
 use thinply::fuse::mount_id;
+
+use crate::io::mountinfo::Mounted;
 
 /// Options of the mount itself, with what they set and clear.
 const ATTRIBUTES: [(&str, MountAttrFlags, MountAttrFlags); 14] = [
@@ -184,7 +185,7 @@ pub fn unmount_at(folder: &Path, id: u64, detach: bool) -> Result<()> {
 fn check_id(folder: &Path, id: u64) -> Result<()> {
     let fail = |error: io::Error| Error::io(error, "looking at the mount").in_file(folder);
     if mount_id(folder).map_err(fail)? != id {
-        let detail = "another file system was mounted there meanwhile";
+        let detail = "another file system is mounted over it";
         return Err(Error::new(ErrorKind::NotFound, detail).in_file(folder));
     }
     Ok(())
@@ -208,21 +209,33 @@ pub fn remount(folder: &Path, id: u64, options: &Options) -> Result<()> {
 ///
 /// # Errors
 /// Host errors.
-pub fn sync(folder: &Path) -> io::Result<()> {
-    Ok(syncfs(File::open(folder)?)?)
+pub fn sync(mounted: &Mounted) -> io::Result<()> {
+    Ok(syncfs(root_of(mounted)?)?)
+}
+
+/// The folder that a mount shows, which its path doesn't lead to where another mount hides it.
+fn root_of(mounted: &Mounted) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let folder = open(&mounted.folder, flags, Mode::empty())?;
+    let found = statx(&folder, c"", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?;
+    if found.stx_mnt_id == mounted.id {
+        Ok(folder)
+    } else {
+        Err(io::Error::other("another file system is mounted over it"))
+    }
 }
 
 /// Has a file system end at once: what it holds back is lost, and whoever uses it gets errors.
 ///
 /// # Errors
 /// Host errors; not every file system can.
-pub fn shut_down(folder: &Path) -> io::Result<()> {
+pub fn shut_down(mounted: &Mounted) -> io::Result<()> {
     use rustix::ioctl::{Setter, ioctl, opcode};
     /// `EXT4_IOC_SHUTDOWN`, which others have too.
     const SHUTDOWN: rustix::ioctl::Opcode = opcode::read::<u32>(b'X', 125);
     /// Without writing the journal.
     const AT_ONCE: u32 = 2;
-    let folder = File::open(folder)?;
+    let folder = root_of(mounted)?;
     // SAFETY: the ioctl reads a number of this size, and changes nothing in this process.
     let set = unsafe { Setter::<SHUTDOWN, u32>::new(AT_ONCE) };
     // SAFETY: as above.

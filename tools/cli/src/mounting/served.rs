@@ -118,6 +118,11 @@ impl DiskFile {
         }
     }
 
+    /// Whether its server was started for mounts, and gives disks to nobody else.
+    pub fn is_for_mounts(&self) -> bool {
+        self.shown_in == self.room.files()
+    }
+
     /// Makes sure that no device is over the same bytes where one of both is for writing: what is
     /// mounted through one would not see what the other changes.
     ///

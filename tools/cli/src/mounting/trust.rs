@@ -9,41 +9,36 @@ use rustix::process::geteuid;
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::store::{DiskName, Store};
 
+use super::served::DiskFile;
 use super::target::Target;
 
-/// Whether this host made the file system on a disk, and nothing else has written to it.
+/// Refuses what this host did not make, and what something else may have written to. Whoever asks has the
+/// disk's file open, and so nobody else gets it meanwhile.
 ///
 /// # Errors
-/// [`ErrorKind::PermissionDenied`] where it did, and others may write to what says so; host errors.
-pub fn is_own(target: &Target) -> Result<bool> {
-    let Target::Disk { store, name } = target else { return Ok(false) };
+/// [`ErrorKind::PermissionDenied`]; host errors.
+pub fn check(target: &Target, disk: &DiskFile) -> Result<()> {
+    let refuse = |detail: &str| {
+        let detail = format!(
+            "{detail}, and the kernel trusts what it mounts: --trust has it mounted all the same, \
+             --user mounts it by fuse2fs"
+        );
+        Error::new(ErrorKind::PermissionDenied, detail)
+    };
+    let Target::Disk { store, name } = target else {
+        return Err(refuse("this host did not make its file system").in_file(target.shown()));
+    };
+    if !disk.is_for_mounts() {
+        let detail = "its server gives it to others than mounts too";
+        return Err(refuse(detail).in_file(target.shown()));
+    }
     if !store.is_made_here(name)? {
-        return Ok(false);
+        return Err(refuse("this host did not make its file system").in_file(target.shown()));
     }
     match open_to_others(store, name)? {
-        None => Ok(true),
-        Some(path) => {
-            let detail = "others may write to it, so nobody knows what the kernel would read: \
-                          --trust mounts all the same";
-            Err(Error::new(ErrorKind::PermissionDenied, detail).in_file(path))
-        }
+        None => Ok(()),
+        Some(path) => Err(refuse("others may write to it").in_file(path)),
     }
-}
-
-/// Why what this host did not make is refused.
-pub fn refused(target: &Target) -> Error {
-    let detail = "this host did not make its file system, and the kernel trusts what it mounts: \
-                  --trust has it mounted all the same, --user mounts it by fuse2fs";
-    Error::new(ErrorKind::PermissionDenied, detail).in_file(target.shown())
-}
-
-/// Notes that whoever is about to write to a disk of this host's own is its kernel, through the file
-/// system that is on it.
-///
-/// # Errors
-/// Host errors.
-pub fn is_mounted(target: &Target) -> Result<()> {
-    writable(target).map_or(Ok(()), |(store, disk)| store.note_made(&disk))
 }
 
 /// Notes that anything may be about to write to a disk.
@@ -51,14 +46,8 @@ pub fn is_mounted(target: &Target) -> Result<()> {
 /// # Errors
 /// Host errors.
 pub fn is_attached(target: &Target) -> Result<()> {
-    writable(target).map_or(Ok(()), |(store, disk)| store.note_foreign(&disk))
-}
-
-fn writable(target: &Target) -> Option<(&Store, DiskName)> {
-    match target {
-        Target::Layer(_) => None,
-        Target::Disk { store, name } => Some((store, DiskName::of_export(name)?)),
-    }
+    let Target::Disk { store, name } = target else { return Ok(()) };
+    DiskName::of_export(name).map_or(Ok(()), |disk| store.note_foreign(&disk))
 }
 
 /// A file or folder that decides what is on a disk, and that others than this user may write to.

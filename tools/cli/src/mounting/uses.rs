@@ -102,24 +102,25 @@ fn gather(asks: bool) -> Result<Vec<Use>> {
     Ok(uses)
 }
 
-/// What somebody names to end it: by a folder that it is mounted at, or else by its device or its disk;
-/// with the mount of it that goes first.
+/// What somebody names to end it, with what of its mounts: the one at the folder that he names, or else
+/// all those of the device or the disk.
 ///
 /// # Errors
 /// [`ErrorKind::NotFound`]; host errors.
-pub fn named(named: &Path, store: &StoreArg) -> Result<(Use, Option<Mounted>)> {
-    let nothing = || {
-        let detail = "nothing of thinply is mounted there";
-        Error::new(ErrorKind::NotFound, detail).in_file(named)
+pub fn named(named: &Path, store: &StoreArg) -> Result<(Use, Vec<Mounted>)> {
+    let nothing = |detail| Error::new(ErrorKind::NotFound, detail).in_file(named);
+    let none = "nothing of thinply is mounted there";
+    let Some(top) = mounted_at(named)? else {
+        let found = of(named, store)?.into_iter().next().ok_or_else(|| nothing(none))?;
+        let mounts = found.mounts.clone();
+        return Ok((found, mounts));
     };
-    if let Some(top) = mounted_at(named)? {
-        let mut uses = known()?.into_iter();
-        let found = uses.find(|one| one.mounts.iter().any(|mounted| mounted.id == top.id));
-        return found.map(|one| (one, Some(top))).ok_or_else(nothing);
-    }
-    let found = of(named, store)?.into_iter().next().ok_or_else(nothing)?;
-    let last = found.mounts.last().cloned();
-    Ok((found, last))
+    let all = known()?;
+    let is_hidden = all.iter().any(|one| one.folders.contains(&top.folder));
+    let found = all.into_iter().find(|one| one.mounts.iter().any(|mounted| mounted.id == top.id));
+    found
+        .map(|one| (one, vec![top]))
+        .ok_or_else(|| nothing(if is_hidden { "something else is mounted over it" } else { none }))
 }
 
 /// The mount at a folder, or at what a link leads to.

@@ -87,15 +87,13 @@ impl Mount {
         if !self.user && !geteuid().is_root() {
             return Err(filesystem::not_root());
         }
-        // Before it is opened, which others may do to write something else.
-        let is_own = !self.user && !self.trust && trust::is_own(&target)?;
         let purpose = match options.read_only() {
             true => Purpose::Read,
             false if self.user => Purpose::Look,
             false => Purpose::Write,
         };
         let disk = served::open(&target, purpose, &self.layers)?;
-        match self.mount(&target, &disk, is_own, &options, &place) {
+        match self.mount(&target, &disk, &options, &place) {
             Err(error) => {
                 // What was refused stands in nobody's way afterwards.
                 disk.leave(&target)?;
@@ -109,7 +107,6 @@ impl Mount {
         &self,
         target: &Target,
         disk: &DiskFile,
-        is_own: bool,
         options: &Options,
         place: &Place,
     ) -> Result<()> {
@@ -120,15 +117,16 @@ impl Mount {
         let found = content::find(&disk.file, offset)?;
         let found = found.ok_or_else(|| unknown(target, disk, self.partition))?;
         if self.user {
+            if !read_only {
+                trust::is_attached(target)?;
+            }
             return by_fuse2fs(disk, found, read_only, place);
         }
-        if !is_own && !self.trust {
-            return Err(trust::refused(target));
+        if !self.trust {
+            // Now that it is open, nobody else writes it.
+            trust::check(target, disk)?;
         }
         check_clean(target, found, read_only)?;
-        if is_own && !read_only {
-            trust::is_mounted(target)?;
-        }
         device.sector = found.sector;
         let device = disk.attach(&device, self.partition)?;
         filesystem::mount(&device.path, found.kind, options, place)
@@ -151,9 +149,9 @@ fn unknown(target: &Target, disk: &DiskFile, partition: Option<usize>) -> Error 
 
 /// Changes the options of what is mounted.
 fn remount(dir: &Path, store: &StoreArg, options: &Options) -> Outcome {
-    let (_, mounted) = uses::named(dir, store)?;
-    let mounted = mounted
-        .ok_or_else(|| Error::new(ErrorKind::NotFound, "nothing is mounted there").in_file(dir))?;
+    let (_, mounts) = uses::named(dir, store)?;
+    let nothing = || Error::new(ErrorKind::NotFound, "nothing is mounted there").in_file(dir);
+    let mounted = mounts.last().ok_or_else(nothing)?;
     filesystem::remount(&mounted.folder, mounted.id, options)?;
     Ok(Answer::Yes)
 }
@@ -216,42 +214,51 @@ pub struct Umount {
 impl Umount {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
-        let (used, mounted) = uses::named(&self.what, &self.store)?;
-        match mounted {
-            _ if self.force => force(&used)?,
-            Some(mounted) => end(&used, &mounted)?,
-            None => {
-                let detail = "is attached, and not mounted: detach it";
-                return Err(Error::new(ErrorKind::NotFound, detail).in_file(&self.what));
-            }
+        let (used, mounts) = uses::named(&self.what, &self.store)?;
+        if self.force {
+            force(&used)?;
+        } else if mounts.is_empty() {
+            let detail = "is attached, and not mounted: detach it";
+            return Err(Error::new(ErrorKind::NotFound, detail).in_file(&self.what));
+        } else {
+            end(&used, &mounts)?;
         }
         Ok(Answer::Yes)
     }
 }
 
-/// Unmounts, and waits until all is written and the layer is free.
-fn end(used: &Use, mounted: &Mounted) -> Result<()> {
+/// Unmounts some of the mounts of a use. After the last one it waits until all is written and the layer
+/// is free.
+fn end(used: &Use, mounts: &[Mounted]) -> Result<()> {
     let state = served::state(&used.shows);
     if state == State::Hangs {
         return Err(served::hangs(used.target.clone()));
     }
-    // The kernel tells nobody else of what it could not write.
-    let written = if mounted.read_only { Ok(()) } else { filesystem::sync(&mounted.folder) };
-    if used.device.is_none() && !geteuid().is_root() {
-        by_fusermount(&mounted.folder)?;
-    } else {
-        filesystem::unmount_at(&mounted.folder, mounted.id, false)?;
+    let mut written = Ok(());
+    for mounted in mounts.iter().rev() {
+        // The kernel tells nobody else of what it could not write.
+        if !mounted.read_only {
+            written = written.and(filesystem::sync(mounted));
+        }
+        if used.device.is_none() && !geteuid().is_root() {
+            by_fusermount(&mounted.folder)?;
+        } else {
+            filesystem::unmount_at(&mounted.folder, mounted.id, false)?;
+        }
     }
-    if state == State::Dead {
-        fuse::Mount::listed(&used.shows.folder, used.shows.id).remove()?;
+    let is_last = mounts.len() == used.mounts.len();
+    if is_last {
+        if state == State::Dead {
+            fuse::Mount::listed(&used.shows.folder, used.shows.id).remove()?;
+        }
+        uses::await_end(used)?;
     }
-    uses::await_end(used)?;
     let lost = "is unmounted, but what was written since it was synced last may be lost";
     match written {
-        Err(error) => Err(Error::io(error, lost).in_file(&mounted.folder)),
+        Err(error) => Err(Error::io(error, lost).in_file(&used.target)),
         Ok(()) if state == State::Dead && !used.read_only => {
             let detail = format!("{lost}: its server was killed");
-            Err(Error::new(ErrorKind::Io, detail).in_file(&mounted.folder))
+            Err(Error::new(ErrorKind::Io, detail).in_file(&used.target))
         }
         Ok(()) => Ok(()),
     }
@@ -273,8 +280,8 @@ fn force(used: &Use) -> Result<()> {
     let ended = match used.mounts.last() {
         Some(mounted) => {
             // Whoever asks one that hangs would hang. What can't be ended is only taken away.
-            let folder = mounted.folder.clone();
-            within(PATIENCE, move || filesystem::shut_down(&folder)).is_some()
+            let mounted = mounted.clone();
+            within(PATIENCE, move || filesystem::shut_down(&mounted)).is_some()
         }
         None => served::state(&used.shows) == State::Serves,
     };
@@ -283,14 +290,13 @@ fn force(used: &Use) -> Result<()> {
         abort(used);
         used.pid.iter().for_each(|pid| kill_all(*pid));
     }
-    for mounted in used.mounts.iter().rev() {
-        if let Err(error) = filesystem::unmount_at(&mounted.folder, mounted.id, true) {
-            output::say(error);
-        }
-    }
-    if let Some(Err(error)) = used.device.as_deref().map(loops::detach) {
-        output::say(error);
-    }
+    let unmounted = used.mounts.iter().rev();
+    let unmounted: Vec<_> = unmounted
+        .map(|mounted| filesystem::unmount_at(&mounted.folder, mounted.id, true))
+        .collect();
+    used.device.as_deref().map_or(Ok(()), loops::detach)?;
+    // What something else hides is still there.
+    unmounted.into_iter().collect::<Result<()>>()?;
     let Some(layer) = used.layer()? else { return Ok(()) };
     if layer.await_free(PATIENCE)? {
         return Ok(());

@@ -98,7 +98,7 @@ fn fill(store: &Store, disk: &DiskName) -> Result<()> {
         .and_then(|()| open_raw(raw.path())?.copy_to(&volume, Some(size), 0));
     let closed = volume.close();
     copied.and(closed)?;
-    store.note_made(disk)
+    store.note_made_volume(&disk.name)
 }
 
 #[derive(Debug, Serialize)]
