@@ -239,7 +239,24 @@ impl Store {
         record.frozen.push(FrozenLayer::new(file.clone(), snapshot));
         self.write_record(disk, &record)?;
         drop(guard);
-        Chain::snapshot(open, &file)
+        let Some(freezer) = &self.freezer else { return Chain::snapshot(open, &file) };
+        // So that little is left to be synced while they hold still.
+        open.flush()?;
+        let still = freezer.freeze(disk)?;
+        let taken = Chain::snapshot(open, &file)?;
+        still.end().map(|()| taken).inspect_err(|_| {
+            // The container stays over one more frozen layer, which nobody asked for.
+            let _ = self.take_name(disk, &file);
+        })
+    }
+
+    /// Takes its name from a snapshot.
+    fn take_name(&self, disk: &DiskName, file: &str) -> Result<()> {
+        let _guard = self.lock()?;
+        let mut record = self.record(disk)?.ok_or_else(|| disk.missing())?;
+        let named = record.frozen.iter_mut().filter(|frozen| frozen.file == file);
+        named.for_each(|frozen| frozen.snapshot = None);
+        self.write_record(disk, &record)
     }
 
     /// A name for a frozen layer that neither the record has nor a file: that may be a layer whose

@@ -129,6 +129,11 @@ impl DiskName {
         Ok(Self { kind, name: name.to_owned() })
     }
 
+    /// The name by which front ends offer it to be written.
+    pub fn export(&self) -> String {
+        format!("{}/{}", self.kind.noun(), self.name)
+    }
+
     /// The disk that a name means by which front ends offer it to be written.
     pub fn of_export(name: &str) -> Option<Self> {
         match Named::parse(name) {
@@ -378,7 +383,7 @@ impl Store {
         let (folder, name) = (self.folder(disk.kind), disk.file());
         let chain = match (&self.keepers, access) {
             (Some(keepers), Access::Write) => {
-                let keeper = keepers.of(&format!("{}/{}", disk.kind.noun(), disk.name));
+                let keeper = keepers.of(&disk.export());
                 Chain::open_kept(folder.clone(), &name, self.layers.clone(), keeper)?
             }
             _ => self.open_chain(folder, &name, access)?,

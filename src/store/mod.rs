@@ -29,6 +29,7 @@ mod transfer;
 mod verify;
 mod volume;
 
+use std::fmt::Debug;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -85,6 +86,26 @@ pub struct Store {
     layers: Arc<Gate>,
     /// Keep the disks that are written beyond the end of this process.
     keepers: Option<Arc<dyn Keepers>>,
+    /// Has what is mounted of a disk hold still.
+    freezer: Option<Arc<dyn Freezer>>,
+}
+
+/// Knows where disks are mounted.
+pub trait Freezer: Send + Sync + Debug {
+    /// Has the file systems on a disk hold still, with all that was written to them on the disk.
+    ///
+    /// # Errors
+    /// Host errors.
+    fn freeze(&self, disk: &DiskName) -> Result<Box<dyn Still>>;
+}
+
+/// File systems that hold still until this is dropped.
+pub trait Still {
+    /// Has them go on.
+    ///
+    /// # Errors
+    /// Where one has gone on before.
+    fn end(self: Box<Self>) -> Result<()>;
 }
 
 /// Keeps all others from changing names in the store, until it is dropped.
@@ -145,7 +166,7 @@ impl Store {
     /// version that this one can't read; [`ErrorKind::Corrupt`]; host errors.
     pub fn over(folders: Folders) -> Result<Self> {
         let layers = Arc::new(Gate::new(vec![folders.blobs.clone()]));
-        let store = Self { folders, layers, keepers: None };
+        let store = Self { folders, layers, keepers: None, freezer: None };
         features::check(store.root(), Need::Read)?;
         match files::read_small(store.root(), LAYOUT_FILE)? {
             Some(found) => store.check_layout(&found)?,
@@ -159,6 +180,12 @@ impl Store {
     #[must_use]
     pub fn with_keepers(self, keepers: Arc<dyn Keepers>) -> Self {
         Self { keepers: Some(keepers), ..self }
+    }
+
+    /// The same, where disks may be mounted: `freezer` has them hold still while a snapshot is taken.
+    #[must_use]
+    pub fn with_freezer(self, freezer: Arc<dyn Freezer>) -> Self {
+        Self { freezer: Some(freezer), ..self }
     }
 
     fn check_layout(&self, found: &[u8]) -> Result<()> {

@@ -16,12 +16,17 @@ use std::time::Duration;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::io::{log, output, signals};
+use crate::mounting::freezer;
 use crate::verbs::Answer;
 
 /// How long the end waits for standard error to take what there was to say.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
+    if freezer::is_one() {
+        // Whoever started it hears what came of it.
+        return if freezer::hold_still().is_ok() { ExitCode::SUCCESS } else { ExitCode::from(2) };
+    }
     let cli = cli::Cli::from_arguments();
     raise_file_limit();
     signals::survive_file_limits();

@@ -1,12 +1,13 @@
 //! Mounting and unmounting, by the kernel.
 
-use std::ffi::CString;
+use std::ffi::{CString, c_int};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, open, statx, syncfs};
 use rustix::io::Errno;
+use rustix::ioctl::{Opcode, Setter, Updater, ioctl, opcode};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags,
     fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount_remount,
@@ -214,7 +215,10 @@ pub fn sync(mounted: &Mounted) -> io::Result<()> {
 }
 
 /// The folder that a mount shows, which its path doesn't lead to where another mount hides it.
-fn root_of(mounted: &Mounted) -> io::Result<OwnedFd> {
+///
+/// # Errors
+/// Host errors.
+pub fn root_of(mounted: &Mounted) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let folder = open(&mounted.folder, flags, Mode::empty())?;
     let found = statx(&folder, c"", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?;
@@ -225,14 +229,39 @@ fn root_of(mounted: &Mounted) -> io::Result<OwnedFd> {
     }
 }
 
+/// Has the file system of a folder hold still, all that was written to it written out.
+///
+/// # Errors
+/// [`Errno::BUSY`] where it does already; host errors.
+pub fn freeze(folder: &OwnedFd) -> rustix::io::Result<()> {
+    const FREEZE: Opcode = opcode::read_write::<c_int>(b'X', 119);
+    let mut unused = 0;
+    // SAFETY: the ioctl takes a number of this size, which it leaves alone.
+    let call = unsafe { Updater::<FREEZE, c_int>::new(&mut unused) };
+    // SAFETY: as above.
+    unsafe { ioctl(folder, call) }
+}
+
+/// Has the file system of a folder go on that holds still.
+///
+/// # Errors
+/// [`Errno::INVAL`] where it doesn't; host errors.
+pub fn thaw(folder: &OwnedFd) -> rustix::io::Result<()> {
+    const THAW: Opcode = opcode::read_write::<c_int>(b'X', 120);
+    let mut unused = 0;
+    // SAFETY: the ioctl takes a number of this size, which it leaves alone.
+    let call = unsafe { Updater::<THAW, c_int>::new(&mut unused) };
+    // SAFETY: as above.
+    unsafe { ioctl(folder, call) }
+}
+
 /// Has a file system end at once: what it holds back is lost, and whoever uses it gets errors.
 ///
 /// # Errors
 /// Host errors; not every file system can.
 pub fn shut_down(mounted: &Mounted) -> io::Result<()> {
-    use rustix::ioctl::{Setter, ioctl, opcode};
     /// `EXT4_IOC_SHUTDOWN`, which others have too.
-    const SHUTDOWN: rustix::ioctl::Opcode = opcode::read::<u32>(b'X', 125);
+    const SHUTDOWN: Opcode = opcode::read::<u32>(b'X', 125);
     /// Without writing the journal.
     const AT_ONCE: u32 = 2;
     let folder = root_of(mounted)?;

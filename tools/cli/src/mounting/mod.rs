@@ -7,6 +7,7 @@
 
 pub mod content;
 pub mod filesystem;
+pub mod freezer;
 pub mod loops;
 pub mod partitions;
 pub mod room;

@@ -267,7 +267,15 @@ pub fn state(shows: &Mounted) -> State {
     let folder = shows.folder.clone();
     match within(HANG, move || std::fs::symlink_metadata(folder)) {
         None => State::Hangs,
-        Some(Err(error)) if Errno::from_io_error(&error) == Some(Errno::NOTCONN) => State::Dead,
+        // The latter where it died while it was asked.
+        Some(Err(error))
+            if matches!(
+                Errno::from_io_error(&error),
+                Some(Errno::NOTCONN | Errno::CONNABORTED)
+            ) =>
+        {
+            State::Dead
+        }
         Some(_) => State::Serves,
     }
 }

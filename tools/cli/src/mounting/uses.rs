@@ -1,7 +1,6 @@
 //! What is mounted and attached where, as the kernel tells.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -13,6 +12,7 @@ use thinply::control::{Answer, DiskUse, Request, line};
 use thinply::error::{Error, ErrorKind, Result};
 use thinply::store::{DiskName, Store};
 
+use super::filesystem::root_of;
 use super::loops::{self, Attached};
 use super::room::Room;
 use super::served::is_ours;
@@ -168,9 +168,9 @@ pub fn sync(store: &Store, container: &str) -> Result<()> {
     let served = paths::real(store.path())?;
     let uses = known()?.into_iter();
     let uses = uses.filter(|one| one.target == name && one.store.as_ref() == Some(&served));
-    for mounted in uses.filter_map(|one| one.mounts.into_iter().next()) {
-        let fail = |error| Error::io(error, "syncing its file system").in_file(&mounted.folder);
-        let folder = File::open(&mounted.folder).map_err(fail)?;
+    // What something else hides everywhere, the server refuses.
+    for folder in uses.filter_map(|one| one.mounts.iter().find_map(|at| root_of(at).ok())) {
+        let fail = |error| Error::io(error, "syncing its file system").in_file(&name);
         let is_alive = || line::is_answering(store);
         let synced = while_alive(ANSWER, is_alive, move || syncfs(&folder));
         let hangs = || fail(io::Error::other("its server does not answer"));

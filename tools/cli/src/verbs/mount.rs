@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use rustix::process::{Pid, Signal, geteuid, kill_process};
@@ -26,6 +27,7 @@ const FUSE2FS: &str = "fuse2fs";
 const END: Duration = Duration::from_secs(10);
 /// How long it may take before it is done in another way.
 const PATIENCE: Duration = Duration::from_secs(2);
+const PAUSE: Duration = Duration::from_millis(5);
 
 const AFTER_HELP: &str = "\
 As root the kernel mounts, over a loop device on the file that a server shows the disk as. That
@@ -236,6 +238,9 @@ fn end(used: &Use, mounts: &[Mounted]) -> Result<()> {
     }
     let mut written = Ok(());
     for mounted in mounts.iter().rev() {
+        if state == State::Dead {
+            thaw(mounted);
+        }
         // The kernel tells nobody else of what it could not write.
         if !mounted.read_only {
             written = written.and(filesystem::sync(mounted));
@@ -243,7 +248,7 @@ fn end(used: &Use, mounts: &[Mounted]) -> Result<()> {
         if used.device.is_none() && !geteuid().is_root() {
             by_fusermount(&mounted.folder)?;
         } else {
-            filesystem::unmount_at(&mounted.folder, mounted.id, false)?;
+            unmount(mounted, state)?;
         }
     }
     let is_last = mounts.len() == used.mounts.len();
@@ -261,6 +266,23 @@ fn end(used: &Use, mounts: &[Mounted]) -> Result<()> {
             Err(Error::new(ErrorKind::Io, detail).in_file(&used.target))
         }
         Ok(()) => Ok(()),
+    }
+}
+
+/// Takes a mount away. What holds it still for a server that was killed has it open until it notices.
+fn unmount(mounted: &Mounted, state: State) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match filesystem::unmount_at(&mounted.folder, mounted.id, false) {
+            Err(error)
+                if error.kind() == ErrorKind::InUse
+                    && state == State::Dead
+                    && Instant::now() < deadline =>
+            {
+                thread::sleep(PAUSE);
+            }
+            done => return done,
+        }
     }
 }
 
@@ -290,6 +312,7 @@ fn force(used: &Use) -> Result<()> {
         abort(used);
         used.pid.iter().for_each(|pid| kill_all(*pid));
     }
+    used.mounts.iter().for_each(thaw);
     let unmounted = used.mounts.iter().rev();
     let unmounted: Vec<_> = unmounted
         .map(|mounted| filesystem::unmount_at(&mounted.folder, mounted.id, true))
@@ -310,6 +333,12 @@ fn force(used: &Use) -> Result<()> {
     }
     output::say("its layer stays in use until all who have files of it open close them");
     Ok(())
+}
+
+/// Has a file system go on that a server left frozen when all were killed: it would never go otherwise.
+fn thaw(mounted: &Mounted) {
+    // Fails where it isn't.
+    let _ = filesystem::root_of(mounted).map(|folder| filesystem::thaw(&folder));
 }
 
 /// Has all who wait for the server of a use go on, with an error.

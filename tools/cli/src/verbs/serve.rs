@@ -20,6 +20,7 @@ use thinply::store::{Store, StoreBroker};
 
 use crate::io::paths::{self, Place};
 use crate::io::{log, output, signals};
+use crate::mounting::freezer::MountFreezer;
 use crate::options::LayersArg;
 use crate::options::StoreArg;
 use crate::verbs::{Answer, Outcome};
@@ -148,12 +149,14 @@ impl Serve {
     fn run_store(&self, holder: Option<Arc<Holder>>) -> Outcome {
         let listeners = self.listeners(holder.as_deref())?;
         let mut store = self.store.open_or_make()?;
+        let source = paths::real(store.path())?;
         if let Some(holder) = &holder {
-            store = store.with_keepers(Arc::new(holder.clone()));
+            let freezer = MountFreezer::new(source.clone());
+            store = store.with_keepers(Arc::new(holder.clone())).with_freezer(Arc::new(freezer));
         }
         let shown = fuse::ServerConfig {
             folders: ["container", "image", "volume"].map(str::to_owned).to_vec(),
-            source: paths::real(store.path())?,
+            source,
             ..fuse::ServerConfig::default()
         };
         let (control, asked) = match desk(&store, holder.as_deref()) {
