@@ -447,8 +447,7 @@ class Deaths(Mounting):
         self.comes_back()
 
     def test_a_server_that_hangs_is_ended_by_force(self):
-        for pid in (self.holder, self.server):
-            os.kill(pid, signal.SIGSTOP)
+        self.stopped()
         (self.dir / "lost").write_text("l")
         done = subprocess.run([THINPLY, "umount", "--force", self.dir], capture_output=True, text=True, timeout=60)
         self.assertEqual(done.returncode, 0, done.stderr)
@@ -460,6 +459,11 @@ class Deaths(Mounting):
         for pid in (self.holder, self.server):
             os.kill(pid, signal.SIGSTOP)
             self.addCleanup(run, "kill", "-KILL", pid, status=None)
+        # A thread that reads one more request is waited for in the kernel by whoever made it.
+        states = lambda pid: {
+            (thread / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            for thread in Path(f"/proc/{pid}/task").iterdir()}
+        wait_for(lambda: states(self.holder) == states(self.server) == {"T"}, "all threads to stop")
 
     def test_a_server_that_hangs_holds_nobody_up_for_ever(self):
         other, place = self.volume("other"), self.top / "place"
