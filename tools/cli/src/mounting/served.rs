@@ -137,12 +137,11 @@ impl DiskFile {
         }
     }
 
-    /// Makes a block device of it, with a note of who did.
+    /// Makes a block device of it, which [`DiskFile::check_free`] allows, with a note of who did.
     ///
     /// # Errors
-    /// Those of [`DiskFile::check_free`] and [`loops::attach`].
+    /// Those of [`loops::attach`].
     pub fn attach(&self, options: &loops::Options, partition: Option<usize>) -> Result<Device> {
-        self.check_free(options)?;
         let device = loops::attach(self.file.as_fd(), options)?;
         if let Some(sequence) = device.sequence() {
             let note = Note { user: getuid().as_raw(), since: table::now(), partition };

@@ -52,6 +52,7 @@ impl Attach {
         let disk = served::open(&target, purpose, &self.layers)?;
         let (offset, length) = disk.part(self.partition)?;
         let options = loops::Options { offset, length, sector: SECTOR, read_only, passing: false };
+        disk.check_free(&options)?;
         let device = disk.attach(&options, self.partition)?;
         let mut output = Output::new();
         output.line(device.path.display())?;
