@@ -236,6 +236,8 @@ class Mounts(Mounting):
         run("mount", "--bind", self.dir, place)
         thinply("umount", target)
         self.assertFalse(is_mounted(self.dir) or is_mounted(place))
+        self.assertEqual(self.uses(), [])
+        thinply("container", "rm", "web")
         self.nothing_stays()
 
     def test_what_lies_over_a_mount_is_left_alone(self):

@@ -184,10 +184,6 @@ pub fn sync(store: &Store, container: &str) -> Result<()> {
 /// # Errors
 /// [`ErrorKind::InUse`] where somebody has it still; host errors.
 pub fn await_end(used: &Use) -> Result<()> {
-    if used.mounts.len() > 1 {
-        // Mounted elsewhere too, it stays.
-        return Ok(());
-    }
     let start = Instant::now();
     let mut looked = false;
     while is_there(used)? {
